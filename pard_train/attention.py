@@ -1,0 +1,144 @@
+"""Attention over a chain layout, in three forms with the same result.
+
+dense   one boolean mask over the whole pack, through PyTorch's SDPA. Quadratic in slots: the oracle.
+split   per document: the text is plain causal attention; mask slots run in short blocks over [their text prefix | their
+        own chains]. No mask is ever larger than one block by one document. The CPU form.
+flex    FlexAttention with a block mask: the kernel skips what no slot sees. The GPU form.
+
+Model code is not touched: `transformers` hands a 4-D mask, or extra keyword arguments of the model's forward, to the
+attention function unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AttentionInterface
+
+from pard_train.layout import SlotLayout, flex_mask_mod, is_visible
+
+# Legend: T slots of the pack, Q queries of a block, P text prefix, H heads, G heads per key-value head, D head size.
+
+IMPLEMENTATIONS = {"dense": "sdpa", "split": "pard_split", "flex": "flex_attention"}  # ours -> transformers' name
+MAX_BLOCK_SLOTS = 256  # mask slots per block of the split form: its boolean mask stays in the L2 cache
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    """The real tokens of one document: slots [start, stop)."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ChainBlock:
+    """Whole chains of one document: slots [start, stop), over the text slots [text_start, text_stop) and themselves."""
+
+    start: int
+    stop: int
+    text_start: int
+    text_stop: int
+    mask: Tensor  # bool [Q, P + Q]
+
+
+def resolve_attention(name: str, device_type: str) -> str:
+    """The form that `model.attention=auto` stands for: flex on an accelerator, split on the CPU."""
+    if name == "auto":
+        return "split" if device_type == "cpu" else "flex"
+    return name
+
+
+def attention_inputs(name: str, layout: SlotLayout) -> dict[str, Any]:
+    """Keyword arguments that make a causal LM's forward attend as `layout` says.
+
+    Args:
+        name: dense | split | flex; the model must have been loaded with IMPLEMENTATIONS[name].
+        layout: T slots of one pack, tensors of shape [T] on the model's device.
+    """
+    if name == "dense":
+        return {"attention_mask": is_visible(layout, layout)[None, None]}  # [1, 1, T, T]
+    if name == "split":
+        return {"split_plan": plan_split(layout)}
+    size = len(layout)
+    block_mask = create_block_mask(flex_mask_mod(layout), None, None, size, size, device=layout.anchor.device.type)
+    return {"attention_mask": block_mask}
+
+
+def plan_split(layout: SlotLayout) -> list[TextSpan | ChainBlock]:
+    """Cut a pack into the pieces of the split form, in slot order and covering every slot."""
+    host = SlotLayout(layout.document.cpu().numpy(), layout.anchor.cpu().numpy(), layout.depth.cpu().numpy())
+    starts = np.flatnonzero(np.diff(host.document, prepend=host.document[0] - 1))
+    stops = np.append(starts[1:], len(host))
+    plan: list[TextSpan | ChainBlock] = []
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        text_stop = start + int((host.depth[start:stop] == 0).sum())
+        plan.append(TextSpan(start, text_stop))
+        for block_start, block_stop in _chain_blocks(host.depth, text_stop, stop):
+            prefix_stop = start + int(host.anchor[block_stop - 1]) + 1
+            queries = np.arange(block_start, block_stop)
+            keys = np.concatenate([np.arange(start, prefix_stop), queries])
+            mask = torch.from_numpy(is_visible(host[queries], host[keys])).to(layout.depth.device)
+            plan.append(ChainBlock(block_start, block_stop, start, prefix_stop, mask))
+    return plan
+
+
+def _chain_blocks(depth: np.ndarray, start: int, stop: int) -> list[tuple[int, int]]:
+    """Cut mask slots [start, stop) into blocks of whole chains, each close to MAX_BLOCK_SLOTS."""
+    blocks = []
+    while start < stop:
+        end = min(start + MAX_BLOCK_SLOTS, stop)
+        while end < stop and depth[end] != 1:  # a chain begins at depth 1
+            end += 1
+        blocks.append((start, end))
+        start = end
+    return blocks
+
+
+def split_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    split_plan: list[TextSpan | ChainBlock] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of the split form, registered with `transformers` as `pard_split`.
+
+    Args:
+        query: [1, H, T, D].
+        key: [1, H / G, T, D].
+        value: [1, H / G, T, D].
+        split_plan: pieces made by `plan_split`; None means an ordinary causal sequence.
+
+    Returns:
+        Output [1, T, H, D] and None for the attention weights.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if split_plan is None:
+        split_plan = [TextSpan(0, query.shape[2])]
+    pieces = []
+    for piece in split_plan:
+        q = query[:, :, piece.start : piece.stop]
+        k, v = key[:, :, piece.start : piece.stop], value[:, :, piece.start : piece.stop]
+        if isinstance(piece, TextSpan):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
+        else:
+            text = slice(piece.text_start, piece.text_stop)
+            k, v = torch.cat([key[:, :, text], k], dim=2), torch.cat([value[:, :, text], v], dim=2)  # [1, H, P + Q, D]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=piece.mask, dropout_p=dropout, scale=scaling)
+        pieces.append(out)
+    return torch.cat(pieces, dim=2).transpose(1, 2), None  # [1, T, H, D]
+
+
+AttentionInterface.register(IMPLEMENTATIONS["split"], split_attention)

@@ -1,0 +1,212 @@
+"""The algebra of parallel drafting: every slot is named by (document, anchor, depth).
+
+A slot is one place in a packed training sequence.
+
+* anchor a: the last real token the slot may see. depth d: how many mask tokens of its chain it has reached.
+  Depth 0 is the real token itself.
+* position = a + d, and the slot predicts token a + d + 1.
+* A slot sees the real tokens of its document up to its anchor, and its own chain up to its own depth: what it will see
+  when the draft model serves.
+
+COD (conditional drop-token, PARD section 3.3) keeps fewer anchors at each depth and only ever extends a chain that
+already reaches the depth before. So a chain is a prefix, and COD is one random chain length per anchor.
+
+Example: tokens 0..3, all labels after token 0, K = 3, nothing dropped:
+
+    slot      0 1 2 3 | 4 5   6
+    anchor    0 1 2 3 | 0 0   1        (chains of anchors 0 and 1; anchor 2 has no label two tokens on)
+    depth     0 0 0 0 | 1 2   1
+    position  0 1 2 3 | 1 2   2
+    label     1 2 3 - | 2 3   3
+
+Everything here works on numpy arrays and on torch tensors alike and imports neither's heavy parts, so that the
+collator, the loss, replay, decoding and the validation of settings all ask the same file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pard_train.config import DraftConfig
+
+# Legend: L tokens of one document, T slots, K draft tokens.
+
+IGNORE_INDEX = -100  # the label of a slot that is not supervised, as in torch's cross entropy
+PADDING_DOCUMENT = -1  # the document of padding slots: one causal text of its own, seen by nobody else
+
+Array = Any  # numpy array or torch tensor of integers
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Names of T slots: three integer arrays of shape [T]."""
+
+    document: Array
+    anchor: Array
+    depth: Array
+
+    @property
+    def position(self) -> Array:
+        """Rotary position of every slot, [T]."""
+        return self.anchor + self.depth
+
+    def __len__(self) -> int:
+        return len(self.anchor)
+
+    def __getitem__(self, where: Any) -> SlotLayout:
+        return SlotLayout(self.document[where], self.anchor[where], self.depth[where])
+
+
+@dataclass(frozen=True)
+class DrawKey:
+    """Names one COD draw. Equal keys give equal chains on every rank, worker and machine."""
+
+    seed: int
+    epoch: int
+    example: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who sees whom
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_visible(query: SlotLayout, key: SlotLayout) -> Array:
+    """Whether each query slot sees each key slot.
+
+    Args:
+        query: layout of Tq slots.
+        key: layout of Tk slots.
+
+    Returns:
+        Boolean array [Tq, Tk]. Every slot sees itself, so that no row is empty.
+    """
+    return _visible(
+        *(part[:, None] for part in (query.document, query.anchor, query.depth)),
+        *(part[None, :] for part in (key.document, key.anchor, key.depth)),
+    )
+
+
+def flex_mask_mod(layout: SlotLayout) -> Callable[[Array, Array, Array, Array], Array]:
+    """The same rule as a FlexAttention `mask_mod(batch, head, query_index, key_index)` over one pack."""
+    document, anchor, depth = layout.document, layout.anchor, layout.depth
+
+    def mask_mod(batch: Array, head: Array, q: Array, k: Array) -> Array:
+        return _visible(document[q], anchor[q], depth[q], document[k], anchor[k], depth[k])
+
+    return mask_mod
+
+
+def _visible(
+    q_document: Array, q_anchor: Array, q_depth: Array, k_document: Array, k_anchor: Array, k_depth: Array
+) -> Array:
+    is_same_document = q_document == k_document
+    is_visible_text = (k_depth == 0) & (k_anchor <= q_anchor)
+    is_own_chain = (k_anchor == q_anchor) & (k_depth <= q_depth)
+    return is_same_document & (is_visible_text | is_own_chain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COD as chain lengths
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def count_at_depth(num_anchors: int, depth: int, draft: DraftConfig) -> int:
+    """Anchors that COD keeps at `depth`: floor(n * max(r^d, r_min)) (PARD, section 3.3).
+
+    >>> [count_at_depth(100, d, DraftConfig()) for d in range(1, 6)]
+    [70, 49, 34, 24, 20]
+    """
+    retention = max(draft.retention_ratio**depth, draft.min_retention)
+    return math.floor(num_anchors * retention + 1e-9)  # 100 * 0.7**2 is 48.999.. in floating point
+
+
+def max_slots(num_tokens: int, draft: DraftConfig) -> int:
+    """Upper bound of the slots that a document of `num_tokens` tokens takes, whatever the draw."""
+    return num_tokens + sum(count_at_depth(num_tokens, depth, draft) for depth in range(1, draft.num_draft_tokens))
+
+
+def chain_limits(loss_mask: np.ndarray, num_draft_tokens: int) -> np.ndarray:
+    """Longest supervised chain per anchor.
+
+    Args:
+        loss_mask: bool [L]; True where the token is a label, in one run per assistant turn.
+        num_draft_tokens: K.
+
+    Returns:
+        int64 [L]: -1 where not even the next token is a label (no eligible anchor), else the largest depth d <= K-1
+        such that tokens a+1 .. a+d+1 are all labels. A chain never runs past the end of its turn.
+    """
+    num_tokens = len(loss_mask)
+    run_end = np.full(num_tokens + 1, num_tokens, dtype=np.int64)  # first unsupervised token at or after t
+    index = np.where(loss_mask, num_tokens, np.arange(num_tokens))
+    run_end[:num_tokens] = np.minimum.accumulate(index[::-1])[::-1]
+    anchors = np.arange(num_tokens)
+    return np.minimum(run_end[1:] - anchors - 2, num_draft_tokens - 1)
+
+
+def sample_chain_lengths(loss_mask: np.ndarray, draft: DraftConfig, key: DrawKey) -> np.ndarray:
+    """One COD draw: how many mask slots follow each anchor.
+
+    One permutation ranks the n eligible anchors; the anchor of rank j reaches every depth d that keeps more than j
+    anchors. Counts per depth are exact and nested by construction. Chains are then cut at the end of their turn.
+
+    Args:
+        loss_mask: bool [L].
+        draft: K, retention ratio and floor.
+        key: names the draw.
+
+    Returns:
+        int64 [L], 0 .. K-1; 0 also for anchors that are not eligible.
+    """
+    limits = chain_limits(loss_mask, draft.num_draft_tokens)
+    eligible = np.flatnonzero(limits >= 0)
+    counts = np.array([count_at_depth(len(eligible), d, draft) for d in range(1, draft.num_draft_tokens)], dtype=int)
+    rank = np.random.default_rng([key.seed, key.epoch, key.example]).permutation(len(eligible))
+    lengths = np.zeros(len(loss_mask), dtype=np.int64)
+    lengths[eligible] = (counts[None, :] > rank[:, None]).sum(axis=1)
+    return np.minimum(lengths, np.maximum(limits, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slots of one document
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lay_out_document(chain_lengths: np.ndarray, document: int = 0) -> SlotLayout:
+    """Slots of one document: its L real tokens, then its chains sorted by anchor.
+
+    Sorted chains keep mask-to-mask attention a narrow band and mask-to-text attention causal by anchor.
+
+    Args:
+        chain_lengths: int [L].
+        document: number of the document within its pack.
+
+    Returns:
+        Layout of L + sum(chain_lengths) slots, int64.
+    """
+    num_tokens = len(chain_lengths)
+    chain_anchor = np.repeat(np.arange(num_tokens), chain_lengths)
+    first_slot = np.cumsum(chain_lengths) - chain_lengths
+    chain_depth = np.arange(len(chain_anchor)) - np.repeat(first_slot, chain_lengths) + 1
+    anchor = np.concatenate([np.arange(num_tokens), chain_anchor])
+    depth = np.concatenate([np.zeros(num_tokens, dtype=np.int64), chain_depth])
+    return SlotLayout(np.full_like(anchor, document), anchor, depth)
+
+
+def slot_tokens(layout: SlotLayout, input_ids: np.ndarray, mask_token_id: int) -> np.ndarray:
+    """Input id of every slot of one document, [T]: the real token at depth 0, the mask token elsewhere."""
+    return np.where(layout.depth == 0, input_ids[layout.anchor], mask_token_id)
+
+
+def slot_labels(layout: SlotLayout, input_ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
+    """Label of every slot of one document, [T]: token a + d + 1 where it is supervised, else IGNORE_INDEX."""
+    target = layout.position + 1
+    is_inside = target < len(input_ids)
+    target = np.minimum(target, len(input_ids) - 1)
+    return np.where(is_inside & loss_mask[target], input_ids[target], IGNORE_INDEX)

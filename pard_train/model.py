@@ -1,0 +1,259 @@
+"""Loading models, choosing the mask token, and turning an autoregressive model into an untrained draft model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pard_train.config import DraftConfig, ModelConfig
+from pard_train.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one (CUDA or ROCm through PyTorch's own device API), else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+@contextmanager
+def _explained(path: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: the {what} cannot be loaded: {first_line}") from error
+
+
+def load_tokenizer(
+    path: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Tokenizer of a folder or hub model. Raises UserError."""
+    with _explained(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def load_config(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
+    """Model configuration, checked to be one that can draft.
+
+    Raises:
+        UserError: if it cannot be read, has no rotary positions, or has layers without full attention (a mask slot
+            stands at the position of the token it replaces; sliding windows and recurrent layers count slots instead).
+    """
+    with _explained(path, "config"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+    other_layers = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    if not getattr(config, "rope_parameters", None) or other_layers:
+        raise UserError(
+            f"{path}: a {config.model_type} model cannot become a parallel draft model"
+            f"{' (it has ' + ', '.join(sorted(other_layers)) + ' layers)' if other_layers else ''}; supported are "
+            "causal LMs with rotary positions and full attention in every layer (Qwen2, Qwen3, Llama)"
+        )
+    return config
+
+
+def load_causal_lm(
+    path: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A causal LM from safetensors. `dtype="auto"` keeps that of the checkpoint. Raises UserError."""
+    with _explained(path, "model"):
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            use_safetensors=True,
+        )
+
+
+def mask_token_of(config: PretrainedConfig) -> int | None:
+    """Mask token id of a draft model's config, None if it is no draft model.
+
+    Raises:
+        UserError: if the two keys that engines read disagree or lie outside the vocabulary.
+    """
+    ids = {value for key in ("pard_token", "mask_token_id") if (value := getattr(config, key, None)) is not None}
+    if not ids:
+        return None
+    if len(ids) > 1 or not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
+        raise UserError(
+            f"config.json of {config.name_or_path}: pard_token={getattr(config, 'pard_token', None)} and mask_token_id="
+            f"{getattr(config, 'mask_token_id', None)} must be one id in [0, {config.vocab_size})"
+        )
+    return ids.pop()
+
+
+def produced_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every id that the tokenizer has an entry for."""
+    return set(tokenizer.get_vocab().values()) | set(tokenizer.added_tokens_decoder)
+
+
+def choose_mask_token(tokenizer: PreTrainedTokenizerBase, num_rows: int, draft: DraftConfig) -> int:
+    """Id of the shared mask token.
+
+    Args:
+        tokenizer: of the base model.
+        num_rows: rows of its embedding.
+        draft: an explicit choice (`mask_token_id` or `mask_token`), or neither.
+
+    Returns:
+        The choice, else the first row that no tokenizer entry uses, else `num_rows`: a row to be appended.
+
+    Raises:
+        UserError: if the choice is outside the vocabulary, is an ordinary token, or does not exist.
+    """
+    used = produced_ids(tokenizer)
+    spare = [i for i in range(num_rows) if i not in used]
+    allowed = f"{spare[0]}..{spare[-1]}" if spare else f"{num_rows} (a row to be appended)"
+    if draft.mask_token is not None:
+        token_id = tokenizer.get_vocab().get(draft.mask_token)
+        special = tokenizer.added_tokens_decoder.get(token_id) if token_id is not None else None
+        if special is None or not special.special or token_id in set(tokenizer.all_special_ids):
+            raise UserError(
+                f"draft.mask_token={draft.mask_token!r} must be a special token without a role (end, start, padding) "
+                f"in the tokenizer of {tokenizer.name_or_path}; or leave it null for id {allowed}"
+            )
+        return token_id
+    if draft.mask_token_id is None:
+        return spare[0] if spare else num_rows
+    if draft.mask_token_id in used:
+        token = tokenizer.convert_ids_to_tokens(draft.mask_token_id)
+        raise UserError(
+            f"draft.mask_token_id={draft.mask_token_id} is the token {token!r}, which the tokenizer can produce; "
+            f"allowed are {allowed}, or a reserved special token by name in draft.mask_token"
+        )
+    if draft.mask_token_id > num_rows or (spare and draft.mask_token_id == num_rows):
+        raise UserError(
+            f"draft.mask_token_id={draft.mask_token_id} is outside the vocabulary of {num_rows} rows; allowed: {allowed}"
+        )
+    return draft.mask_token_id
+
+
+def vocabulary_tensors(model: PreTrainedModel) -> list[Tensor]:
+    """The embedding, and the output head unless it is tied to it; each [V, ...]."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return [embedding] if head is embedding else [embedding, head]
+
+
+@torch.no_grad()
+def resize_vocabulary(model: PreTrainedModel, num_rows: int) -> None:
+    """Append rows, each the mean of the rows before, so that none can win an arg max.
+
+    The logit of a mean row is the mean of all logits, which is below the largest. (A zero row would have logit 0 and
+    beat any vocabulary whose logits are all negative.) Tied embeddings stay tied.
+
+    Raises:
+        ValueError: if `num_rows` is below the present number.
+    """
+    old = model.config.vocab_size
+    if num_rows < old:
+        raise ValueError(f"cannot shrink a vocabulary of {old} rows to {num_rows}")
+    if num_rows == old:
+        return
+    means = [tensor.float().mean(dim=0) for tensor in vocabulary_tensors(model)]
+    model.resize_token_embeddings(num_rows, mean_resizing=False)
+    for tensor, mean in zip(vocabulary_tensors(model), means, strict=True):
+        tensor[old:] = mean.to(tensor.dtype)
+
+
+@torch.no_grad()
+def add_mask_token(model: PreTrainedModel, mask_token_id: int) -> None:
+    """Give the mask token a fresh row: the mean of the others. Appends the row if the id is one past the end."""
+    if mask_token_id == model.config.vocab_size:
+        resize_vocabulary(model, mask_token_id + 1)
+        return
+    for tensor in vocabulary_tensors(model):
+        is_other = torch.arange(len(tensor), device=tensor.device) != mask_token_id
+        tensor[mask_token_id] = tensor[is_other].float().mean(dim=0).to(tensor.dtype)
+
+
+def write_initial_draft(model_config: ModelConfig, draft: DraftConfig, folder: Path) -> None:
+    """Write the untrained draft model: the base model with a mask token and the keys that engines read.
+
+    A base that already is a draft model (`pard_token` in its config) keeps its mask token and its row.
+
+    Args:
+        model_config: the base.
+        draft: mask token choice and K, recorded in config.json.
+        folder: written whole or not at all; left alone if it exists.
+
+    Raises:
+        UserError: if the base cannot draft or the mask token is refused.
+    """
+    if folder.exists():
+        return
+    trust, revision = model_config.trust_remote_code, model_config.revision
+    config = load_config(model_config.path, trust_remote_code=trust, revision=revision)
+    tokenizer = load_tokenizer(model_config.path, trust_remote_code=trust, revision=revision)
+    existing = mask_token_of(config)
+    if existing is not None and draft.mask_token_id not in (None, existing):
+        raise UserError(
+            f"draft.mask_token_id={draft.mask_token_id}, but {model_config.path} already is a draft model with mask "
+            f"token {existing}: leave draft.mask_token_id=null"
+        )
+    mask_token_id = choose_mask_token(tokenizer, config.vocab_size, draft) if existing is None else existing
+    model = load_causal_lm(model_config.path, trust_remote_code=trust, revision=revision)
+    if existing is None:
+        add_mask_token(model, mask_token_id)
+    set_draft_keys(model, mask_token_id, draft.num_draft_tokens)
+    write_model_folder(model, tokenizer, folder)
+
+
+def set_draft_keys(model: nn.Module, mask_token_id: int, num_draft_tokens: int) -> None:
+    """Write what engines read into config.json: vLLM and TensorRT-LLM look for `pard_token` or `mask_token_id`."""
+    model.config.pard_token = mask_token_id
+    model.config.mask_token_id = mask_token_id
+    model.config.spd_type = "pard"
+    model.config.pard_num_draft_tokens = num_draft_tokens  # K_train; K may be larger when serving
+
+
+def write_model_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Save model and tokenizer as safetensors, whole or not at all; `state_dict` stands in for sharded weights."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, state_dict=state_dict)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+
+
+def check_same_tokenizer(
+    draft: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, draft_name: str, target_name: str
+) -> None:
+    """Check that two models speak the same ids.
+
+    Raises:
+        UserError: naming the first entry that differs.
+    """
+    ours, theirs = draft.get_vocab(), target.get_vocab()
+    if ours == theirs:
+        return
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    token = differing[0]
+    raise UserError(
+        f"draft {draft_name} and target {target_name} have different tokenizers: {len(differing)} entries differ, the "
+        f"first is {token!r} (id {ours.get(token)} and {theirs.get(token)}); a draft serves targets of its own family"
+    )

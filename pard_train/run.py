@@ -1,0 +1,150 @@
+"""Output folders: who may write where, what a result was made with, and whether a checkpoint is whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pard_train.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+RUN_FILE = "run.json"
+SEAL_FILE = "files.json"  # in every checkpoint: its files and their sizes in bytes
+PACKAGES = ("pard_train", "torch", "transformers", "datasets", "accelerate", "deepspeed", "hydra-core", "numpy")
+
+# What may change when a run is continued; everything else decides the result.
+FREE_KEYS = ("resume", "logger", "evaluate", "regenerate", "trainer.logging_steps", "trainer.save_steps")
+
+
+def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Claim an output folder for a run and write what it is made with. Called by one process.
+
+    Args:
+        folder: created if missing.
+        config: the resolved configuration.
+        resume: continue the run that stands there.
+
+    Raises:
+        UserError: if the folder holds another run, or the run to continue had other settings.
+    """
+    config_path = folder / CONFIG_FILE
+    if config_path.exists():
+        if not resume:
+            raise UserError(
+                f"output_dir={folder} already holds a run (see {config_path}): continue it with resume=true, or choose "
+                "another output_dir"
+            )
+        _check_same_settings(json.loads(config_path.read_text()), config, folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"output_dir={folder} is not empty and holds no run of ours: choose another output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not config_path.exists():
+        write_json(config_path, config)
+    write_json(folder / RUN_FILE, provenance())
+
+
+def _check_same_settings(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    before, after = _flatten(old), _flatten(new)
+    changed = [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any((key + ".").startswith(free + ".") for free in FREE_KEYS)
+    ]
+    if changed:
+        raise UserError(
+            f"output_dir={folder} holds a run with other settings ({'; '.join(changed)}): resume with the same ones, or "
+            "choose another output_dir"
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def provenance() -> dict[str, Any]:
+    """Command, versions, git state, machine and time: what a reader needs to make a result again."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "command": sys.argv,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "versions": versions,
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the checkout this package is in, and whether it has uncommitted changes; None outside of git."""
+    here = Path(__file__).parent
+    try:
+        commit, status = (
+            subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".."])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "is_dirty": bool(status.strip())}
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Record every file of a finished checkpoint with its size. Written last, so that its absence means unfinished."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    files.pop(SEAL_FILE, None)
+    write_json(folder / SEAL_FILE, files)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Check that every file of a checkpoint has the size it was sealed with.
+
+    Raises:
+        UserError: naming the file that is missing or truncated.
+    """
+    for name, size in json.loads((folder / SEAL_FILE).read_text()).items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else 0
+        if found != size:
+            raise UserError(
+                f"{path} is truncated: {found} bytes of {size}; delete {folder} to continue from the checkpoint before"
+            )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end, None if it has none.
+
+    Raises:
+        UserError: if that checkpoint has been damaged since.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    for checkpoint in reversed(checkpoints):
+        if (checkpoint / SEAL_FILE).exists():
+            check_checkpoint(checkpoint)
+            return checkpoint
+        logger.warning("%s was not written to its end: passed over", checkpoint)
+    return None

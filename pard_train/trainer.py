@@ -1,0 +1,251 @@
+"""Training: `transformers.Trainer` with our batch, our loss and our log. DeepSpeed, resume and trackers are its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from pard_train.attention import IMPLEMENTATIONS, attention_inputs, resolve_attention
+from pard_train.chat import ChatEncoder
+from pard_train.config import TrainConfig
+from pard_train.corpus import load_corpus
+from pard_train.errors import UserError
+from pard_train.layout import IGNORE_INDEX, SlotLayout
+from pard_train.model import load_causal_lm, load_tokenizer, mask_token_of, write_initial_draft, write_model_folder
+from pard_train.objective import DepthStatistics, slot_losses
+from pard_train.packing import PackedDataset, PardCollator
+from pard_train.run import newest_checkpoint, open_run, seal_checkpoint
+from pard_train.trackers import MetricsFile, configure_tracker
+
+INITIAL_FOLDER = "init"  # the untrained draft model
+DRAFT_FOLDER = "draft"  # the trained one
+
+
+def train(config: TrainConfig) -> Path:
+    """Train a draft model: the whole of `recipes/train.py`.
+
+    Args:
+        config: validated.
+
+    Returns:
+        Folder of the trained draft model, output_dir/draft.
+
+    Raises:
+        UserError: for bad data, a base that cannot draft, or an output folder that is taken.
+    """
+    output_dir = Path(config.output_dir)
+    arguments = build_arguments(config)
+    with arguments.main_process_first(local=False, desc="claim the output folder"):
+        if arguments.process_index == 0:
+            open_run(output_dir, dataclasses.asdict(config), resume=config.resume)
+            write_initial_draft(config.model, config.draft, output_dir / INITIAL_FOLDER)
+    checkpoint = newest_checkpoint(output_dir) if config.resume else None
+    trainer = build_trainer(config, arguments)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.write_draft(output_dir / DRAFT_FOLDER)
+
+
+def build_arguments(config: TrainConfig) -> TrainingArguments:
+    """TrainingArguments of an experiment.
+
+    Raises:
+        UserError: if trainer.extra has a field that TrainingArguments lacks or that is set elsewhere.
+    """
+    settings = config.trainer
+    is_cpu = torch.accelerator.current_accelerator() is None
+    ours: dict[str, Any] = dict(
+        output_dir=config.output_dir,
+        seed=config.seed,
+        learning_rate=settings.learning_rate,
+        num_train_epochs=1,  # the packs of all epochs are one list
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=1,  # one pack; data.slot_budget is the batch size
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bf16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=settings.save_total_limit,
+        dataloader_num_workers=settings.dataloader_num_workers,
+        remove_unused_columns=False,
+        report_to=configure_tracker(config),
+        use_cpu=is_cpu,
+        ddp_backend="gloo" if is_cpu else None,
+        deepspeed=config.deepspeed or None,
+    )
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name in settings.extra:
+        if name not in known or name in ours:
+            reason = "is set by a field of its own" if name in ours else "is not a field of TrainingArguments"
+            raise UserError(f"trainer.extra.{name} {reason}")
+    return TrainingArguments(**ours, **settings.extra)
+
+
+def build_trainer(config: TrainConfig, arguments: TrainingArguments) -> PardTrainer:
+    """Load the untrained draft model and its data. Raises UserError."""
+    initial = str(Path(config.output_dir) / INITIAL_FOLDER)
+    is_main = arguments.process_index == 0
+    tokenizer = load_tokenizer(initial)
+    corpus = load_corpus(config.data, ChatEncoder(tokenizer, config.data.template_kwargs), show_progress=is_main)
+    dataset = PackedDataset(
+        corpus.documents,
+        config.draft,
+        slot_budget=config.data.slot_budget,
+        num_epochs=config.trainer.num_train_epochs,
+        seed=config.seed,
+        packs_per_step=arguments.world_size * arguments.gradient_accumulation_steps,
+        show_progress=is_main,
+    )
+    if is_main:
+        print(f"{corpus.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots, {dataset.fill:.1%} full")
+    attention = resolve_attention(config.model.attention, arguments.device.type)
+    model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
+    collator = PardCollator(config.draft, config.objective, mask_token_of(model.config), config.data.slot_budget)
+    trainer = PardTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[DataEpoch(dataset.num_epochs), SealCheckpoint(), MetricsFile(Path(config.output_dir))],
+        attention=attention,
+        num_draft_tokens=config.draft.num_draft_tokens,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ShortProgress)
+    return trainer
+
+
+class PardTrainer(Trainer):
+    """A Trainer whose batch is one pack and whose loss is a mean over the supervised slots of the global batch."""
+
+    def __init__(self, *args: Any, attention: str, num_draft_tokens: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is normalized here: no division by accumulation steps
+        self.attention = attention
+        self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
+        self.window_start = time.perf_counter()
+
+    def _get_train_sampler(self, *args: Any) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)  # the packs already stand in training order
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        """Micro-batches of one optimizer step, and the sum of their weights over all ranks (a float32 scalar)."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
+        return batches, self.accelerator.reduce(weight, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """Weighted cross entropy of one pack over the weight of the global batch.
+
+        Data-parallel engines average gradients over ranks, so the sum is scaled by their number. Logits are computed
+        for supervised slots only.
+        """
+        layout = SlotLayout(*(inputs[name][0] for name in ("document", "anchor", "depth")))
+        labels, weight = inputs["labels"][0], inputs["weight"][0]
+        supervised = torch.nonzero(labels != IGNORE_INDEX).squeeze(1)  # [S]
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            position_ids=layout.position[None],
+            logits_to_keep=supervised,
+            use_cache=False,
+            **attention_inputs(self.attention, layout),
+        )
+        logits, labels = outputs.logits[0], labels[supervised]  # [S, V], [S]
+        losses = slot_losses(logits, labels)
+        self._count(layout[supervised], logits, labels, losses)
+        return (losses * weight[supervised]).sum() * (self.args.world_size / num_items_in_batch)
+
+    @torch.no_grad()
+    def _count(self, layout: SlotLayout, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+        is_correct = logits.argmax(dim=-1) == labels
+        self.statistics.add(
+            DepthStatistics.of_slots(layout, is_correct, losses.detach(), len(self.statistics.slots))
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log a window of steps, with accuracy per depth, expected accepted length and throughput over all ranks."""
+        if "loss" in logs:
+            for tensor in self.statistics.tensors():
+                tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
+            logs |= self.statistics.metrics()
+            now = time.perf_counter()
+            logs["supervised_slots_per_second"] = logs["supervised_slots"] / (now - self.window_start)
+            self.window_start = now
+            for tensor in self.statistics.tensors():
+                tensor.zero_()
+        super().log(logs, *args, **kwargs)
+
+    def write_draft(self, folder: Path) -> Path:
+        """Write the trained model as a draft folder, whole or not at all, from whatever shards the ranks hold."""
+        state = self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
+        if self.args.should_save and not folder.exists():
+            model = self.accelerator.unwrap_model(self.model)
+
+            write_model_folder(model, self.processing_class, folder, state_dict=state)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+
+class DataEpoch(TrainerCallback):
+    """Shows epochs over the data: to Trainer, the packs of all epochs are one epoch."""
+
+    def __init__(self, num_epochs: int):
+        self.num_epochs = num_epochs
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stretch Trainer's 0..1 to 0..num_epochs."""
+        state.epoch = (state.epoch or 0.0) * self.num_epochs
+
+
+class SealCheckpoint(TrainerCallback):
+    """Marks a checkpoint as whole, once every rank has written its part."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Wait for all ranks, then write the list of files."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class ShortProgress(ProgressCallback):
+    """Trainer's progress bar with one short line per log."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print loss, expected accepted length and speed above the bar."""
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.write(
+                f"step {state.global_step:>6}  loss {float(logs['loss']):.3f}  expected accepted length "
+                f"{logs['accepted_length']:.2f}  {logs['supervised_slots_per_second']:,.0f} supervised slots/s"
+            )

@@ -1,0 +1,155 @@
+"""The rules between settings, checked before anything expensive starts.
+
+Like `config.py`, nothing here imports torch: a wrong setting is refused within a second or two.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from pard_train.config import (
+    MISSING,
+    DataConfig,
+    DraftConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    RegenerateConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+from pard_train.errors import UserError
+from pard_train.layout import max_slots
+
+
+def validate_train(config: TrainConfig) -> None:
+    """Check a training experiment.
+
+    Raises:
+        UserError: naming the first field that is missing, out of range or at odds with another.
+    """
+    _refuse_missing(config, skip=("evaluate", "regenerate"))
+    _one_of("model.attention", config.model.attention, ("auto", "split", "dense", "flex"))
+    validate_draft(config.draft)
+    _in_range("objective.depth_decay", config.objective.depth_decay, low=0.0, high=1.0, above=True)
+    _validate_data(config.data, config.draft)
+    _validate_trainer(config.trainer)
+    _one_of("logger.report_to", config.logger.report_to, ("none", "tensorboard", "wandb"))
+    _one_of("logger.wandb_mode", config.logger.wandb_mode, ("online", "offline"))
+    if config.deepspeed and "RANK" not in os.environ:
+        raise UserError(
+            "deepspeed=... needs a launcher: torchrun --nproc_per_node N recipes/train.py ..., or "
+            "deepspeed --no_local_rank --num_gpus N recipes/train.py ...; for one process without it, deepspeed=none"
+        )
+
+
+def validate_draft(draft: DraftConfig) -> None:
+    """Check the chain depth and the COD fractions. Raises UserError."""
+    _at_least("draft.num_draft_tokens", draft.num_draft_tokens, 1)
+    _in_range("draft.retention_ratio", draft.retention_ratio, low=0.0, high=1.0, above=True)
+    _in_range("draft.min_retention", draft.min_retention, low=0.0, high=1.0)
+    if draft.min_retention > draft.retention_ratio:
+        raise UserError(
+            f"draft.min_retention={draft.min_retention} is above draft.retention_ratio={draft.retention_ratio}: "
+            "the floor would lift every depth; choose min_retention <= retention_ratio"
+        )
+    if draft.mask_token_id is not None:
+        _at_least("draft.mask_token_id", draft.mask_token_id, 0)
+        if draft.mask_token is not None:
+            raise UserError("draft.mask_token_id and draft.mask_token name the same thing: give one of them")
+
+
+def validate_evaluate(config: EvaluateConfig) -> None:
+    """Check an evaluation. Raises UserError."""
+    _refuse_missing(config)
+    if bool(config.draft) == bool(config.drafts):
+        raise UserError("give either draft=DIR or drafts.NAME=DIR (several), not both and not neither")
+    for name in ("targets", "benchmarks", "num_draft_tokens"):
+        if not getattr(config, name):
+            raise UserError(f"{name} is empty: give a list, for example {name}={_EXAMPLES[name]}")
+    for value in config.num_draft_tokens:
+        _at_least("num_draft_tokens", value, 1)
+    for name in ("max_new_tokens", "batch_size", "live_num_draft_tokens"):
+        _at_least(name, getattr(config, name), 1)
+    for name in ("max_prompts", "live_prompts"):
+        _at_least(name, getattr(config, name), 0)
+    _validate_dtype(config.dtype)
+
+
+def validate_export(config: ExportConfig) -> None:
+    """Check an export. Raises UserError."""
+    _refuse_missing(config)
+    _validate_dtype(config.dtype)
+
+
+def validate_generate(config: GenerateConfig) -> None:
+    """Check a chat. Raises UserError."""
+    _refuse_missing(config)
+    _validate_dtype(config.dtype)
+    _at_least("num_draft_tokens", config.num_draft_tokens, 1)
+    _at_least("max_new_tokens", config.max_new_tokens, 1)
+
+
+def validate_regenerate(config: RegenerateConfig) -> None:
+    """Check the prompt and answer settings. Raises UserError."""
+    _validate_dtype(config.dtype)
+    for name in ("num_prompts", "num_held_out", "max_new_tokens", "batch_size"):
+        _at_least(f"regenerate.{name}", getattr(config, name), 1)
+
+
+_EXAMPLES = {"targets": "[Qwen/Qwen2.5-7B-Instruct]", "benchmarks": "[humaneval]", "num_draft_tokens": "[4,8]"}
+
+
+def _validate_data(data: DataConfig, draft: DraftConfig) -> None:
+    _one_of("data.overlong", data.overlong, ("error", "drop", "truncate"))
+    _at_least("data.max_length", data.max_length, 2)
+    worst = max_slots(data.max_length, draft)
+    if worst > data.slot_budget:
+        raise UserError(
+            f"data.slot_budget={data.slot_budget} cannot hold one document of data.max_length={data.max_length} "
+            f"tokens, which needs up to {worst} slots at draft.num_draft_tokens={draft.num_draft_tokens}; "
+            f"set data.slot_budget>={worst} or a smaller data.max_length"
+        )
+
+
+def _validate_trainer(trainer: TrainerConfig) -> None:
+    _one_of("trainer.precision", trainer.precision, ("bf16", "fp32"))
+    _in_range("trainer.learning_rate", trainer.learning_rate, low=0.0, high=1.0, above=True)
+    for name in ("num_train_epochs", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
+        _at_least(f"trainer.{name}", getattr(trainer, name), 1)
+    for name in ("save_steps", "warmup_steps", "dataloader_num_workers"):
+        _at_least(f"trainer.{name}", getattr(trainer, name), 0)
+    if trainer.max_steps == 0 or trainer.max_steps < -1:
+        raise UserError(f"trainer.max_steps={trainer.max_steps}: allowed are -1 (all epochs) and numbers from 1 on")
+
+
+def _refuse_missing(config: Any, prefix: str = "", skip: tuple[str, ...] = ()) -> None:
+    for item in fields(config):
+        value, name = getattr(config, item.name), prefix + item.name
+        if item.name in skip:
+            continue
+        if value == MISSING:
+            raise UserError(f"{name} is not set: give it on the command line ({name}=...) or choose an experiment")
+        if is_dataclass(value):
+            _refuse_missing(value, prefix=name + ".")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}={value}: allowed are {', '.join(allowed)}")
+
+
+def _validate_dtype(value: str) -> None:
+    _one_of("dtype", value, ("float32", "bfloat16", "float16"))
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise UserError(f"{name}={value}: must be at least {low}")
+
+
+def _in_range(name: str, value: float, *, low: float, high: float, above: bool = False) -> None:
+    if not (low <= value <= high) or (above and value == low):
+        raise UserError(f"{name}={value}: must be {'above' if above else 'from'} {low} and at most {high}")
