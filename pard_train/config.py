@@ -112,8 +112,9 @@ class LoggerConfig:
 class EvaluateConfig:
     """Acceptance length of drafts on targets x benchmarks."""
 
-    # Draft folder(s): one path, or name=path pairs joined by commas in `drafts`.
+    # Folder or hub name of one draft model.
     draft: Optional[str] = None
+    # Or several to compare: drafts.before=DIR drafts.after=DIR.
     drafts: dict[str, str] = field(default_factory=dict)
     # Target folders or hub names.
     targets: list[str] = field(default_factory=list)
@@ -134,7 +135,8 @@ class EvaluateConfig:
     dtype: str = "float32"
     trust_remote_code: bool = False
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    output_dir: str = MISSING
+    # Folder of acceptance.json, report.md and the picture. Cached target text stays here too.
+    output_dir: Optional[str] = None
 
 
 @dataclass

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -214,11 +214,12 @@ def write_initial_draft(model_config: ModelConfig, draft: DraftConfig, folder: P
     model = load_causal_lm(model_config.path, trust_remote_code=trust, revision=revision)
     if existing is None:
         add_mask_token(model, mask_token_id)
+        model.config.pard_base = model_config.path
     set_draft_keys(model, mask_token_id, draft.num_draft_tokens)
     write_model_folder(model, tokenizer, folder)
 
 
-def set_draft_keys(model: nn.Module, mask_token_id: int, num_draft_tokens: int) -> None:
+def set_draft_keys(model: PreTrainedModel, mask_token_id: int, num_draft_tokens: int) -> None:
     """Write what engines read into config.json: vLLM and TensorRT-LLM look for `pard_token` or `mask_token_id`."""
     model.config.pard_token = mask_token_id
     model.config.mask_token_id = mask_token_id

@@ -199,10 +199,9 @@ class PardTrainer(Trainer):
 
     def write_draft(self, folder: Path) -> Path:
         """Write the trained model as a draft folder, whole or not at all, from whatever shards the ranks hold."""
-        state = self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
+        state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save and not folder.exists():
             model = self.accelerator.unwrap_model(self.model)
-
             write_model_folder(model, self.processing_class, folder, state_dict=state)
         self.accelerator.wait_for_everyone()
         return folder

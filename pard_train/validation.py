@@ -6,11 +6,8 @@ Like `config.py`, nothing here imports torch: a wrong setting is refused within 
 from __future__ import annotations
 
 import os
-from dataclasses import fields, is_dataclass
-from typing import Any
 
 from pard_train.config import (
-    MISSING,
     DataConfig,
     DraftConfig,
     EvaluateConfig,
@@ -30,7 +27,6 @@ def validate_train(config: TrainConfig) -> None:
     Raises:
         UserError: naming the first field that is missing, out of range or at odds with another.
     """
-    _refuse_missing(config, skip=("evaluate", "regenerate"))
     _one_of("model.attention", config.model.attention, ("auto", "split", "dense", "flex"))
     validate_draft(config.draft)
     _in_range("objective.depth_decay", config.objective.depth_decay, low=0.0, high=1.0, above=True)
@@ -63,9 +59,10 @@ def validate_draft(draft: DraftConfig) -> None:
 
 def validate_evaluate(config: EvaluateConfig) -> None:
     """Check an evaluation. Raises UserError."""
-    _refuse_missing(config)
     if bool(config.draft) == bool(config.drafts):
         raise UserError("give either draft=DIR or drafts.NAME=DIR (several), not both and not neither")
+    if not config.output_dir:
+        raise UserError("output_dir is not set: give the folder that the results go to, output_dir=...")
     for name in ("targets", "benchmarks", "num_draft_tokens"):
         if not getattr(config, name):
             raise UserError(f"{name} is empty: give a list, for example {name}={_EXAMPLES[name]}")
@@ -80,13 +77,11 @@ def validate_evaluate(config: EvaluateConfig) -> None:
 
 def validate_export(config: ExportConfig) -> None:
     """Check an export. Raises UserError."""
-    _refuse_missing(config)
     _validate_dtype(config.dtype)
 
 
 def validate_generate(config: GenerateConfig) -> None:
     """Check a chat. Raises UserError."""
-    _refuse_missing(config)
     _validate_dtype(config.dtype)
     _at_least("num_draft_tokens", config.num_draft_tokens, 1)
     _at_least("max_new_tokens", config.max_new_tokens, 1)
@@ -123,17 +118,6 @@ def _validate_trainer(trainer: TrainerConfig) -> None:
         _at_least(f"trainer.{name}", getattr(trainer, name), 0)
     if trainer.max_steps == 0 or trainer.max_steps < -1:
         raise UserError(f"trainer.max_steps={trainer.max_steps}: allowed are -1 (all epochs) and numbers from 1 on")
-
-
-def _refuse_missing(config: Any, prefix: str = "", skip: tuple[str, ...] = ()) -> None:
-    for item in fields(config):
-        value, name = getattr(config, item.name), prefix + item.name
-        if item.name in skip:
-            continue
-        if value == MISSING:
-            raise UserError(f"{name} is not set: give it on the command line ({name}=...) or choose an experiment")
-        if is_dataclass(value):
-            _refuse_missing(value, prefix=name + ".")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

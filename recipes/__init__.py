@@ -1,0 +1,1 @@
+"""Runnable Hydra programs, each a table of contents of what it does."""

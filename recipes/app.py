@@ -1,0 +1,58 @@
+"""The edge between Hydra and the library: typed schemas in, validated dataclasses out, one line for a mistake."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pard_train.errors import UserError
+
+CONFIG_DIR = Path(__file__).parents[1] / "conf"  # beside recipes/ in a checkout and in site-packages alike
+
+
+def hydra_program(name: str, schema: type, validate: Callable[[Any], None], run: Callable[[Any], Any]) -> None:
+    """Compose conf/NAME.yaml with the command line, validate it, and run.
+
+    Mistakes in settings or input print one line and exit with status 2; anything else keeps its traceback.
+
+    Args:
+        name: primary config, which lists `schema_NAME` first in its defaults.
+        schema: dataclass that types it.
+        validate: raises UserError; imports nothing heavy.
+        run: the recipe's work on the validated dataclass.
+    """
+    ConfigStore.instance().store(name=f"schema_{name}", node=schema)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing, and we print one line
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)
+    def program(composed: DictConfig) -> None:
+        try:
+            missing = sorted(OmegaConf.missing_keys(composed))
+            if missing:
+                raise UserError(f"not set: {', '.join(missing)}. Give {missing[0]}=... or choose an experiment=...")
+            config = OmegaConf.to_object(composed)
+            validate(config)
+            run(config)
+        except (UserError, OmegaConfBaseException) as error:
+            _exit_with(error)
+
+    try:
+        program()
+    except (HydraException, OmegaConfBaseException) as error:
+        _exit_with(error)
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    """Print what is wrong in one line, with the cause that Hydra hides below its own message."""
+    parts = [str(e).splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e)]
+    print(f"{Path(sys.argv[0]).name}: error: {': '.join(dict.fromkeys(parts))}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,37 @@
+"""Chat with speculative decoding in the terminal; accepted draft tokens are shown in green.
+
+    python recipes/generate.py draft=outputs/my-draft/export target=Qwen/Qwen2.5-7B-Instruct prompt="Write a haiku."
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pard_train.config import GenerateConfig
+from pard_train.validation import validate_generate
+from recipes.app import hydra_program
+
+
+def run(config: GenerateConfig) -> None:
+    """Answer one prompt, or chat until an empty line."""
+    from pard_train.terminal import ChatSession
+
+    session = ChatSession(config)
+    if config.prompt is not None:
+        session.answer(config.prompt)
+        return
+    print("An empty line ends the chat.")
+    while question := input("> ").strip():
+        session.answer(question)
+
+
+def main() -> None:
+    """Entry point of `pard-generate`."""
+    hydra_program("generate", GenerateConfig, validate_generate, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Turn an autoregressive model into a parallel draft model.
+
+    python recipes/train.py experiment=qwen2.5-0.5b data.source=answers.jsonl output_dir=outputs/my-draft
+    torchrun --nproc_per_node 8 recipes/train.py experiment=qwen2.5-0.5b deepspeed=zero1 ...
+    deepspeed --no_local_rank --num_gpus 8 recipes/train.py experiment=qwen2.5-0.5b deepspeed=zero1 ...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a launcher runs this file by its path
+
+from pard_train.config import TrainConfig
+from pard_train.validation import validate_train
+from recipes.app import hydra_program
+
+
+def run(config: TrainConfig) -> None:
+    """Train, and say what to do next."""
+    from pard_train.trainer import train
+
+    draft = train(config)
+    print(f"draft model: {draft}\nnext: python recipes/export.py checkpoint={draft} output_dir={draft.parent}/export")
+
+
+def main() -> None:
+    """Entry point of `pard-train`."""
+    hydra_program("train", TrainConfig, validate_train, run)
+
+
+if __name__ == "__main__":
+    main()
