@@ -1,8 +1,8 @@
 """Acceptance length, exactly: from the accepted drafts of every step follow tau, histogram, survival and intervals.
 
-tau (mean accepted length) = tokens emitted / target forward passes, pooled over all prompts. The first pass prefills the
-prompt and verifies the first draft; the target's own token counts; tokens past the end of the turn or the length limit
-do not.
+tau (mean accepted length) = tokens emitted / target forward passes, pooled over all prompts. The first pass prefills
+the prompt and verifies the first draft; the target's own token counts; tokens past the end of the turn or the length
+limit do not.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
 
+from pard_train.errors import UserError
 from pard_train.layout import SlotLayout, flex_mask_mod, is_visible
 
 # Legend: T slots of the pack, Q queries of a block, P text prefix, H heads, G heads per key-value head, D head size.
@@ -49,9 +50,15 @@ class ChainBlock:
 
 
 def resolve_attention(name: str, device_type: str) -> str:
-    """The form that `model.attention=auto` stands for: flex on an accelerator, split on the CPU."""
+    """The form that `model.attention=auto` stands for: flex on an accelerator, split on the CPU.
+
+    Raises:
+        UserError: for flex on the CPU, where PyTorch has no backward pass for it.
+    """
     if name == "auto":
         return "split" if device_type == "cpu" else "flex"
+    if name == "flex" and device_type == "cpu":
+        raise UserError("model.attention=flex cannot train on the CPU: choose model.attention=split (or auto)")
     return name
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,9 @@ class ChatEncoder:
                 list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self.template_kwargs
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"the chat template of {self.tokenizer.name_or_path} cannot be rendered: {error}") from error
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} cannot be rendered: {error}"
+            ) from error
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """Ids that a serving engine feeds to the model to have `messages` answered."""
@@ -91,9 +94,7 @@ class ChatEncoder:
             turns = [self._render_turn(messages[: i + 1]) for i, m in enumerate(messages) if m["role"] == "assistant"]
         except UserError as error:
             raise UserError(f"{origin}: {error}") from error
-        is_history_stable = all(
-            later[0].startswith(prompt + answer) for (prompt, answer), later in zip(turns, turns[1:], strict=False)
-        )
+        is_history_stable = all(later[0].startswith(prompt + answer) for (prompt, answer), later in pairwise(turns))
         groups = [turns] if is_history_stable else [[turn] for turn in turns]
         cut = [is_cut and i == len(groups) - 1 for i in range(len(groups))]
         return [self._encode_turns(group, origin, c) for group, c in zip(groups, cut, strict=True)]

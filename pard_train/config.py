@@ -37,8 +37,8 @@ class DraftConfig:
     min_retention: float = 0.2
     # Id of the shared mask token: a row that no tokenizer entry uses. null picks the first spare row, or appends one.
     mask_token_id: Optional[int] = None
-    # Or a special token of the tokenizer that chats never contain (Llama 3: <|reserved_special_token_12|>), for families
-    # without spare rows: an appended row is refused by vLLM, which wants draft and target vocabularies of equal size.
+    # Or a special token of the tokenizer that chats never contain (Llama 3: <|reserved_special_token_12|>), where no
+    # row is spare: vLLM refuses an appended row, because it wants draft and target vocabularies of equal size.
     mask_token: Optional[str] = None
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.errors import UserError
-from pard_train.model import load_causal_lm, load_config, load_tokenizer, mask_token_of
+from pard_train.model import load_causal_lm, load_config, load_tokenizer, required_mask_token_of
 
 # Legend: N new tokens, K draft tokens, V vocabulary.
 
@@ -46,7 +45,7 @@ class Limits:
 
     def is_over(self, tokens: list[int]) -> bool:
         """Whether an answer ends here."""
-        return len(tokens) >= self.max_new_tokens or bool(tokens) and tokens[-1] in self.end_ids
+        return len(tokens) >= self.max_new_tokens or (bool(tokens) and tokens[-1] in self.end_ids)
 
 
 def end_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -60,23 +59,15 @@ def end_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 class Drafter:
-    """A draft model and what it may propose."""
+    """A draft model and what it may propose. Raises UserError for a model that is no draft model."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        mask_token_id = mask_token_of(model.config)
-        if mask_token_id is None:
-            raise UserError(
-                f"{model.config.name_or_path} is not a parallel draft model: its config.json has no pard_token; "
-                "make one with recipes/train.py"
-            )
         self.model = model
         self.tokenizer = tokenizer
-        self.mask_token_id = mask_token_id
+        self.mask_token_id = required_mask_token_of(model.config)
 
     @classmethod
-    def load(
-        cls, path: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
-    ) -> Drafter:
+    def load(cls, path: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Drafter:
         """Load a draft folder. Raises UserError if it is not one."""
         load_config(path, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -149,7 +140,7 @@ def decode(
         own = logits.argmax(dim=-1).tolist()  # the target's choice after the text, and after each draft token
         num_matched = num_leading_matches(draft, own)
         cache.crop(cache.get_seq_length() - len(draft) + num_matched)
-        tokens = limits.cut(draft[:num_matched] + [own[num_matched]], len(output))
+        tokens = limits.cut([*draft[:num_matched], own[num_matched]], len(output))
         output += tokens
         unread, draft_unread = tokens[-1:], tokens
         yield Step(tokens, min(num_matched, len(tokens)))

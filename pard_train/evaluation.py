@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -31,8 +30,9 @@ from pard_train.model import (
     load_causal_lm,
     load_config,
     load_tokenizer,
-    mask_token_of,
+    required_mask_token_of,
 )
+from pard_train.packages import local_model
 from pard_train.replay import replay
 from pard_train.report import write_report
 from pard_train.run import provenance, write_json
@@ -96,12 +96,12 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     Raises:
         UserError: for a model, benchmark or tokenizer pair that does not fit, before any target writes a token.
     """
-    folder = Path(config.output_dir)
-    drafts = config.drafts or {Path(config.draft).name: config.draft}
+    folder = Path(config.output_dir or "")
+    drafts = dict(config.drafts) if config.draft is None else {Path(config.draft).name: config.draft}
     _check_output(folder, config)
     for benchmark in config.benchmarks:
         check_benchmark(benchmark)
-    targets = [Target(path, config) for path in config.targets]
+    targets = [Target(local_model(path), config) for path in config.targets]
     for path in drafts.values():
         check_draft(path, targets)
     cases = [case for target in targets for case in _target_cases(target, config, folder)]
@@ -133,8 +133,7 @@ def _check_output(folder: Path, config: EvaluateConfig) -> None:
 
 def check_draft(path: str, targets: list[Target]) -> None:
     """Check that a draft folder is one, and speaks the ids of every target. Raises UserError."""
-    if mask_token_of(load_config(path)) is None:
-        raise UserError(f"draft {path} is no parallel draft model: its config.json has no pard_token")
+    required_mask_token_of(load_config(path))
     tokenizer = load_tokenizer(path)
     for target in targets:
         check_same_tokenizer(tokenizer, target.tokenizer, path, target.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train import __version__
 from pard_train.config import ExportConfig
@@ -17,9 +18,11 @@ from pard_train.model import (
     load_tokenizer,
     mask_token_of,
     produced_ids,
+    required_mask_token_of,
     resize_vocabulary,
     write_model_folder,
 )
+from pard_train.packages import local_model
 
 CARD = """---
 library_name: transformers
@@ -41,8 +44,15 @@ It proposes K tokens in one forward pass from the text so far and K - 1 copies o
 vLLM wants draft and target vocabularies of equal size, and `parallel_drafting` said aloud:
 
 ```python
-LLM(model=TARGET, speculative_config={{
-    "method": "draft_model", "model": "{name}", "num_speculative_tokens": {num_draft_tokens}, "parallel_drafting": True}})
+LLM(
+    model=TARGET,
+    speculative_config={{
+        "method": "draft_model",
+        "model": "{name}",
+        "num_speculative_tokens": {num_draft_tokens},
+        "parallel_drafting": True,
+    }},
+)
 ```
 """
 
@@ -63,9 +73,7 @@ def export(config: ExportConfig) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output_dir={folder} already exists: choose another one")
     model_config = load_config(config.checkpoint)
-    mask_token_id = mask_token_of(model_config)
-    if mask_token_id is None:
-        raise UserError(f"checkpoint={config.checkpoint} is no draft model: its config.json has no pard_token")
+    mask_token_id = required_mask_token_of(model_config)
     tokenizer = load_tokenizer(config.checkpoint)
     num_rows = _rows_for_target(config, model_config.vocab_size, tokenizer)
     model = load_causal_lm(config.checkpoint, dtype=DTYPES[config.dtype])
@@ -90,12 +98,13 @@ def export(config: ExportConfig) -> Path:
     return folder
 
 
-def _rows_for_target(config: ExportConfig, num_rows: int, tokenizer: object) -> int:
+def _rows_for_target(config: ExportConfig, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows that the exported vocabulary needs. Raises UserError if the target has fewer."""
     if config.target is None:
         return num_rows
-    check_same_tokenizer(tokenizer, load_tokenizer(config.target), config.checkpoint, config.target)
-    wanted = load_config(config.target).vocab_size
+    target = local_model(config.target)
+    check_same_tokenizer(tokenizer, load_tokenizer(target), config.checkpoint, config.target)
+    wanted = load_config(target).vocab_size
     if wanted < num_rows:
         raise UserError(
             f"target={config.target} has {wanted} vocabulary rows, the draft {num_rows}: engines want equal sizes; "
@@ -105,7 +114,7 @@ def _rows_for_target(config: ExportConfig, num_rows: int, tokenizer: object) -> 
 
 
 @torch.inference_mode()
-def check_reload(folder: Path, model: torch.nn.Module, mask_token_id: int, last_token_id: int) -> None:
+def check_reload(folder: Path, model: PreTrainedModel, mask_token_id: int, last_token_id: int) -> None:
     """Load an exported folder and compare its logits with the model it was written from, bit for bit.
 
     Raises:

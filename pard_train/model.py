@@ -20,6 +20,7 @@ from transformers import (
 
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
+from pard_train.packages import local_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -102,6 +103,17 @@ def mask_token_of(config: PretrainedConfig) -> int | None:
     return ids.pop()
 
 
+def required_mask_token_of(config: PretrainedConfig) -> int:
+    """Mask token id of a draft model's config. Raises UserError if the model is no draft model."""
+    mask_token_id = mask_token_of(config)
+    if mask_token_id is None:
+        raise UserError(
+            f"{config.name_or_path} is not a parallel draft model (its config.json has no pard_token): "
+            "make one with recipes/train.py"
+        )
+    return mask_token_id
+
+
 def produced_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Every id that the tokenizer has an entry for."""
     return set(tokenizer.get_vocab().values()) | set(tokenizer.added_tokens_decoder)
@@ -125,8 +137,8 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, num_rows: int, draft: 
     spare = [i for i in range(num_rows) if i not in used]
     allowed = f"{spare[0]}..{spare[-1]}" if spare else f"{num_rows} (a row to be appended)"
     if draft.mask_token is not None:
-        token_id = tokenizer.get_vocab().get(draft.mask_token)
-        special = tokenizer.added_tokens_decoder.get(token_id) if token_id is not None else None
+        token_id = tokenizer.get_vocab().get(draft.mask_token, -1)
+        special = tokenizer.added_tokens_decoder.get(token_id)
         if special is None or not special.special or token_id in set(tokenizer.all_special_ids):
             raise UserError(
                 f"draft.mask_token={draft.mask_token!r} must be a special token without a role (end, start, padding) "
@@ -143,7 +155,8 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, num_rows: int, draft: 
         )
     if draft.mask_token_id > num_rows or (spare and draft.mask_token_id == num_rows):
         raise UserError(
-            f"draft.mask_token_id={draft.mask_token_id} is outside the vocabulary of {num_rows} rows; allowed: {allowed}"
+            f"draft.mask_token_id={draft.mask_token_id} is outside the vocabulary of {num_rows} rows; "
+            f"allowed are {allowed}"
         )
     return draft.mask_token_id
 
@@ -201,9 +214,9 @@ def write_initial_draft(model_config: ModelConfig, draft: DraftConfig, folder: P
     """
     if folder.exists():
         return
-    trust, revision = model_config.trust_remote_code, model_config.revision
-    config = load_config(model_config.path, trust_remote_code=trust, revision=revision)
-    tokenizer = load_tokenizer(model_config.path, trust_remote_code=trust, revision=revision)
+    path, trust, revision = local_model(model_config.path), model_config.trust_remote_code, model_config.revision
+    config = load_config(path, trust_remote_code=trust, revision=revision)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust, revision=revision)
     existing = mask_token_of(config)
     if existing is not None and draft.mask_token_id not in (None, existing):
         raise UserError(
@@ -211,7 +224,7 @@ def write_initial_draft(model_config: ModelConfig, draft: DraftConfig, folder: P
             f"token {existing}: leave draft.mask_token_id=null"
         )
     mask_token_id = choose_mask_token(tokenizer, config.vocab_size, draft) if existing is None else existing
-    model = load_causal_lm(model_config.path, trust_remote_code=trust, revision=revision)
+    model = load_causal_lm(path, trust_remote_code=trust, revision=revision)
     if existing is None:
         add_mask_token(model, mask_token_id)
         model.config.pard_base = model_config.path
@@ -234,6 +247,8 @@ def write_model_folder(
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Save model and tokenizer as safetensors, whole or not at all; `state_dict` stands in for sharded weights."""
+    if state_dict is not None and model.config.tie_word_embeddings:  # gathered shards hold a tied tensor twice
+        state_dict = {name: tensor for name, tensor in state_dict.items() if name not in model._tied_weights_keys}
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=state_dict)

@@ -67,9 +67,7 @@ class DepthStatistics:
         return cls(*(torch.zeros(num_draft_tokens, dtype=torch.float64, device=device) for _ in range(4)))
 
     @classmethod
-    def of_slots(
-        cls, layout: SlotLayout, is_correct: Tensor, losses: Tensor, num_draft_tokens: int
-    ) -> DepthStatistics:
+    def of_slots(cls, layout: SlotLayout, is_correct: Tensor, losses: Tensor, num_draft_tokens: int) -> DepthStatistics:
         """Statistics of S supervised slots.
 
         Args:
@@ -102,7 +100,10 @@ class DepthStatistics:
         """
         slots = self.slots.clamp(min=1)
         accuracy, loss = (self.correct / slots).tolist(), (self.loss / slots).tolist()
-        result = {"accepted_length": 1 + float((self.accepted / slots).sum()), "supervised_slots": float(self.slots.sum())}
+        result = {
+            "accepted_length": 1 + float((self.accepted / slots).sum()),
+            "supervised_slots": float(self.slots.sum()),
+        }
         for depth, num_slots in enumerate(self.slots.tolist()):
             if num_slots:
                 result[f"accuracy/depth_{depth}"] = accuracy[depth]

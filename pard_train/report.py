@@ -11,8 +11,9 @@ Record = dict[str, Any]
 
 DEFINITION = """
 tau (mean accepted length) is tokens emitted per target forward pass, pooled over all prompts; the first pass prefills
-the prompt and verifies the first draft, the target's own token counts, and tokens past the end of the turn or the length
-limit do not. Brackets are bootstrap 95% intervals over prompts. `vLLM` is 1 + accepted / drafts as that engine counts.
+the prompt and verifies the first draft, the target's own token counts, and tokens past the end of the turn or the
+length limit do not. Brackets are bootstrap 95% intervals over prompts. `vLLM` is 1 + accepted / drafts as that engine
+counts.
 """
 
 

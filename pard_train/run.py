@@ -62,8 +62,8 @@ def _check_same_settings(old: dict[str, Any], new: dict[str, Any], folder: Path)
     ]
     if changed:
         raise UserError(
-            f"output_dir={folder} holds a run with other settings ({'; '.join(changed)}): resume with the same ones, or "
-            "choose another output_dir"
+            f"output_dir={folder} holds a run with other settings ({'; '.join(changed)}): resume with the same "
+            "ones, or choose another output_dir"
         )
 
 
@@ -83,7 +83,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def provenance() -> dict[str, Any]:
     """Command, versions, git state, machine and time: what a reader needs to make a result again."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)

@@ -12,6 +12,7 @@ from pard_train.chat import ChatEncoder
 from pard_train.config import GenerateConfig
 from pard_train.decoding import Drafter, Limits, Step, decode, end_ids_of
 from pard_train.model import DTYPES, check_same_tokenizer, default_device, load_causal_lm, load_tokenizer
+from pard_train.packages import local_model
 
 ACCEPTED_STYLE = "bold green"
 
@@ -23,12 +24,13 @@ class ChatSession:
         self.config = config
         self.console = console or Console(highlight=False, soft_wrap=True)
         trust, dtype, device = config.trust_remote_code, DTYPES[config.dtype], default_device()
-        self.tokenizer = load_tokenizer(config.target, trust_remote_code=trust)
+        target = local_model(config.target)
+        self.tokenizer = load_tokenizer(target, trust_remote_code=trust)
         self.drafter = Drafter.load(config.draft, dtype=dtype, device=device, trust_remote_code=trust)
         check_same_tokenizer(self.drafter.tokenizer, self.tokenizer, config.draft, config.target)
-        self.target = load_causal_lm(config.target, dtype=dtype, trust_remote_code=trust).to(device).eval()
+        self.target = load_causal_lm(target, dtype=dtype, trust_remote_code=trust).to(device).eval()
         self.encoder = ChatEncoder(self.tokenizer, config.template_kwargs)
-        self.limits = Limits(config.max_new_tokens, end_ids_of(config.target, self.tokenizer))
+        self.limits = Limits(config.max_new_tokens, end_ids_of(target, self.tokenizer))
         self.messages = [{"role": "system", "content": config.system}] if config.system else []
 
     def answer(self, question: str) -> str:

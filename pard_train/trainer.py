@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,13 @@ from pard_train.config import TrainConfig
 from pard_train.corpus import load_corpus
 from pard_train.errors import UserError
 from pard_train.layout import IGNORE_INDEX, SlotLayout
-from pard_train.model import load_causal_lm, load_tokenizer, mask_token_of, write_initial_draft, write_model_folder
+from pard_train.model import (
+    load_causal_lm,
+    load_tokenizer,
+    required_mask_token_of,
+    write_initial_draft,
+    write_model_folder,
+)
 from pard_train.objective import DepthStatistics, slot_losses
 from pard_train.packing import PackedDataset, PardCollator
 from pard_train.run import newest_checkpoint, open_run, seal_checkpoint
@@ -42,57 +49,61 @@ def train(config: TrainConfig) -> Path:
         UserError: for bad data, a base that cannot draft, or an output folder that is taken.
     """
     output_dir = Path(config.output_dir)
-    arguments = build_arguments(config)
-    with arguments.main_process_first(local=False, desc="claim the output folder"):
-        if arguments.process_index == 0:
-            open_run(output_dir, dataclasses.asdict(config), resume=config.resume)
-            write_initial_draft(config.model, config.draft, output_dir / INITIAL_FOLDER)
+    settings = training_settings(config)
+    if int(os.environ.get("RANK", 0)) == 0:  # the other ranks wait for this one to join them
+        open_run(output_dir, dataclasses.asdict(config), resume=config.resume)
+        write_initial_draft(config.model, config.draft, output_dir / INITIAL_FOLDER)
+    # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), which takes all ranks.
+    arguments = TrainingArguments(**settings)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.write_draft(output_dir / DRAFT_FOLDER)
 
 
-def build_arguments(config: TrainConfig) -> TrainingArguments:
-    """TrainingArguments of an experiment.
+def training_settings(config: TrainConfig) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments for an experiment.
 
     Raises:
         UserError: if trainer.extra has a field that TrainingArguments lacks or that is set elsewhere.
     """
     settings = config.trainer
     is_cpu = torch.accelerator.current_accelerator() is None
-    ours: dict[str, Any] = dict(
-        output_dir=config.output_dir,
-        seed=config.seed,
-        learning_rate=settings.learning_rate,
-        num_train_epochs=1,  # the packs of all epochs are one list
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=1,  # one pack; data.slot_budget is the batch size
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
-        gradient_checkpointing=settings.gradient_checkpointing,
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=settings.save_total_limit,
-        dataloader_num_workers=settings.dataloader_num_workers,
-        remove_unused_columns=False,
-        report_to=configure_tracker(config),
-        use_cpu=is_cpu,
-        ddp_backend="gloo" if is_cpu else None,
-        deepspeed=config.deepspeed or None,
-    )
+    ours: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": 1,  # the packs of all epochs are one list
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": 1,  # one pack; data.slot_budget is the batch size
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "bf16": settings.precision == "bf16",
+        "logging_steps": settings.logging_steps,
+        "logging_first_step": True,
+        "save_strategy": "steps" if settings.save_steps else "no",
+        "save_steps": settings.save_steps or 500,
+        "save_total_limit": settings.save_total_limit,
+        "dataloader_num_workers": settings.dataloader_num_workers,
+        "remove_unused_columns": False,
+        "report_to": configure_tracker(config),
+        "use_cpu": is_cpu,
+        "ddp_backend": "gloo" if is_cpu and "RANK" in os.environ else None,
+        "deepspeed": config.deepspeed or None,
+    }
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    if settings.gradient_checkpointing:  # transformers 5.23 renamed it
+        ours["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
     for name in settings.extra:
         if name not in known or name in ours:
             reason = "is set by a field of its own" if name in ours else "is not a field of TrainingArguments"
             raise UserError(f"trainer.extra.{name} {reason}")
-    return TrainingArguments(**ours, **settings.extra)
+    return ours | settings.extra
 
 
 def build_trainer(config: TrainConfig, arguments: TrainingArguments) -> PardTrainer:
@@ -111,10 +122,13 @@ def build_trainer(config: TrainConfig, arguments: TrainingArguments) -> PardTrai
         show_progress=is_main,
     )
     if is_main:
-        print(f"{corpus.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots, {dataset.fill:.1%} full")
+        print(
+            f"{corpus.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots, {dataset.fill:.1%} full"
+        )
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
-    collator = PardCollator(config.draft, config.objective, mask_token_of(model.config), config.data.slot_budget)
+    mask_token_id = required_mask_token_of(model.config)
+    collator = PardCollator(config.draft, config.objective, mask_token_id, config.data.slot_budget)
     trainer = PardTrainer(
         model=model,
         args=arguments,
@@ -142,7 +156,7 @@ class PardTrainer(Trainer):
         self.window_start = time.perf_counter()
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
-        return SequentialSampler(self.train_dataset)  # the packs already stand in training order
+        return SequentialSampler(cast(PackedDataset, self.train_dataset))  # the packs already stand in training order
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """Micro-batches of one optimizer step, and the sum of their weights over all ranks (a float32 scalar)."""
@@ -180,9 +194,7 @@ class PardTrainer(Trainer):
     @torch.no_grad()
     def _count(self, layout: SlotLayout, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
         is_correct = logits.argmax(dim=-1) == labels
-        self.statistics.add(
-            DepthStatistics.of_slots(layout, is_correct, losses.detach(), len(self.statistics.slots))
-        )
+        self.statistics.add(DepthStatistics.of_slots(layout, is_correct, losses.detach(), len(self.statistics.slots)))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log a window of steps, with accuracy per depth, expected accepted length and throughput over all ranks."""
@@ -213,9 +225,7 @@ class DataEpoch(TrainerCallback):
     def __init__(self, num_epochs: int):
         self.num_epochs = num_epochs
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stretch Trainer's 0..1 to 0..num_epochs."""
         state.epoch = (state.epoch or 0.0) * self.num_epochs
 

@@ -14,23 +14,32 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pard_train.config import EvaluateConfig, ExportConfig, GenerateConfig, TrainConfig
 from pard_train.errors import UserError
 
 CONFIG_DIR = Path(__file__).parents[1] / "conf"  # beside recipes/ in a checkout and in site-packages alike
 
 
-def hydra_program(name: str, schema: type, validate: Callable[[Any], None], run: Callable[[Any], Any]) -> None:
+SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig, "generate": GenerateConfig}
+
+
+def register_schemas() -> None:
+    """Make every dataclass known to Hydra as `schema_NAME`: unknown keys and wrong types become errors."""
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"schema_{name}", node=schema)
+
+
+def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any], Any]) -> None:
     """Compose conf/NAME.yaml with the command line, validate it, and run.
 
     Mistakes in settings or input print one line and exit with status 2; anything else keeps its traceback.
 
     Args:
-        name: primary config, which lists `schema_NAME` first in its defaults.
-        schema: dataclass that types it.
+        name: primary config, which lists its schema first in its defaults.
         validate: raises UserError; imports nothing heavy.
         run: the recipe's work on the validated dataclass.
     """
-    ConfigStore.instance().store(name=f"schema_{name}", node=schema)
+    register_schemas()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing, and we print one line
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)

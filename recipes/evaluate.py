@@ -6,11 +6,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from pard_train.config import EvaluateConfig
 from pard_train.validation import validate_evaluate
 from recipes.app import hydra_program
@@ -27,7 +22,7 @@ def run(config: EvaluateConfig) -> None:
 
 def main() -> None:
     """Entry point of `pard-evaluate`."""
-    hydra_program("evaluate", EvaluateConfig, validate_evaluate, run)
+    hydra_program("evaluate", validate_evaluate, run)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from pard_train.config import ExportConfig
 from pard_train.validation import validate_export
 from recipes.app import hydra_program
@@ -25,7 +20,7 @@ def run(config: ExportConfig) -> None:
 
 def main() -> None:
     """Entry point of `pard-export`."""
-    hydra_program("export", ExportConfig, validate_export, run)
+    hydra_program("export", validate_export, run)
 
 
 if __name__ == "__main__":

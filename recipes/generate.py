@@ -1,14 +1,9 @@
 """Chat with speculative decoding in the terminal; accepted draft tokens are shown in green.
 
-    python recipes/generate.py draft=outputs/my-draft/export target=Qwen/Qwen2.5-7B-Instruct prompt="Write a haiku."
+python recipes/generate.py draft=outputs/my-draft/export target=Qwen/Qwen2.5-7B-Instruct prompt="Write a haiku."
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pard_train.config import GenerateConfig
 from pard_train.validation import validate_generate
@@ -30,7 +25,7 @@ def run(config: GenerateConfig) -> None:
 
 def main() -> None:
     """Entry point of `pard-generate`."""
-    hydra_program("generate", GenerateConfig, validate_generate, run)
+    hydra_program("generate", validate_generate, run)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,11 @@
 """Turn an autoregressive model into a parallel draft model.
 
-    python recipes/train.py experiment=qwen2.5-0.5b data.source=answers.jsonl output_dir=outputs/my-draft
-    torchrun --nproc_per_node 8 recipes/train.py experiment=qwen2.5-0.5b deepspeed=zero1 ...
-    deepspeed --no_local_rank --num_gpus 8 recipes/train.py experiment=qwen2.5-0.5b deepspeed=zero1 ...
+python recipes/train.py experiment=qwen2.5-0.5b data.source=answers.jsonl output_dir=outputs/my-draft
+torchrun --nproc_per_node 8 recipes/train.py experiment=qwen2.5-0.5b deepspeed=zero1 ...
+deepspeed --no_local_rank --num_gpus 8 recipes/train.py experiment=qwen2.5-0.5b deepspeed=zero1 ...
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a launcher runs this file by its path
 
 from pard_train.config import TrainConfig
 from pard_train.validation import validate_train
@@ -27,7 +22,7 @@ def run(config: TrainConfig) -> None:
 
 def main() -> None:
     """Entry point of `pard-train`."""
-    hydra_program("train", TrainConfig, validate_train, run)
+    hydra_program("train", validate_train, run)
 
 
 if __name__ == "__main__":

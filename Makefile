@@ -1,0 +1,43 @@
+# A bare clone needs python3 (3.10 to 3.13), make and a C compiler.
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first and on its own: the pin keeps pip from choosing another build behind our back.
+TORCH ?= torch==2.13.0
+experiment ?= quickstart
+ARGS ?=
+
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install quickstart test test-all check format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: install  ## the whole job on real input; `make quickstart experiment=qwen2.5-0.5b` on a GPU node
+	$(BIN)/python recipes/quickstart.py experiment=$(experiment) $(ARGS)
+
+test: install  ## the suite; GPU tests skip themselves
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: install  ## the suite and what is marked slow
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+check: install  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) outputs build dist .pytest_cache .ruff_cache .mypy_cache

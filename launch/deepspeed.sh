@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Train with the DeepSpeed launcher: topology only, every argument goes to recipes/train.py.
+#
+#   launch/deepspeed.sh experiment=qwen2.5-0.5b deepspeed=zero1 data.source=answers.jsonl output_dir=outputs/my-draft
+#   HOSTFILE=hosts launch/deepspeed.sh ...                                 (several nodes)
+#
+# NUM_PROCESSES: processes per node; default: one per GPU, one without a GPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+processes="${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.accelerator.device_count()))')}"
+topology=(--num_gpus "$processes")
+[ -n "${HOSTFILE:-}" ] && topology=(--hostfile "$HOSTFILE")
+# --no_local_rank: the launcher would add --local_rank=N, which Hydra takes for a mistake.
+exec deepspeed --no_local_rank "${topology[@]}" recipes/train.py "$@"

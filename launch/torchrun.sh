@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Train with torchrun on this node, or on several: topology only, every argument goes to recipes/train.py.
+#
+#   launch/torchrun.sh experiment=qwen2.5-0.5b deepspeed=zero1 data.source=answers.jsonl output_dir=outputs/my-draft
+#   NUM_NODES=2 NODE_RANK=0 MASTER=node0:29500 launch/torchrun.sh ...      (the same on node 1 with NODE_RANK=1)
+#
+# NUM_PROCESSES: processes per node; default: one per GPU, one without a GPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+nodes="${NUM_NODES:-1}"
+processes="${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.accelerator.device_count()))')}"
+if [ "$nodes" -gt 1 ]; then
+  topology=(--nnodes "$nodes" --node_rank "${NODE_RANK:?give the number of this node}"
+            --rdzv_backend c10d --rdzv_endpoint "${MASTER:?give HOST:PORT of node 0}")
+else
+  topology=(--standalone)
+fi
+exec torchrun "${topology[@]}" --nproc_per_node "$processes" recipes/train.py "$@"

@@ -1,0 +1,80 @@
+"""The whole job of one experiment: prompts -> target-written answers -> training -> export -> evaluation -> report.
+
+    python recipes/quickstart.py experiment=quickstart
+    python recipes/quickstart.py experiment=qwen2.5-0.5b            # a GPU node with a model hub
+
+Restartable: a finished step is skipped, a training run that was cut off goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from pard_train.config import ExportConfig, TrainConfig
+from pard_train.validation import validate_draft, validate_export, validate_regenerate, validate_train
+from recipes.app import hydra_program
+
+
+def validate(config: TrainConfig) -> None:
+    """Check every section that the steps read."""
+    validate_train(config)
+    validate_regenerate(config.regenerate)
+    validate_draft(config.draft)
+    validate_export(ExportConfig(checkpoint=config.output_dir, output_dir=config.output_dir))
+
+
+def run(config: TrainConfig) -> None:
+    """Run the steps in order."""
+    from data_scripts.prompts import write_prompts
+    from data_scripts.regenerate import write_answers
+    from pard_train.evaluation import evaluate
+    from pard_train.export import export
+    from pard_train.report import render_report
+    from pard_train.run import CONFIG_FILE
+    from pard_train.trainer import DRAFT_FOLDER, INITIAL_FOLDER, train
+
+    root, started = Path(config.output_dir), time.time()
+    target = config.regenerate.target or config.model.path
+
+    def step(number: int, what: str) -> None:
+        print(f"\n[{number}/5] {what} ({(time.time() - started) / 60:.1f} min so far)", flush=True)
+
+    step(1, "prompts: choose those to train on, hold some out")
+    prompts, held_out = write_prompts(config.regenerate, root / "data", seed=config.seed)
+
+    step(2, f"answers: {target} writes them")
+    answers = write_answers(config.regenerate, target, prompts, root / "data", config.data.template_kwargs)
+
+    step(3, "training: adapt the draft model")
+    train_dir = root / "train"
+    training = replace(config, data=replace(config.data, source=str(answers)), output_dir=str(train_dir))
+    if not (train_dir / DRAFT_FOLDER).exists():
+        train(replace(training, resume=(train_dir / CONFIG_FILE).exists()))
+
+    step(4, "export: write the folder that engines load, and load it again")
+    if not (root / "export").exists():
+        export(ExportConfig(checkpoint=str(train_dir / DRAFT_FOLDER), output_dir=str(root / "export")))
+
+    step(5, "evaluation: acceptance on held-out prompts, before and after")
+    records = evaluate(
+        replace(
+            config.evaluate,
+            drafts={"before": str(train_dir / INITIAL_FOLDER), "after": str(root / "export")},
+            targets=config.evaluate.targets or [target],
+            benchmarks=config.evaluate.benchmarks or [str(path) for path in held_out],
+            output_dir=str(root / "evaluation"),
+        )
+    )
+    print("\n" + render_report(records))
+    print(f"done in {(time.time() - started) / 60:.1f} min; everything is in {root}")
+
+
+def main() -> None:
+    """Entry point of the quickstart."""
+    hydra_program("train", validate, run)
+
+
+if __name__ == "__main__":
+    main()

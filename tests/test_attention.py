@@ -1,0 +1,113 @@
+"""Attention over a pack says what inference will see, in every form."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tiny import build_model, conversations
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pard_train.attention import IMPLEMENTATIONS, MAX_BLOCK_SLOTS, ChainBlock, attention_inputs, plan_split
+from pard_train.chat import ChatEncoder
+from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.layout import DrawKey, SlotLayout, lay_out_document, sample_chain_lengths
+from pard_train.packing import Member, PardCollator
+
+MASK = 300
+TOLERANCE = 2e-5  # of logits around 7 in float32
+
+
+def build_pack(
+    tokenizer: PreTrainedTokenizerBase, *, draft: DraftConfig, num_chats: int = 3, slot_budget: int = 1500
+) -> tuple[list[Member], dict[str, Tensor], SlotLayout]:
+    """A few conversations in one pack."""
+    encoder = ChatEncoder(tokenizer)
+    chats = conversations(num_chats, seed=5)
+    documents = [d for i, chat in enumerate(chats) for d in encoder.encode(chat, origin=f"chat {i}")]
+    members = [Member(document, DrawKey(0, 0, i)) for i, document in enumerate(documents)]
+    batch = PardCollator(draft, ObjectiveConfig(), MASK, slot_budget)([members])
+    return members, batch, SlotLayout(*(batch[name][0] for name in ("document", "anchor", "depth")))
+
+
+def packed_logits(model: PreTrainedModel, batch: dict[str, Tensor], layout: SlotLayout, form: str) -> Tensor:
+    """Logits of every slot, [T, V]."""
+    model.set_attn_implementation(IMPLEMENTATIONS[form])
+    inputs = attention_inputs(form, layout)
+    return model(input_ids=batch["input_ids"], position_ids=layout.position[None], use_cache=False, **inputs).logits[0]
+
+
+def test_a_packed_forward_equals_a_one_chain_inference_forward_for_every_anchor_and_depth(
+    family: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = build_model(family, seed=0)
+    members, batch, layout = build_pack(tokenizer, draft=DraftConfig(num_draft_tokens=4), num_chats=2)
+    with torch.no_grad():
+        packed = packed_logits(model, batch, layout, "split")
+        model.set_attn_implementation("sdpa")
+        chain_end: dict[tuple[int, int], int] = {}
+        names = [part.tolist() for part in (layout.document, layout.anchor, layout.depth)]
+        for document, anchor, depth in zip(*names, strict=True):
+            chain_end[document, anchor] = max(depth, chain_end.get((document, anchor), 0))
+        checked = 0
+        for (document, anchor), last in chain_end.items():
+            if document < 0:
+                continue
+            text = members[document].document.input_ids[: anchor + 1].tolist()
+            alone = model(torch.tensor([text + [MASK] * last])).logits[0, anchor:]  # [last + 1, V]
+            is_chain = (layout.document == document) & (layout.anchor == anchor)
+            order = layout.depth[is_chain].argsort()
+            torch.testing.assert_close(packed[is_chain][order], alone, atol=TOLERANCE, rtol=0)
+            checked += last + 1
+    assert checked == int((layout.document >= 0).sum())  # every slot but the padding
+
+
+def test_split_and_flex_give_the_logits_of_the_dense_oracle(family: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model(family, seed=1)
+    _, batch, layout = build_pack(tokenizer, draft=DraftConfig())
+    with torch.no_grad():
+        dense = packed_logits(model, batch, layout, "dense")
+        for form in ("split", "flex"):
+            torch.testing.assert_close(packed_logits(model, batch, layout, form), dense, atol=TOLERANCE, rtol=0)
+
+
+def test_split_attention_has_the_gradients_of_the_dense_oracle(family: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model(family, seed=2)
+    _, batch, layout = build_pack(tokenizer, draft=DraftConfig())
+    gradients = {}
+    for form in ("dense", "split"):
+        model.zero_grad()
+        packed_logits(model, batch, layout, form).logsumexp(dim=-1).mean().backward()
+        gradients[form] = [p.grad.clone() for p in model.parameters()]
+    for split, dense in zip(gradients["split"], gradients["dense"], strict=True):
+        torch.testing.assert_close(split, dense, atol=1e-5, rtol=1e-3)
+
+
+def test_what_one_document_says_does_not_depend_on_its_neighbours(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model("qwen2", seed=3)
+    members, batch, layout = build_pack(tokenizer, draft=DraftConfig())
+    last = len(members) - 1
+    alone = PardCollator(DraftConfig(), ObjectiveConfig(), MASK, 1500)([[members[last]]])
+    alone_layout = SlotLayout(*(alone[name][0] for name in ("document", "anchor", "depth")))
+    with torch.no_grad():
+        packed = packed_logits(model, batch, layout, "split")[layout.document == last]
+        single = packed_logits(model, alone, alone_layout, "split")[alone_layout.document == 0]
+    torch.testing.assert_close(packed, single, atol=TOLERANCE, rtol=0)
+
+
+def test_blocks_of_the_split_form_hold_whole_chains_and_stay_small() -> None:
+    draft = DraftConfig(retention_ratio=1.0, min_retention=1.0)
+    documents = []
+    for number, (num_prompt, num_answer) in enumerate([(5, 200), (3, 1), (40, 90)]):
+        loss_mask = np.array([False] * num_prompt + [True] * num_answer)
+        documents.append(lay_out_document(sample_chain_lengths(loss_mask, draft, DrawKey(0, 0, number)), number))
+    parts = ([getattr(d, name) for d in documents] for name in ("document", "anchor", "depth"))
+    layout = SlotLayout(*(torch.from_numpy(np.concatenate(part)) for part in parts))
+    plan = plan_split(layout)
+    blocks = [piece for piece in plan if isinstance(piece, ChainBlock)]
+    assert [piece.start for piece in plan[1:]] == [piece.stop for piece in plan[:-1]]  # in order, nothing left out
+    assert plan[-1].stop == len(layout)
+    assert len(blocks) >= 1400 // (MAX_BLOCK_SLOTS + draft.num_draft_tokens)
+    for block in blocks:
+        assert layout.depth[block.start] == 1
+        assert block.stop - block.start < MAX_BLOCK_SLOTS + draft.num_draft_tokens

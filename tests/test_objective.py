@@ -1,0 +1,113 @@
+"""Weights, losses and statistics per depth against sums written out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, lay_out_document, sample_chain_lengths, slot_labels
+from pard_train.objective import DepthStatistics, slot_losses, slot_weights
+
+NUM_DRAFT_TOKENS = 8
+
+
+def supervised_slots(num_documents: int, *, seed: int) -> SlotLayout:
+    """The supervised slots of a pack of documents with two turns each."""
+    mask = np.arange(40) % 20 >= 6
+    parts = []
+    for number in range(num_documents):
+        lengths = sample_chain_lengths(mask, DraftConfig(), DrawKey(seed, 0, number))
+        layout = lay_out_document(lengths, number)
+        parts.append(layout[slot_labels(layout, np.arange(40), mask) != IGNORE_INDEX])
+    names = ("document", "anchor", "depth")
+    return SlotLayout(*(torch.from_numpy(np.concatenate([getattr(p, name) for p in parts])) for name in names))
+
+
+def slots_of_chains(*chains: list[bool]) -> tuple[SlotLayout, Tensor]:
+    """Anchors 0, 1, ... of one document with chains of given outcomes."""
+    anchor = [a for a, chain in enumerate(chains) for _ in chain]
+    depth = [d for chain in chains for d in range(len(chain))]
+    layout = SlotLayout(*map(torch.tensor, ([0] * len(anchor), anchor, depth)))
+    return layout, torch.tensor([outcome for chain in chains for outcome in chain])
+
+
+def statistics_of(*chains: list[bool], losses: float = 0.5, num_draft_tokens: int = 3) -> DepthStatistics:
+    """Statistics of chains with given outcomes."""
+    layout, is_correct = slots_of_chains(*chains)
+    return DepthStatistics.of_slots(layout, is_correct, torch.full((len(layout),), losses), num_draft_tokens)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.8, 0.5])
+def test_a_supervised_slot_weighs_the_decay_to_the_power_of_its_depth(decay: float) -> None:
+    depth = torch.tensor([0, 1, 2, 3, 0, 7])
+    labels = torch.tensor([5, 0, IGNORE_INDEX, 2, IGNORE_INDEX, 9])  # token 0 is a label like any other
+    weights = slot_weights(depth, labels, ObjectiveConfig(depth_decay=decay))
+    assert weights.tolist() == pytest.approx([1, decay, 0, decay**3, 0, decay**7])
+    assert weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_a_slot_is_the_negative_log_probability_of_its_label(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(20, 50, generator=generator) * 30).to(dtype)  # so far apart that plain exponents overflow
+    labels = torch.randint(50, (20,), generator=generator)
+    exact = logits.double()
+    top = exact.max(dim=1).values
+    expected = top + (exact - top[:, None]).exp().sum(dim=1).log() - exact[torch.arange(20), labels]
+    losses = slot_losses(logits, labels)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_statistics_are_those_of_a_loop_over_chains() -> None:
+    layout = supervised_slots(3, seed=2)
+    generator = torch.Generator().manual_seed(1)
+    is_correct = torch.rand(len(layout), generator=generator) < 0.7
+    losses = torch.rand(len(layout), generator=generator)
+    shuffle = torch.randperm(len(layout), generator=generator)  # order says nothing
+    stats = DepthStatistics.of_slots(layout[shuffle], is_correct[shuffle], losses[shuffle], NUM_DRAFT_TOKENS)
+    rows = zip(layout.document.tolist(), layout.anchor.tolist(), layout.depth.tolist(), strict=True)
+    outcome = {row: (bool(c), float(x)) for row, c, x in zip(rows, is_correct, losses, strict=True)}
+    expected = torch.zeros(4, NUM_DRAFT_TOKENS, dtype=torch.float64)
+    for (document, anchor, depth), (correct, loss) in outcome.items():
+        is_accepted = all(outcome[document, anchor, d][0] for d in range(depth + 1))
+        expected[:, depth] += torch.tensor([1, correct, is_accepted, loss], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(stats.tensors()), expected)
+    assert (expected[2, 1:] < expected[1, 1:]).any()  # the loop tells accepted from correct
+
+
+def test_accepted_length_of_a_worked_example() -> None:
+    # P(depth 0 right) = 3/4; P(first two right) = 2/3 of the chains that long; P(all three) = 0/2
+    metrics = statistics_of([True, True, False], [True, True], [False, True, True], [True]).metrics()
+    assert metrics["accepted_length"] == pytest.approx(1 + 3 / 4 + 2 / 3 + 0)
+    assert metrics["accuracy/depth_0"] == pytest.approx(3 / 4)
+    assert metrics["accuracy/depth_1"] == 1.0
+    assert metrics["accuracy/depth_2"] == pytest.approx(1 / 2)
+    assert [metrics[f"loss/depth_{d}"] for d in range(3)] == pytest.approx([0.5] * 3)
+    assert metrics["supervised_slots"] == 9
+
+
+@pytest.mark.parametrize("is_right, expected", [(True, 4.0), (False, 1.0)])
+def test_a_draft_that_is_always_right_is_expected_to_emit_k_plus_one_tokens(is_right: bool, expected: float) -> None:
+    stats = statistics_of(*[[is_right] * 3] * 5)
+    assert stats.metrics()["accepted_length"] == pytest.approx(expected)
+
+
+def test_a_depth_that_no_chain_reached_is_left_out() -> None:
+    metrics = statistics_of([True], [False], num_draft_tokens=3).metrics()
+    assert metrics["accepted_length"] == pytest.approx(1.5)
+    assert not any("depth_1" in name or "depth_2" in name for name in metrics)
+    empty = DepthStatistics.zeros(3).metrics()
+    assert empty == {"accepted_length": 1.0, "supervised_slots": 0.0}
+
+
+def test_statistics_of_steps_add_up_to_those_of_all_slots_at_once() -> None:
+    chains = [[True, False], [True, True, True], [False], [True, True]]
+    total = DepthStatistics.zeros(3)
+    for chain in chains:
+        total.add(statistics_of(chain))
+    for summed, at_once in zip(total.tensors(), statistics_of(*chains).tensors(), strict=True):
+        torch.testing.assert_close(summed, at_once)

@@ -1,0 +1,162 @@
+"""Training in one process: normalization, resume, trackers, and what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import experiment
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pard_train.config import LoggerConfig, TrainConfig
+from pard_train.errors import UserError
+from pard_train.model import write_initial_draft
+from pard_train.run import SEAL_FILE, open_run
+from pard_train.trainer import INITIAL_FOLDER, PardTrainer, build_trainer, train, training_settings
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Weights of a model folder."""
+    return load_file(folder / "model.safetensors")
+
+
+def log_lines(config: TrainConfig) -> list[dict[str, float]]:
+    """metrics.jsonl of a run, without the summary line at its end."""
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_training_lowers_the_loss_and_raises_the_expected_accepted_length(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", num_train_epochs=6, learning_rate=3e-3)
+    draft = train(config)
+    log = log_lines(config)
+    assert log[-1]["loss"] < 0.75 * log[0]["loss"]
+    assert log[-1]["accepted_length"] > log[0]["accepted_length"]
+    assert {"accuracy/depth_0", "accuracy/depth_3", "supervised_slots_per_second"} <= log[0].keys()
+    assert log[-1]["epoch"] == pytest.approx(6, abs=0.01)
+    assert json.loads((draft / "config.json").read_text())["pard_token"] == 300
+    assert "lm_head.weight" not in weights(draft)  # tied embeddings stay tied
+
+
+def test_one_pack_eight_times_and_eight_packs_in_accumulation_are_the_same_mean(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    """The logged loss and the gradient of an accumulated step are those of the union of its packs."""
+    config = experiment(base_folder, chats_file, tmp_path / "run", gradient_accumulation_steps=4)
+    train(replace(config, trainer=replace(config.trainer, max_steps=1)))
+    trainer = build_trainer(config, TrainingArguments(**training_settings(config)))
+    batches = [trainer.data_collator([trainer.train_dataset[i]]) for i in range(4)]
+    total = torch.stack([batch["weight"].sum() for batch in batches]).sum()
+    with torch.no_grad():
+        loss = sum(trainer.compute_loss(trainer.model, batch, num_items_in_batch=total) for batch in batches)
+        means = [trainer.compute_loss(trainer.model, b, num_items_in_batch=b["weight"].sum()) for b in batches]
+    assert log_lines(config)[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert abs(float(torch.stack(means).mean()) - float(loss)) > 1e-4  # a mean of means would be another number
+
+
+def test_accumulating_two_by_four_and_four_by_two_train_the_same_model(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    """The same four documents per step, cut into packs of different sizes, give the same step."""
+    small = experiment(base_folder, chats_file, tmp_path / "small", gradient_accumulation_steps=32)
+    large = replace(small, data=replace(small.data, slot_budget=4096), output_dir=str(tmp_path / "large"))
+    for config in (small, large):
+        train(config)
+    first, second = weights(tmp_path / "small" / "draft"), weights(tmp_path / "large" / "draft")
+    assert len(log_lines(small)) == len(log_lines(large)) == 1  # all documents in one step
+    assert log_lines(small)[0]["loss"] == pytest.approx(log_lines(large)[0]["loss"], rel=1e-5)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=0)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    whole = experiment(base_folder, chats_file, tmp_path / "whole", num_train_epochs=2, save_steps=3)
+    train(whole)
+    cut = replace(whole, output_dir=str(tmp_path / "cut"))
+    trainer = start_run(cut)
+    trainer.add_callback(StopAfter(5))
+    trainer.train()
+    resumed = replace(cut, resume=True)
+    draft = train(resumed)
+    expected = weights(tmp_path / "whole" / "draft")
+    for name, value in weights(draft).items():
+        assert torch.equal(value, expected[name]), name
+    speed = "supervised_slots_per_second"
+    rows = [[{k: v for k, v in row.items() if k != speed} for row in log_lines(config)] for config in (whole, cut)]
+    assert rows[0] == rows[1]
+
+
+def start_run(config: TrainConfig) -> PardTrainer:
+    """What `train` does before its first step."""
+    arguments = TrainingArguments(**training_settings(config))
+    open_run(Path(config.output_dir), dataclasses.asdict(config), resume=False)
+    write_initial_draft(config.model, config.draft, Path(config.output_dir) / INITIAL_FOLDER)
+    return build_trainer(config, arguments)
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after so many steps, as a kill would: no final checkpoint."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def test_a_truncated_checkpoint_is_refused_and_an_unfinished_one_passed_over(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=4, save_steps=2)
+    train(config)
+    newest = tmp_path / "run" / "checkpoint-4"
+    damaged = newest / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"optimizer\.pt is truncated: 1000 bytes of \d+"):
+        train(replace(config, resume=True))
+    (newest / SEAL_FILE).unlink()
+    (tmp_path / "run" / "draft").rename(tmp_path / "first")
+    draft = train(replace(config, resume=True))  # from checkpoint-2
+    first = weights(tmp_path / "first")
+    assert all(torch.equal(value, first[name]) for name, value in weights(draft).items())
+
+
+def test_an_output_folder_with_another_run_is_left_alone(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=1)
+    train(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config)
+    changed = replace(config, resume=True, seed=7)
+    with pytest.raises(UserError, match="seed: 42 -> 7"):
+        train(changed)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("tracker", "pattern"), [("wandb", "wandb/offline-run-*/*.wandb"), ("tensorboard", "tensorboard/*")]
+)
+def test_trackers_write_beside_metrics_jsonl(
+    base_folder: Path, chats_file: Path, tmp_path: Path, tracker: str, pattern: str
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=1)
+    train(replace(config, logger=LoggerConfig(report_to=tracker, wandb_mode="offline")))
+    assert list((tmp_path / "run").glob(pattern))
+    assert len(log_lines(config)) == 1
+
+
+def test_an_extra_argument_that_trainer_lacks_is_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", extra={"learning_rat": 1})
+    with pytest.raises(UserError, match=r"trainer\.extra\.learning_rat is not a field"):
+        train(config)
+    assert not (tmp_path / "run").exists()

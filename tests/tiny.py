@@ -1,0 +1,102 @@
+"""Tiny models, tokenizer and conversations for tests."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pard_train.config import DataConfig, DraftConfig, ModelConfig, TrainConfig, TrainerConfig
+
+NUM_ROWS = 320  # of the embedding; the tokenizer uses 300, so ids 300..319 are spare
+VOCABULARY = 300
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+WORDS = "the a blue red small large cat dog sun moon runs sleeps eats sees under over and then why because".split()  # noqa: SIM905
+
+
+def build_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with VOCABULARY entries."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unused|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    texts = [m["content"] for chat in conversations(100, seed=1) for m in chat]
+    bpe.train_from_iterator([*texts, "user assistant system\n"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|unused|>"]})
+    return tokenizer
+
+
+def build_model(family: str, *, seed: int, num_rows: int = NUM_ROWS, tied: bool = True) -> PreTrainedModel:
+    """Two layers of random weights, large enough that its greedy text is not one repeated token."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family](
+        vocab_size=num_rows,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def conversations(number: int, *, seed: int) -> list[list[dict[str, str]]]:
+    """Short random conversations of one to three turns."""
+    draw = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(2, 12)))
+
+    chats = []
+    for _ in range(number):
+        turns = draw.randint(1, 3)
+        chats.append([{"role": role, "content": sentence()} for _ in range(turns) for role in ("user", "assistant")])
+    return chats
+
+
+def experiment(base: Path, chats: Path, output_dir: Path, **trainer: Any) -> TrainConfig:
+    """A training experiment of a few steps in float32; keyword arguments are settings of the trainer."""
+    settings: dict[str, Any] = {
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1,
+        "gradient_accumulation_steps": 1,
+        "precision": "fp32",
+        "logging_steps": 1,
+        "save_steps": 0,
+        "dataloader_num_workers": 0,
+    }
+    return TrainConfig(
+        model=ModelConfig(path=str(base)),
+        draft=DraftConfig(num_draft_tokens=4),
+        data=DataConfig(source=str(chats), max_length=256, slot_budget=768),
+        trainer=TrainerConfig(**{**settings, **trainer}),
+        output_dir=str(output_dir),
+    )
