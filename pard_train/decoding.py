@@ -88,7 +88,6 @@ class DraftStream:
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
         self.cache = DynamicCache(config=drafter.model.config)
-        self.num_known = 0
 
     def propose(self, new_tokens: list[int], num_draft_tokens: int) -> list[int]:
         """K draft tokens after the text so far, from one forward pass.
@@ -101,8 +100,7 @@ class DraftStream:
         masks = [self.drafter.mask_token_id] * (num_draft_tokens - 1)
         ids = torch.tensor([new_tokens + masks], device=model.device)  # [1, N + K - 1]
         logits = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=num_draft_tokens).logits[0]
-        self.num_known += len(new_tokens)
-        self.cache.crop(self.num_known)
+        forget_last(self.cache, num_draft_tokens - 1)
         return self.drafter.choose(logits).tolist()
 
 
@@ -139,11 +137,17 @@ def decode(
         logits = target(ids, past_key_values=cache, use_cache=True, logits_to_keep=len(draft) + 1).logits[0]
         own = logits.argmax(dim=-1).tolist()  # the target's choice after the text, and after each draft token
         num_matched = num_leading_matches(draft, own)
-        cache.crop(cache.get_seq_length() - len(draft) + num_matched)
+        forget_last(cache, len(draft) - num_matched)
         tokens = limits.cut([*draft[:num_matched], own[num_matched]], len(output))
         output += tokens
         unread, draft_unread = tokens[-1:], tokens
         yield Step(tokens, min(num_matched, len(tokens)))
+
+
+def forget_last(cache: DynamicCache, num_tokens: int) -> None:
+    """Drop the keys and values of the last tokens read."""
+    if num_tokens:
+        cache.crop(-num_tokens)  # a negative number is what transformers 5.17 and 5.23 both take
 
 
 def num_leading_matches(draft: list[int], own: list[int]) -> int:

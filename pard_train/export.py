@@ -81,7 +81,7 @@ def export(config: ExportConfig) -> Path:
     if folder.exists():
         folder.rmdir()  # empty
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_model_folder(model, tokenizer, folder)
+    write_model_folder(model, config.checkpoint, folder)
     check_reload(folder, model, mask_token_id, max(produced_ids(tokenizer)))
     (folder / "README.md").write_text(
         CARD.format(

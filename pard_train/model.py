@@ -17,12 +17,25 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.packages import local_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def default_device() -> torch.device:
@@ -229,7 +242,7 @@ def write_initial_draft(model_config: ModelConfig, draft: DraftConfig, folder: P
         add_mask_token(model, mask_token_id)
         model.config.pard_base = model_config.path
     set_draft_keys(model, mask_token_id, draft.num_draft_tokens)
-    write_model_folder(model, tokenizer, folder)
+    write_model_folder(model, path, folder, revision=revision)
 
 
 def set_draft_keys(model: PreTrainedModel, mask_token_id: int, num_draft_tokens: int) -> None:
@@ -242,17 +255,37 @@ def set_draft_keys(model: PreTrainedModel, mask_token_id: int, num_draft_tokens:
 
 def write_model_folder(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_source: str,
     folder: Path,
+    *,
+    revision: str | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Save model and tokenizer as safetensors, whole or not at all; `state_dict` stands in for sharded weights."""
+    """Save a model as safetensors with a tokenizer, whole or not at all.
+
+    Args:
+        model: gives config, generation config and, unless `state_dict` is given, the weights.
+        tokenizer_source: folder or hub name whose tokenizer files are copied byte for byte; a tokenizer that is loaded
+            and saved again may come out with another class and other rules.
+        folder: must not exist.
+        revision: of a hub name.
+        state_dict: weights gathered from shards.
+    """
     if state_dict is not None and model.config.tie_word_embeddings:  # gathered shards hold a tied tensor twice
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in model._tied_weights_keys}
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=state_dict)
-    tokenizer.save_pretrained(partial)
+    for name in TOKENIZER_FILES:
+        source = cached_file(
+            tokenizer_source,
+            name,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if source is not None:
+            shutil.copyfile(source, partial / name)
     partial.rename(folder)
 
 

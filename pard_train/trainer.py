@@ -130,6 +130,7 @@ def build_trainer(config: TrainConfig, arguments: TrainingArguments) -> PardTrai
     mask_token_id = required_mask_token_of(model.config)
     collator = PardCollator(config.draft, config.objective, mask_token_id, config.data.slot_budget)
     trainer = PardTrainer(
+        initial=initial,
         model=model,
         args=arguments,
         train_dataset=dataset,
@@ -148,9 +149,10 @@ def build_trainer(config: TrainConfig, arguments: TrainingArguments) -> PardTrai
 class PardTrainer(Trainer):
     """A Trainer whose batch is one pack and whose loss is a mean over the supervised slots of the global batch."""
 
-    def __init__(self, *args: Any, attention: str, num_draft_tokens: int, **kwargs: Any):
+    def __init__(self, *args: Any, initial: str, attention: str, num_draft_tokens: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is normalized here: no division by accumulation steps
+        self.initial = initial  # folder of the untrained draft model, whose tokenizer the trained one keeps
         self.attention = attention
         self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
         self.window_start = time.perf_counter()
@@ -214,7 +216,7 @@ class PardTrainer(Trainer):
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save and not folder.exists():
             model = self.accelerator.unwrap_model(self.model)
-            write_model_folder(model, self.processing_class, folder, state_dict=state)
+            write_model_folder(model, self.initial, folder, state_dict=state)
         self.accelerator.wait_for_everyone()
         return folder
 

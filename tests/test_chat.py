@@ -106,6 +106,7 @@ def test_an_answer_cut_by_its_length_limit_is_not_taught_as_ended(template: str)
     (whole,), (cut,) = (encoder.encode(messages, origin="here", is_cut=is_cut) for is_cut in (False, True))
     assert supervised_texts(cut, encoder.tokenizer) == ["the cat runs" + END_OF_TURN[template], "it sleeps and"]
     assert cut.input_ids.tolist() == whole.input_ids[: len(cut.input_ids)].tolist()
+    assert cut.loss_mask.tolist() == whole.loss_mask[: len(cut.input_ids)].tolist()
 
 
 def test_a_template_that_drops_earlier_thoughts_gives_a_document_per_turn() -> None:

@@ -1,0 +1,170 @@
+"""An output folder belongs to one run, and a checkpoint counts only if it is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pard_train.config import DataConfig, ModelConfig, TrainConfig
+from pard_train.errors import UserError
+from pard_train.run import SEAL_FILE, check_checkpoint, newest_checkpoint, open_run, seal_checkpoint, write_json
+
+
+def settings_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The resolved configuration of a run; names of changes may be dotted."""
+    tree = dataclasses.asdict(
+        TrainConfig(model=ModelConfig(path="base"), data=DataConfig(source="a.jsonl"), output_dir=str(folder))
+    )
+    for name, value in changes.items():
+        *groups, key = name.split(".")
+        node = tree
+        for group in groups:
+            node = node[group]
+        node[key] = value
+    return tree
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def build_checkpoint(folder: Path, step: int, *, is_sealed: bool = True) -> Path:
+    """A checkpoint of two files, one of them in a subfolder."""
+    checkpoint = folder / f"checkpoint-{step}"
+    (checkpoint / "global_step").mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(bytes(1000))
+    (checkpoint / "global_step" / "states.pt").write_bytes(bytes(50))
+    if is_sealed:
+        seal_checkpoint(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_new_or_empty_folder_is_claimed_with_settings_and_provenance(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path / "deep" / "run"
+    if exists:
+        folder.mkdir(parents=True)
+    open_run(folder, settings_of(folder), resume=False)
+    assert json.loads((folder / "config.json").read_text()) == settings_of(folder)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["versions"]["torch"]
+    assert record["versions"]["pard_train"]
+    assert record["command"]
+    assert record["world_size"] == 1
+    is_checkout = (Path(__file__).parents[1] / ".git").exists()
+    assert (record["git"] is not None) == is_checkout
+    assert not is_checkout or (len(record["git"]["commit"]) == 40 and record["git"]["is_dirty"] in (True, False))
+
+
+def test_resuming_where_nothing_stands_starts_a_run(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", settings_of(tmp_path, resume=True), resume=True)
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    open_run(tmp_path, settings_of(tmp_path), resume=False)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"already holds a run .*resume=true, or choose another output_dir"):
+        open_run(tmp_path, settings_of(tmp_path), resume=False)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_files_that_are_not_ours_is_refused_and_left_as_it_was(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=f"output_dir={tmp_path} is not empty and holds no run of ours"):
+        open_run(tmp_path, settings_of(tmp_path), resume=resume)
+    assert contents(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_an_output_folder_that_is_a_file_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    taken = tmp_path / "run"
+    taken.write_text("a file")
+    with pytest.raises(UserError, match="output_dir"):
+        open_run(taken, settings_of(taken), resume=False)
+    assert taken.read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    "name, value, shown",
+    [
+        ("trainer.learning_rate", 1e-4, "trainer.learning_rate: 3e-05 -> 0.0001"),
+        ("seed", 1, "seed: 42 -> 1"),
+        ("data.source", "b.jsonl", r"data.source: a\.jsonl -> b\.jsonl"),
+        ("deepspeed", {"zero_optimization": {"stage": 1}}, "deepspeed.zero_optimization.stage: None -> 1"),
+        ("trainer.extra", {"adam_beta2": 0.9}, "trainer.extra.adam_beta2: None -> 0.9"),
+        ("draft.mask_token", "x", "draft.mask_token: None -> x"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, name: str, value: Any, shown: str) -> None:
+    open_run(tmp_path, settings_of(tmp_path), resume=False)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"holds a run with other settings \({shown}\)"):
+        open_run(tmp_path, settings_of(tmp_path, **{name: value}), resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_settings_that_decide_no_result_may_change_and_the_first_ones_stay_on_record(tmp_path: Path) -> None:
+    open_run(tmp_path, settings_of(tmp_path), resume=False)
+    before = contents(tmp_path)["config.json"]
+    free = {"resume": True, "logger.report_to": "wandb", "evaluate.max_prompts": 3, "regenerate.batch_size": 2}
+    free |= {"trainer.logging_steps": 1, "trainer.save_steps": 7}
+    open_run(tmp_path, settings_of(tmp_path, **free), resume=True)
+    assert contents(tmp_path)["config.json"] == before
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": "é"})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": "é"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "global_step/states.pt"])
+@pytest.mark.parametrize("size", [None, 0, 20])
+def test_a_truncated_or_missing_file_of_a_checkpoint_is_named(tmp_path: Path, name: str, size: int | None) -> None:
+    build_checkpoint(tmp_path, 10)
+    damaged = build_checkpoint(tmp_path, 20)
+    whole = (damaged / name).stat().st_size
+    (damaged / name).unlink() if size is None else (damaged / name).write_bytes(bytes(size))
+    before = contents(tmp_path)
+    with pytest.raises(
+        UserError, match=f"{damaged / name} is truncated: {size or 0} bytes of {whole}; delete {damaged}"
+    ):
+        newest_checkpoint(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_the_newest_whole_checkpoint_is_taken_by_its_step(tmp_path: Path) -> None:
+    for step in (9, 100, 20):
+        build_checkpoint(tmp_path, step)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+    check_checkpoint(tmp_path / "checkpoint-100")
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = build_checkpoint(tmp_path, 10)
+    unfinished = build_checkpoint(tmp_path, 20, is_sealed=False)
+    assert newest_checkpoint(tmp_path) == whole
+    assert f"{unfinished} was not written to its end" in caplog.text
+    assert unfinished.exists()
+    (whole / SEAL_FILE).unlink()
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_sealing_again_covers_what_came_since(tmp_path: Path) -> None:
+    checkpoint = build_checkpoint(tmp_path, 10)
+    (checkpoint / "late.pt").write_bytes(bytes(7))
+    seal_checkpoint(checkpoint)
+    check_checkpoint(checkpoint)
+    (checkpoint / "late.pt").write_bytes(bytes(6))
+    with pytest.raises(UserError, match=r"late\.pt is truncated: 6 bytes of 7"):
+        check_checkpoint(checkpoint)
