@@ -103,10 +103,9 @@ class ChatEncoder:
         """(prompt, answer with end of turn) of the last message."""
         prompt, text = self.render(messages[:-1], generation_prompt=True), self.render(messages)
         if not text.startswith(prompt):
-            raise UserError(
-                "the template's generation prompt is not how it renders an answer, so the answer's first token cannot "
-                "be found; choose data.template_kwargs such as {enable_thinking: false}"
-            )
+            # A reasoning template that opens the thought itself (DeepSeek-R1) or drops it when it renders an answer:
+            # what the model writes after the prompt is the content as it stands.
+            return prompt, messages[-1]["content"] + self.end_of_turn
         if not text.endswith(self.turn_suffix):
             raise UserError(f"the template does not end this turn with {self.turn_suffix!r} as it ends others")
         return prompt, text[len(prompt) : len(text) - len(self.turn_suffix)] + self.end_of_turn
@@ -168,7 +167,19 @@ def check_messages(messages: Any, origin: str) -> None:
             raise UserError(f"{origin}: message {number} has role {role!r}: allowed are {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise UserError(f"{origin}: message {number} ({role}) must have a text `content`")
+        if not _is_unicode(message["content"]):
+            raise UserError(f"{origin}: message {number} ({role}) has half a character (an unpaired surrogate)")
+        if role == "assistant" and (number == 0 or messages[number - 1].get("role") != "user"):
+            raise UserError(f"{origin}: message {number} is an answer without a user's message before it")
         if role == "assistant" and not message["content"].strip():
             raise UserError(f"{origin}: message {number} is an empty answer: remove the row or have it written again")
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{origin}: no assistant turn, so nothing would be learnt from it")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

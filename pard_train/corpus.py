@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -61,7 +62,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
         raise UserError(f"{path}: no such file")
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_whole_lines(lines, path), start=1):
             if not line.strip():
                 continue
             origin = f"{path}:{number}"
@@ -71,9 +72,19 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
                 raise UserError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start})") from error
             except json.JSONDecodeError as error:
                 raise UserError(f"{origin}: not a JSON line ({error.msg} at column {error.colno})") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                raise UserError(f"{origin}: not a JSON line ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{origin}: a row must be a JSON object, found {type(row).__name__}")
             yield row, origin
+
+
+def _whole_lines(lines: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[bytes]:
+    """Lines of a file; a damaged gzip file becomes a UserError."""
+    try:
+        yield from lines
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip file ({error})") from error
 
 
 def read_rows(source: str, split: str = "train", subset: str | None = None) -> Iterator[tuple[dict[str, Any], str]]:

@@ -35,12 +35,11 @@ from pard_train.model import (
 from pard_train.packages import local_model
 from pard_train.replay import replay
 from pard_train.report import write_report
-from pard_train.run import provenance, write_json
+from pard_train.run import CONFIG_FILE, RUN_FILE, provenance, read_json, write_json
 from pard_train.target_text import Answer, fingerprint, greedy_answers, model_fingerprint
 
 ACCEPTANCE_FILE = "acceptance.json"
 TARGET_TEXT_FOLDER = "target_text"
-MODES = ("replay", "live")
 
 
 @dataclass
@@ -98,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     folder = Path(config.output_dir or "")
     drafts = dict(config.drafts) if config.draft is None else {Path(config.draft).name: config.draft}
-    _check_output(folder, config)
+    _claim_output(folder, config)
     for benchmark in config.benchmarks:
         check_benchmark(benchmark)
     targets = [Target(local_model(path), config) for path in config.targets]
@@ -120,15 +119,27 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     return records
 
 
-def _check_output(folder: Path, config: EvaluateConfig) -> None:
+def read_records(config: EvaluateConfig) -> list[dict[str, Any]] | None:
+    """Records of this very evaluation, if it has been finished; None otherwise."""
+    folder = Path(config.output_dir or "")
+    if not (folder / ACCEPTANCE_FILE).exists() or read_json(folder / CONFIG_FILE) != _settings(config):
+        return None
+    return read_json(folder / ACCEPTANCE_FILE)
+
+
+def _settings(config: EvaluateConfig) -> dict[str, Any]:
+    """What decides the result, as JSON."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _claim_output(folder: Path, config: EvaluateConfig) -> None:
     """Refuse a folder that holds another evaluation; claim it otherwise. The same evaluation may be repeated."""
-    settings = folder / "config.json"
-    mine = json.loads(json.dumps(asdict(config)))
-    if settings.exists() and json.loads(settings.read_text()) != mine:
+    path = folder / CONFIG_FILE
+    if path.exists() and read_json(path) != _settings(config):
         raise UserError(f"output_dir={folder} holds an evaluation with other settings: choose another output_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(settings, mine)
-    write_json(folder / "run.json", provenance())
+    write_json(path, _settings(config))
+    write_json(folder / RUN_FILE, provenance())
 
 
 def check_draft(path: str, targets: list[Target]) -> None:

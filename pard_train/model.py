@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -47,7 +49,7 @@ def default_device() -> torch.device:
 def _explained(path: str, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: the {what} cannot be loaded: {first_line}") from error
 
@@ -69,7 +71,8 @@ def load_config(path: str, *, trust_remote_code: bool = False, revision: str | N
     """
     with _explained(path, "config"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
-    other_layers = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    layers = getattr(config, "layer_types", None) or (["sliding"] if getattr(config, "sliding_window", None) else [])
+    other_layers = set(layers) - {"full_attention"}
     if not getattr(config, "rope_parameters", None) or other_layers:
         raise UserError(
             f"{path}: a {config.model_type} model cannot become a parallel draft model"
@@ -152,7 +155,8 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, num_rows: int, draft: 
     if draft.mask_token is not None:
         token_id = tokenizer.get_vocab().get(draft.mask_token, -1)
         special = tokenizer.added_tokens_decoder.get(token_id)
-        if special is None or not special.special or token_id in set(tokenizer.all_special_ids):
+        roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+        if special is None or not special.special or token_id in roles:
             raise UserError(
                 f"draft.mask_token={draft.mask_token!r} must be a special token without a role (end, start, padding) "
                 f"in the tokenizer of {tokenizer.name_or_path}; or leave it null for id {allowed}"
@@ -212,37 +216,64 @@ def add_mask_token(model: PreTrainedModel, mask_token_id: int) -> None:
         tensor[mask_token_id] = tensor[is_other].float().mean(dim=0).to(tensor.dtype)
 
 
-def write_initial_draft(model_config: ModelConfig, draft: DraftConfig, folder: Path) -> None:
-    """Write the untrained draft model: the base model with a mask token and the keys that engines read.
+@dataclass(frozen=True)
+class Base:
+    """A base model that has been found fit to draft, before its weights are loaded.
 
-    A base that already is a draft model (`pard_token` in its config) keeps its mask token and its row.
+    Attributes:
+        config: where it is.
+        path: folder or hub name.
+        tokenizer: its tokenizer.
+        mask_token_id: of the draft model to be.
+        is_draft: it already is a draft model, whose mask token and row are kept.
+    """
 
-    Args:
-        model_config: the base.
-        draft: mask token choice and K, recorded in config.json.
-        folder: written whole or not at all; left alone if it exists.
+    config: ModelConfig
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+    mask_token_id: int
+    is_draft: bool
+
+
+def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
+    """Check that a model can become a draft model, and choose its mask token.
 
     Raises:
-        UserError: if the base cannot draft or the mask token is refused.
+        UserError: if it cannot draft, or the mask token is refused.
+    """
+    path, trust, revision = local_model(config.path), config.trust_remote_code, config.revision
+    model_config = load_config(path, trust_remote_code=trust, revision=revision)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust, revision=revision)
+    existing = mask_token_of(model_config)
+    if existing is None:
+        mask_token_id = choose_mask_token(tokenizer, model_config.vocab_size, draft)
+        return Base(config, path, tokenizer, mask_token_id, is_draft=False)
+    wanted = tokenizer.get_vocab().get(draft.mask_token) if draft.mask_token else draft.mask_token_id
+    if wanted not in (None, existing):
+        raise UserError(
+            f"draft.mask_token_id={wanted}, but {config.path} already is a draft model with mask token {existing}: "
+            "leave draft.mask_token_id and draft.mask_token null"
+        )
+    return Base(config, path, tokenizer, existing, is_draft=True)
+
+
+def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path) -> None:
+    """Write the untrained draft model: the base model with a mask token and the keys that engines read.
+
+    Args:
+        base: from `inspect_base`.
+        num_draft_tokens: K_train, recorded in config.json.
+        folder: written whole or not at all; left alone if it exists.
     """
     if folder.exists():
         return
-    path, trust, revision = local_model(model_config.path), model_config.trust_remote_code, model_config.revision
-    config = load_config(path, trust_remote_code=trust, revision=revision)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust, revision=revision)
-    existing = mask_token_of(config)
-    if existing is not None and draft.mask_token_id not in (None, existing):
-        raise UserError(
-            f"draft.mask_token_id={draft.mask_token_id}, but {model_config.path} already is a draft model with mask "
-            f"token {existing}: leave draft.mask_token_id=null"
-        )
-    mask_token_id = choose_mask_token(tokenizer, config.vocab_size, draft) if existing is None else existing
-    model = load_causal_lm(path, trust_remote_code=trust, revision=revision)
-    if existing is None:
-        add_mask_token(model, mask_token_id)
-        model.config.pard_base = model_config.path
-    set_draft_keys(model, mask_token_id, draft.num_draft_tokens)
-    write_model_folder(model, path, folder, revision=revision)
+    trust, revision = base.config.trust_remote_code, base.config.revision
+    model = load_causal_lm(base.path, trust_remote_code=trust, revision=revision)
+    if not base.is_draft:
+        add_mask_token(model, base.mask_token_id)
+        model.config.pard_base = base.config.path
+    set_draft_keys(model, base.mask_token_id, num_draft_tokens)
+    write_model_folder(model, base.path, folder, revision=revision)
 
 
 def set_draft_keys(model: PreTrainedModel, mask_token_id: int, num_draft_tokens: int) -> None:

@@ -26,11 +26,11 @@ PACKAGES = ("pard_train", "torch", "transformers", "datasets", "accelerate", "de
 FREE_KEYS = ("resume", "logger", "evaluate", "regenerate", "trainer.logging_steps", "trainer.save_steps")
 
 
-def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """Claim an output folder for a run and write what it is made with. Called by one process.
+def check_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Check that a run may write to a folder. Writes nothing.
 
     Args:
-        folder: created if missing.
+        folder: output folder.
         config: the resolved configuration.
         resume: continue the run that stands there.
 
@@ -38,18 +38,25 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
         UserError: if the folder holds another run, or the run to continue had other settings.
     """
     config_path = folder / CONFIG_FILE
-    if config_path.exists():
-        if not resume:
-            raise UserError(
-                f"output_dir={folder} already holds a run (see {config_path}): continue it with resume=true, or choose "
-                "another output_dir"
-            )
-        _check_same_settings(json.loads(config_path.read_text()), config, folder)
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"output_dir={folder} is not empty and holds no run of ours: choose another output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir={folder} is a file: choose another output_dir")
     if not config_path.exists():
-        write_json(config_path, config)
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"output_dir={folder} is not empty and holds no run of ours: choose another output_dir")
+        return
+    if not resume:
+        raise UserError(
+            f"output_dir={folder} already holds a run (see {config_path}): continue it with resume=true, or choose "
+            "another output_dir"
+        )
+    _check_same_settings(read_json(config_path), config, folder)
+
+
+def claim_run(folder: Path, config: dict[str, Any]) -> None:
+    """Write what a run is made with into its folder. Called by one process, after `check_run`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CONFIG_FILE).exists():
+        write_json(folder / CONFIG_FILE, config)
     write_json(folder / RUN_FILE, provenance())
 
 
@@ -79,6 +86,11 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text())
 
 
 def provenance() -> dict[str, Any]:
@@ -126,7 +138,7 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         UserError: naming the file that is missing or truncated.
     """
-    for name, size in json.loads((folder / SEAL_FILE).read_text()).items():
+    for name, size in read_json(folder / SEAL_FILE).items():
         path = folder / name
         found = path.stat().st_size if path.exists() else 0
         if found != size:
@@ -141,8 +153,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         UserError: if that checkpoint has been damaged since.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    for checkpoint in reversed(checkpoints):
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    for checkpoint in sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
         if (checkpoint / SEAL_FILE).exists():
             check_checkpoint(checkpoint)
             return checkpoint

@@ -17,10 +17,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from pard_train.attention import IMPLEMENTATIONS, attention_inputs, resolve_attention
 from pard_train.chat import ChatEncoder
 from pard_train.config import TrainConfig
-from pard_train.corpus import load_corpus
+from pard_train.corpus import Corpus, load_corpus
 from pard_train.errors import UserError
 from pard_train.layout import IGNORE_INDEX, SlotLayout
 from pard_train.model import (
+    inspect_base,
     load_causal_lm,
     load_tokenizer,
     required_mask_token_of,
@@ -29,7 +30,7 @@ from pard_train.model import (
 )
 from pard_train.objective import DepthStatistics, slot_losses
 from pard_train.packing import PackedDataset, PardCollator
-from pard_train.run import newest_checkpoint, open_run, seal_checkpoint
+from pard_train.run import check_run, claim_run, newest_checkpoint, seal_checkpoint
 from pard_train.trackers import MetricsFile, configure_tracker
 
 INITIAL_FOLDER = "init"  # the untrained draft model
@@ -48,17 +49,21 @@ def train(config: TrainConfig) -> Path:
     Raises:
         UserError: for bad data, a base that cannot draft, or an output folder that is taken.
     """
-    output_dir = Path(config.output_dir)
-    settings = training_settings(config)
-    if int(os.environ.get("RANK", 0)) == 0:  # the other ranks wait for this one to join them
-        open_run(output_dir, dataclasses.asdict(config), resume=config.resume)
-        write_initial_draft(config.model, config.draft, output_dir / INITIAL_FOLDER)
+    output_dir, settings = Path(config.output_dir), training_settings(config)
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    if is_first:
+        check_run(output_dir, dataclasses.asdict(config), resume=config.resume)
+    base = inspect_base(config.model, config.draft)
+    corpus = load_corpus(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs), show_progress=is_first)
+    if is_first:  # the other ranks wait below for this one to join them
+        claim_run(output_dir, dataclasses.asdict(config))
+        write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), which takes all ranks.
     arguments = TrainingArguments(**settings)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
-    trainer = build_trainer(config, arguments)
+    trainer = build_trainer(config, arguments, corpus)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.write_draft(output_dir / DRAFT_FOLDER)
 
@@ -106,12 +111,11 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
     return ours | settings.extra
 
 
-def build_trainer(config: TrainConfig, arguments: TrainingArguments) -> PardTrainer:
-    """Load the untrained draft model and its data. Raises UserError."""
+def build_trainer(config: TrainConfig, arguments: TrainingArguments, corpus: Corpus) -> PardTrainer:
+    """Load the untrained draft model of the output folder and pack its data."""
     initial = str(Path(config.output_dir) / INITIAL_FOLDER)
     is_main = arguments.process_index == 0
     tokenizer = load_tokenizer(initial)
-    corpus = load_corpus(config.data, ChatEncoder(tokenizer, config.data.template_kwargs), show_progress=is_main)
     dataset = PackedDataset(
         corpus.documents,
         config.draft,

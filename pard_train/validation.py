@@ -20,6 +20,8 @@ from pard_train.config import (
 from pard_train.errors import UserError
 from pard_train.layout import max_slots
 
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt")
+
 
 def validate_train(config: TrainConfig) -> None:
     """Check a training experiment.
@@ -29,6 +31,7 @@ def validate_train(config: TrainConfig) -> None:
     """
     _one_of("model.attention", config.model.attention, ("auto", "split", "dense", "flex"))
     validate_draft(config.draft)
+    _at_least("seed", config.seed, 0)
     _in_range("objective.depth_decay", config.objective.depth_decay, low=0.0, high=1.0, above=True)
     _validate_data(config.data, config.draft)
     _validate_trainer(config.trainer)
@@ -111,6 +114,14 @@ def _validate_data(data: DataConfig, draft: DraftConfig) -> None:
 
 def _validate_trainer(trainer: TrainerConfig) -> None:
     _one_of("trainer.precision", trainer.precision, ("bf16", "fp32"))
+    _one_of("trainer.lr_scheduler_type", trainer.lr_scheduler_type, SCHEDULES)
+    if trainer.warmup_steps and trainer.lr_scheduler_type == "constant":
+        raise UserError(
+            f"trainer.warmup_steps={trainer.warmup_steps} is ignored by trainer.lr_scheduler_type=constant: "
+            "choose constant_with_warmup, or trainer.warmup_steps=0"
+        )
+    for name in ("weight_decay", "max_grad_norm"):
+        _at_least(f"trainer.{name}", getattr(trainer, name), 0)
     _in_range("trainer.learning_rate", trainer.learning_rate, low=0.0, high=1.0, above=True)
     for name in ("num_train_epochs", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
         _at_least(f"trainer.{name}", getattr(trainer, name), 1)
@@ -129,7 +140,7 @@ def _validate_dtype(value: str) -> None:
     _one_of("dtype", value, ("float32", "bfloat16", "float16"))
 
 
-def _at_least(name: str, value: int, low: int) -> None:
+def _at_least(name: str, value: float, low: float) -> None:
     if value < low:
         raise UserError(f"{name}={value}: must be at least {low}")
 

@@ -26,7 +26,20 @@ SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportCon
 def register_schemas() -> None:
     """Make every dataclass known to Hydra as `schema_NAME`: unknown keys and wrong types become errors."""
     for name, schema in SCHEMAS.items():
-        ConfigStore.instance().store(name=f"schema_{name}", node=schema)
+        node = OmegaConf.structured(schema)
+        _open_dicts(node)
+        ConfigStore.instance().store(name=f"schema_{name}", node=node)
+
+
+def _open_dicts(node: DictConfig) -> None:
+    """Let fields that are plain dicts (data.template_kwargs, trainer.extra, deepspeed, drafts) take any key."""
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            if OmegaConf.get_type(child) is dict:
+                OmegaConf.set_struct(child, False)
+            else:
+                _open_dicts(child)
 
 
 def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any], Any]) -> None:
@@ -61,7 +74,8 @@ def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any
 
 
 def _exit_with(error: Exception) -> NoReturn:
-    """Print what is wrong in one line, with the cause that Hydra hides below its own message."""
-    parts = [str(e).splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e)]
-    print(f"{Path(sys.argv[0]).name}: error: {': '.join(dict.fromkeys(parts))}", file=sys.stderr)
+    """Print what is wrong in one line; Hydra keeps the reason in the cause of its error."""
+    is_ours = isinstance(error, UserError)
+    parts = [str(e).splitlines()[0].rstrip(".") for e in (error, None if is_ours else error.__cause__) if str(e or "")]
+    print(f"{Path(sys.argv[0]).name}: error: {': '.join(parts)}", file=sys.stderr)
     sys.exit(2)

@@ -29,7 +29,7 @@ def run(config: TrainConfig) -> None:
     """Run the steps in order."""
     from data_scripts.prompts import write_prompts
     from data_scripts.regenerate import write_answers
-    from pard_train.evaluation import evaluate
+    from pard_train.evaluation import evaluate, read_records
     from pard_train.export import export
     from pard_train.report import render_report
     from pard_train.run import CONFIG_FILE
@@ -58,15 +58,14 @@ def run(config: TrainConfig) -> None:
         export(ExportConfig(checkpoint=str(train_dir / DRAFT_FOLDER), output_dir=str(root / "export")))
 
     step(5, "evaluation: acceptance on held-out prompts, before and after")
-    records = evaluate(
-        replace(
-            config.evaluate,
-            drafts={"before": str(train_dir / INITIAL_FOLDER), "after": str(root / "export")},
-            targets=config.evaluate.targets or [target],
-            benchmarks=config.evaluate.benchmarks or [str(path) for path in held_out],
-            output_dir=str(root / "evaluation"),
-        )
+    evaluation = replace(
+        config.evaluate,
+        drafts={"before": str(train_dir / INITIAL_FOLDER), "after": str(root / "export")},
+        targets=config.evaluate.targets or [target],
+        benchmarks=config.evaluate.benchmarks or [str(path) for path in held_out],
+        output_dir=str(root / "evaluation"),
     )
+    records = read_records(evaluation) or evaluate(evaluation)
     print("\n" + render_report(records))
     print(f"done in {(time.time() - started) / 60:.1f} min; everything is in {root}")
 

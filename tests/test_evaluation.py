@@ -22,7 +22,8 @@ from pard_train.model import write_initial_draft
 from pard_train.terminal import ChatSession
 from pard_train.trainer import train
 
-FIELDS = "draft target benchmark mode num_draft_tokens temperature num_prompts num_steps tau tau_low tau_high survival histogram"
+FIELDS = """draft target benchmark mode num_draft_tokens temperature num_prompts num_steps tau tau_low tau_high survival
+histogram"""
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,76 @@
+"""The project keeps its promises about itself: imports, README, console commands."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import pard_train
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = sorted((ROOT / "pard_train").glob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of every import in a file, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_imports_run_one_way_in_the_order_that_the_package_names() -> None:
+    order = re.findall(r"[a-z_]+", pard_train.__doc__.split("one way:")[1])
+    assert sorted(order) == sorted(path.stem for path in LIBRARY if path.stem != "__init__")
+    for path in LIBRARY:
+        for name in imported_modules(path):
+            if name.startswith("pard_train.") and path.stem != "__init__":
+                assert order.index(name.split(".")[1]) < order.index(path.stem), f"{path.name} imports {name}"
+
+
+def test_hydra_stays_at_the_edge() -> None:
+    for path in LIBRARY:
+        roots = {name.split(".")[0] for name in imported_modules(path)}
+        assert not roots & {"hydra", "omegaconf", "recipes", "wandb"}, path.name
+
+
+def test_nothing_unpickles_or_builds_shell_strings() -> None:
+    for path in [*LIBRARY, *(ROOT / "recipes").glob("*.py"), *(ROOT / "data_scripts").glob("*.py")]:
+        text = path.read_text()
+        assert not re.search(r"torch\.load|pickle|shell=True|os\.system", text), path.name
+
+
+def test_recipes_are_tables_of_contents() -> None:
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert sum(1 for line in path.read_text().splitlines() if line.strip()) <= 85, path.name
+
+
+def test_console_commands_point_at_recipes() -> None:
+    commands = {e.name: e for e in entry_points(group="console_scripts") if e.value.startswith("recipes.")}
+    assert set(commands) == {"pard-train", "pard-evaluate", "pard-export", "pard-generate"}
+    for entry in commands.values():
+        assert callable(entry.load())
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_commands_and_files_named_in_the_docs_exist(page: Path) -> None:
+    text = page.read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for name in re.findall(r"\bmake ([a-z-]+)", text):
+        assert name in targets, f"make {name}"
+    for name in re.findall(
+        r"(?:recipes|data_scripts|launch|tests|benchmarks|pard_train|docs)/[\w./-]+\.(?:py|sh|md)", text
+    ):
+        assert (ROOT / name).is_file(), name
+    for name in re.findall(r"\bexperiment=([\w.-]+)", text):
+        assert (ROOT / "conf" / "experiment" / f"{name}.yaml").is_file(), name
+    for group, option in re.findall(r"\b(deepspeed|logger|draft|model|objective)=([a-z][\w.-]*)", text):
+        is_choice = (ROOT / "conf" / group).is_dir()
+        assert not is_choice or (ROOT / "conf" / group / f"{option}.yaml").is_file() or group == "draft", option
