@@ -40,12 +40,11 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class ChainBlock:
-    """Whole chains of one document: slots [start, stop), over the text slots [text_start, text_stop) and themselves."""
+    """Whole chains of one document: slots [start, stop), over the first `num_text` real tokens of it and themselves."""
 
     start: int
     stop: int
-    text_start: int
-    text_stop: int
+    num_text: int  # P
     mask: Tensor  # bool [Q, P + Q]
 
 
@@ -88,11 +87,11 @@ def plan_split(layout: SlotLayout) -> list[TextSpan | ChainBlock]:
         text_stop = start + int((host.depth[start:stop] == 0).sum())
         plan.append(TextSpan(start, text_stop))
         for block_start, block_stop in _chain_blocks(host.depth, text_stop, stop):
-            prefix_stop = start + int(host.anchor[block_stop - 1]) + 1
+            num_text = int(host.anchor[block_stop - 1]) + 1
             queries = np.arange(block_start, block_stop)
-            keys = np.concatenate([np.arange(start, prefix_stop), queries])
+            keys = np.concatenate([np.arange(start, start + num_text), queries])
             mask = torch.from_numpy(is_visible(host[queries], host[keys])).to(layout.depth.device)
-            plan.append(ChainBlock(block_start, block_stop, start, prefix_stop, mask))
+            plan.append(ChainBlock(block_start, block_stop, num_text, mask))
     return plan
 
 
@@ -134,18 +133,19 @@ def split_attention(
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if split_plan is None:
         split_plan = [TextSpan(0, query.shape[2])]
-    pieces = []
-    for piece in split_plan:
-        q = query[:, :, piece.start : piece.stop]
-        k, v = key[:, :, piece.start : piece.stop], value[:, :, piece.start : piece.stop]
+    # One split instead of many slices: the backward pass of a slice fills a whole pack with zeros.
+    sizes = [piece.stop - piece.start for piece in split_plan]
+    outputs = []
+    for piece, q, k, v in zip(split_plan, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
         if isinstance(piece, TextSpan):
+            text_k, text_v = k, v  # [1, H, L, D]: the chains that follow are of this document
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
         else:
-            text = slice(piece.text_start, piece.text_stop)
-            k, v = torch.cat([key[:, :, text], k], dim=2), torch.cat([value[:, :, text], v], dim=2)  # [1, H, P + Q, D]
+            k = torch.cat([text_k[:, :, : piece.num_text], k], dim=2)  # [1, H, P + Q, D]
+            v = torch.cat([text_v[:, :, : piece.num_text], v], dim=2)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=piece.mask, dropout_p=dropout, scale=scaling)
-        pieces.append(out)
-    return torch.cat(pieces, dim=2).transpose(1, 2), None  # [1, T, H, D]
+        outputs.append(out)
+    return torch.cat(outputs, dim=2).transpose(1, 2), None  # [1, T, H, D]
 
 
 AttentionInterface.register(IMPLEMENTATIONS["split"], split_attention)

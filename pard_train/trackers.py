@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ def configure_tracker(config: TrainConfig) -> list[str]:
     if settings.report_to == "tensorboard":
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
     return [settings.report_to]
+
+
+class ConfigToWandb(TrainerCallback):
+    """Adds the resolved settings of the experiment to the run on the W&B dashboard."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Trainer's own callback has opened the run by now."""
+        if state.is_world_process_zero and "wandb" in args.report_to:
+            import wandb
+
+            wandb.config.update({"pard_train": asdict(self.config)})
 
 
 class MetricsFile(TrainerCallback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,17 +32,18 @@ from pard_train.model import (
 from pard_train.objective import DepthStatistics, slot_losses
 from pard_train.packing import PackedDataset, PardCollator
 from pard_train.run import check_run, claim_run, newest_checkpoint, seal_checkpoint
-from pard_train.trackers import MetricsFile, configure_tracker
+from pard_train.trackers import ConfigToWandb, MetricsFile, configure_tracker
 
 INITIAL_FOLDER = "init"  # the untrained draft model
 DRAFT_FOLDER = "draft"  # the trained one
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Train a draft model: the whole of `recipes/train.py`.
 
     Args:
         config: validated.
+        callbacks: added to our own.
 
     Returns:
         Folder of the trained draft model, output_dir/draft.
@@ -64,6 +66,8 @@ def train(config: TrainConfig) -> Path:
         torch.distributed.barrier()
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, corpus)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.write_draft(output_dir / DRAFT_FOLDER)
 
@@ -140,7 +144,12 @@ def build_trainer(config: TrainConfig, arguments: TrainingArguments, corpus: Cor
         train_dataset=dataset,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=[DataEpoch(dataset.num_epochs), SealCheckpoint(), MetricsFile(Path(config.output_dir))],
+        callbacks=[
+            DataEpoch(dataset.num_epochs),
+            SealCheckpoint(),
+            MetricsFile(Path(config.output_dir)),
+            ConfigToWandb(config),
+        ],
         attention=attention,
         num_draft_tokens=config.draft.num_draft_tokens,
     )

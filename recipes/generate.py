@@ -19,8 +19,16 @@ def run(config: GenerateConfig) -> None:
         session.answer(config.prompt)
         return
     print("An empty line ends the chat.")
-    while question := input("> ").strip():
+    while question := _ask():
         session.answer(question)
+
+
+def _ask() -> str:
+    """The next question; empty at the end of the input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
 
 
 def main() -> None:

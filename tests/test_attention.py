@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from tiny import build_model, conversations
 from torch import Tensor
@@ -81,6 +82,23 @@ def test_split_attention_has_the_gradients_of_the_dense_oracle(family: str, toke
         gradients[form] = [p.grad.clone() for p in model.parameters()]
     for split, dense in zip(gradients["split"], gradients["dense"], strict=True):
         torch.testing.assert_close(split, dense, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.accelerator.current_accelerator() is None, reason="needs an accelerator")
+def test_compiled_flex_attention_has_the_gradients_of_the_dense_oracle(tokenizer: PreTrainedTokenizerBase) -> None:
+    device = torch.accelerator.current_accelerator()
+    model = build_model("qwen2", seed=2).to(device)
+    _, batch, layout = build_pack(tokenizer, draft=DraftConfig(), slot_budget=1536)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    layout = SlotLayout(*(part.to(device) for part in (layout.document, layout.anchor, layout.depth)))
+    gradients = {}
+    for form in ("dense", "flex"):
+        model.zero_grad()
+        packed_logits(model, batch, layout, form).logsumexp(dim=-1).mean().backward()
+        gradients[form] = [p.grad.clone() for p in model.parameters()]
+    for flex, dense in zip(gradients["flex"], gradients["dense"], strict=True):
+        torch.testing.assert_close(flex, dense, atol=1e-4, rtol=1e-2)
 
 
 def test_what_one_document_says_does_not_depend_on_its_neighbours(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -56,7 +56,8 @@ def stated(group: str, option: str) -> dict[str, Any]:
     """What one file of conf/ states, by the names it has in the whole configuration."""
     tree = yaml.safe_load((CONFIG_DIR / group / f"{option}.yaml").read_text())
     defaults = tree.pop("defaults", [])
-    names = flat(tree, "" if group == "experiment" else f"{group}.") if tree else {}
+    package = {"experiment": "", "cod": "draft."}.get(group, f"{group}.")
+    names = flat(tree, package) if tree else {}
     for entry in defaults:  # an experiment's own choices of groups; its values win over theirs
         ((choice, chosen),) = entry.items()
         names = stated(choice.removeprefix("override /"), chosen) | names

@@ -18,7 +18,7 @@ from pard_train.config import DraftConfig, EvaluateConfig, ExportConfig, Generat
 from pard_train.errors import UserError
 from pard_train.evaluation import evaluate
 from pard_train.export import export
-from pard_train.model import write_initial_draft
+from pard_train.model import inspect_base, write_initial_draft
 from pard_train.terminal import ChatSession
 from pard_train.trainer import train
 
@@ -158,7 +158,7 @@ def test_an_untied_head_is_padded_too(tokenizer: PreTrainedTokenizerBase, tmp_pa
     build_model("llama", seed=2, num_rows=400).save_pretrained(target)
     for folder in (base, target):
         tokenizer.save_pretrained(folder)
-    write_initial_draft(ModelConfig(path=str(base)), DraftConfig(), tmp_path / "init")
+    write_initial_draft(inspect_base(ModelConfig(path=str(base)), DraftConfig()), 8, tmp_path / "init")
     export(ExportConfig(str(tmp_path / "init"), str(tmp_path / "export"), target=str(target), dtype="float32"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert len(model.lm_head.weight) == len(model.model.embed_tokens.weight) == 400

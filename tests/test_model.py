@@ -18,6 +18,7 @@ from pard_train.model import (
     add_mask_token,
     check_same_tokenizer,
     choose_mask_token,
+    inspect_base,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -49,7 +50,8 @@ def keys_of(folder: Path) -> dict[str, Any]:
 
 def write_draft(base: Path, folder: Path, **draft: Any) -> dict[str, Any]:
     """Write an untrained draft and give its config.json."""
-    write_initial_draft(ModelConfig(path=str(base)), DraftConfig(**draft), folder)
+    settings = DraftConfig(**draft)
+    write_initial_draft(inspect_base(ModelConfig(path=str(base)), settings), settings.num_draft_tokens, folder)
     return keys_of(folder)
 
 

@@ -11,7 +11,21 @@ import pytest
 
 from pard_train.config import DataConfig, ModelConfig, TrainConfig
 from pard_train.errors import UserError
-from pard_train.run import SEAL_FILE, check_checkpoint, newest_checkpoint, open_run, seal_checkpoint, write_json
+from pard_train.run import (
+    SEAL_FILE,
+    check_checkpoint,
+    check_run,
+    claim_run,
+    newest_checkpoint,
+    seal_checkpoint,
+    write_json,
+)
+
+
+def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """What a training run does to its output folder before it starts."""
+    check_run(folder, config, resume=resume)
+    claim_run(folder, config)
 
 
 def settings_of(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,13 @@ from tiny import experiment
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pard_train.chat import ChatEncoder
 from pard_train.config import LoggerConfig, TrainConfig
+from pard_train.corpus import load_corpus
 from pard_train.errors import UserError
-from pard_train.model import write_initial_draft
-from pard_train.run import SEAL_FILE, open_run
-from pard_train.trainer import INITIAL_FOLDER, PardTrainer, build_trainer, train, training_settings
+from pard_train.model import inspect_base
+from pard_train.run import SEAL_FILE
+from pard_train.trainer import build_trainer, train, training_settings
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -52,7 +53,9 @@ def test_one_pack_eight_times_and_eight_packs_in_accumulation_are_the_same_mean(
     """The logged loss and the gradient of an accumulated step are those of the union of its packs."""
     config = experiment(base_folder, chats_file, tmp_path / "run", gradient_accumulation_steps=4)
     train(replace(config, trainer=replace(config.trainer, max_steps=1)))
-    trainer = build_trainer(config, TrainingArguments(**training_settings(config)))
+    base = inspect_base(config.model, config.draft)
+    corpus = load_corpus(config.data, ChatEncoder(base.tokenizer))
+    trainer = build_trainer(config, TrainingArguments(**training_settings(config)), corpus)
     batches = [trainer.data_collator([trainer.train_dataset[i]]) for i in range(4)]
     total = torch.stack([batch["weight"].sum() for batch in batches]).sum()
     with torch.no_grad():
@@ -83,11 +86,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     whole = experiment(base_folder, chats_file, tmp_path / "whole", num_train_epochs=2, save_steps=3)
     train(whole)
     cut = replace(whole, output_dir=str(tmp_path / "cut"))
-    trainer = start_run(cut)
-    trainer.add_callback(StopAfter(5))
-    trainer.train()
-    resumed = replace(cut, resume=True)
-    draft = train(resumed)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, callbacks=[InterruptAfter(5)])
+    assert not (tmp_path / "cut" / "draft").exists()
+    draft = train(replace(cut, resume=True))
     expected = weights(tmp_path / "whole" / "draft")
     for name, value in weights(draft).items():
         assert torch.equal(value, expected[name]), name
@@ -96,22 +98,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert rows[0] == rows[1]
 
 
-def start_run(config: TrainConfig) -> PardTrainer:
-    """What `train` does before its first step."""
-    arguments = TrainingArguments(**training_settings(config))
-    open_run(Path(config.output_dir), dataclasses.asdict(config), resume=False)
-    write_initial_draft(config.model, config.draft, Path(config.output_dir) / INITIAL_FOLDER)
-    return build_trainer(config, arguments)
-
-
-class StopAfter(TrainerCallback):
-    """Ends training after so many steps, as a kill would: no final checkpoint."""
+class InterruptAfter(TrainerCallback):
+    """Ends training after so many steps as a signal would: no final checkpoint, no draft folder."""
 
     def __init__(self, steps: int):
         self.steps = steps
 
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        control.should_training_stop = state.global_step >= self.steps
+        if state.global_step == self.steps:
+            raise KeyboardInterrupt
 
 
 def test_a_truncated_checkpoint_is_refused_and_an_unfinished_one_passed_over(
@@ -160,3 +155,13 @@ def test_an_extra_argument_that_trainer_lacks_is_refused(base_folder: Path, chat
     with pytest.raises(UserError, match=r"trainer\.extra\.learning_rat is not a field"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_fails_on_bad_data_leaves_the_output_folder_free(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=1)
+    with pytest.raises(UserError, match=r"chats\.jsonl:\d+: \d+ tokens, but data\.max_length=20"):
+        train(replace(config, data=replace(config.data, max_length=20)))
+    assert not (tmp_path / "run").exists()
+    train(config)
