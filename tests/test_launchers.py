@@ -18,8 +18,10 @@ from pard_train.trainer import train
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
-    "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29611"],
-    "deepspeed": [str(BIN / "deepspeed"), "--no_local_rank", "--num_gpus", "2", "--master_port", "29612"],
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", "29611", "recipes/train.py"],
+    "deepspeed": ["deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port", "29612", "recipes/train.py"],
+    "launch/torchrun.sh": ["launch/torchrun.sh"],
+    "launch/deepspeed.sh": ["launch/deepspeed.sh"],
 }
 STEPS = 4
 
@@ -41,9 +43,9 @@ def launch(command: list[str], base: Path, chats: Path, output_dir: Path, *overr
         "trainer.dataloader_num_workers=0",
         *overrides,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUM_PROCESSES": "2", "PATH": f"{BIN}:{os.environ['PATH']}"}
     process = subprocess.Popen(
-        [*command, "recipes/train.py", *settings],
+        [*command, *settings],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -73,10 +75,10 @@ def alone(base_folder: Path, chats_file: Path, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize(
     ("launcher", "deepspeed"),
     [
-        ("torchrun", "none"),
+        ("launch/torchrun.sh", "none"),
         ("torchrun", "zero2"),
         ("deepspeed", "zero0"),
-        ("deepspeed", "zero1"),
+        ("launch/deepspeed.sh", "zero1"),
         ("deepspeed", "zero2"),
         ("deepspeed", "zero3"),
     ],
