@@ -102,21 +102,27 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         check_benchmark(benchmark)
     targets = [Target(local_model(path), config) for path in config.targets]
     for path in drafts.values():
-        check_draft(path, targets)
+        check_draft(path, targets, trust_remote_code=config.trust_remote_code)
     cases = [case for target in targets for case in _target_cases(target, config, folder)]
     records = []
     for name, path in drafts.items():
-        drafter = Drafter.load(
-            path, dtype=DTYPES[config.dtype], device=default_device(), trust_remote_code=config.trust_remote_code
-        )
+        drafter = _load_drafter(path, config)
         for case in cases:
             records += replay_records(name, drafter, case, config.num_draft_tokens)
-            if config.live_prompts:
-                target = next(t for t in targets if t.path == case.target)
-                records.append(live_record(name, drafter, target.model(), case, config))
+    for target in targets if config.live_prompts else []:
+        for name, path in drafts.items():
+            drafter = _load_drafter(path, config)
+            mine = [case for case in cases if case.target == target.path]
+            records += [live_record(name, drafter, target.model(), case, config) for case in mine]
+        target.unload()
     write_json(folder / ACCEPTANCE_FILE, records)
     write_report(records, folder)
     return records
+
+
+def _load_drafter(path: str, config: EvaluateConfig) -> Drafter:
+    trust = config.trust_remote_code
+    return Drafter.load(path, dtype=DTYPES[config.dtype], device=default_device(), trust_remote_code=trust)
 
 
 def read_records(config: EvaluateConfig) -> list[dict[str, Any]] | None:
@@ -142,10 +148,10 @@ def _claim_output(folder: Path, config: EvaluateConfig) -> None:
     write_json(folder / RUN_FILE, provenance())
 
 
-def check_draft(path: str, targets: list[Target]) -> None:
+def check_draft(path: str, targets: list[Target], *, trust_remote_code: bool = False) -> None:
     """Check that a draft folder is one, and speaks the ids of every target. Raises UserError."""
-    required_mask_token_of(load_config(path))
-    tokenizer = load_tokenizer(path)
+    required_mask_token_of(load_config(path, trust_remote_code=trust_remote_code))
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     for target in targets:
         check_same_tokenizer(tokenizer, target.tokenizer, path, target.path)
 
@@ -170,8 +176,7 @@ def _target_cases(target: Target, config: EvaluateConfig, folder: Path) -> Itera
             description=f"{name} answers {benchmark.name}",
         )
         yield Case(target.path, benchmark.name, prompts, answers, limits)
-    if not config.live_prompts:
-        target.unload()
+    target.unload()  # one target at a time is in memory
 
 
 def replay_records(name: str, drafter: Drafter, case: Case, num_draft_tokens: list[int]) -> list[dict[str, Any]]:

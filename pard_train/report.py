@@ -41,7 +41,7 @@ def render_report(records: list[Record]) -> str:
 
 
 def tau_table(records: list[Record]) -> str:
-    """One row per draft, target and benchmark, one column per K."""
+    """One row per draft, target and benchmark, and one per draft and target over all benchmarks; one column per K."""
     ks = sorted({r["num_draft_tokens"] for r in records})
     rows: dict[tuple[str, ...], dict[int, Record]] = {}
     for r in records:
@@ -53,7 +53,18 @@ def tau_table(records: list[Record]) -> str:
         last = by_k[ks[-1]]
         vllm = f"{last['vllm_tau']:.2f}" if last["vllm_tau"] else "-"
         body.append([*name, *cells, vllm, str(last["num_prompts"])])
+    if len({r["benchmark"] for r in records}) > 1:
+        body += [
+            [target, "all", draft, *(f"{pooled_tau(records, target, draft, k):.2f}" for k in ks), "", ""]
+            for target, draft in dict.fromkeys((r["target"], r["draft"]) for r in records)
+        ]
     return _table(header, body)
+
+
+def pooled_tau(records: list[Record], target: str, draft: str, num_draft_tokens: int) -> float:
+    """tau over all benchmarks: all tokens by all target passes."""
+    mine = [r for r in records if (r["target"], r["draft"], r["num_draft_tokens"]) == (target, draft, num_draft_tokens)]
+    return sum(r["num_tokens"] for r in mine) / sum(r["num_steps"] for r in mine)
 
 
 def live_table(records: list[Record]) -> str:

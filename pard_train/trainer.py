@@ -62,6 +62,9 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), which takes all ranks.
     arguments = TrainingArguments(**settings)
+    if arguments.n_gpu > 1:
+        print(f"no launcher: training on one of {arguments.n_gpu} GPUs (torchrun or deepspeed uses them all)")
+        arguments._n_gpu = 1  # else Trainer would wrap the model in DataParallel, which splits packs
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     checkpoint = newest_checkpoint(output_dir) if config.resume else None

@@ -80,6 +80,16 @@ def test_accumulating_two_by_four_and_four_by_two_train_the_same_model(
         torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=0)
 
 
+def test_gradient_checkpointing_changes_memory_and_not_the_result(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    for name, is_on in (("plain", False), ("checkpointed", True)):
+        train(experiment(base_folder, chats_file, tmp_path / name, max_steps=2, gradient_checkpointing=is_on))
+    plain, checkpointed = (weights(tmp_path / name / "draft") for name in ("plain", "checkpointed"))
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value, atol=1e-6, rtol=0)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
