@@ -42,7 +42,8 @@ TOKENIZER_FILES = (
 
 def default_device() -> torch.device:
     """The accelerator if there is one (CUDA or ROCm through PyTorch's own device API), else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")  # a CUDA build names its accelerator even where there is none
 
 
 @contextmanager

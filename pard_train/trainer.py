@@ -22,10 +22,12 @@ from pard_train.corpus import Corpus, load_corpus
 from pard_train.errors import UserError
 from pard_train.layout import IGNORE_INDEX, SlotLayout
 from pard_train.model import (
+    default_device,
     inspect_base,
     load_causal_lm,
     load_tokenizer,
     required_mask_token_of,
+    vocabulary_tensors,
     write_initial_draft,
     write_model_folder,
 )
@@ -82,7 +84,7 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
         UserError: if trainer.extra has a field that TrainingArguments lacks or that is set elsewhere.
     """
     settings = config.trainer
-    is_cpu = torch.accelerator.current_accelerator() is None
+    is_cpu = default_device().type == "cpu"
     ours: dict[str, Any] = {
         "output_dir": config.output_dir,
         "seed": config.seed,
@@ -138,6 +140,8 @@ def build_trainer(config: TrainConfig, arguments: TrainingArguments, corpus: Cor
         )
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
+    for tensor in vocabulary_tensors(model) if config.trainer.freeze_embeddings else []:
+        tensor.requires_grad_(False)
     mask_token_id = required_mask_token_of(model.config)
     collator = PardCollator(config.draft, config.objective, mask_token_id, config.data.slot_budget)
     trainer = PardTrainer(
