@@ -68,7 +68,7 @@ def test_console_commands_point_at_recipes() -> None:
 def test_commands_and_files_named_in_the_docs_exist(page: Path) -> None:
     text = page.read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for name in re.findall(r"\bmake ([a-z-]+)", text):
+    for name in re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE):
         assert name in targets, f"make {name}"
     for name in re.findall(
         r"(?:recipes|data_scripts|launch|tests|benchmarks|pard_train|docs)/[\w./-]+\.(?:py|sh|md)", text
