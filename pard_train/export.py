@@ -38,7 +38,7 @@ It proposes K tokens in one forward pass from the text so far and K - 1 copies o
 | base model | {base} |
 | architecture | {architecture}, {dtype} |
 | mask token id | {mask_token_id} |
-| trained with K | {num_draft_tokens} (K may be larger when serving) |
+| trained with K | {trained_k} (K may be larger when serving) |
 | vocabulary rows | {vocab_size} |
 
 vLLM wants draft and target vocabularies of equal size, and `parallel_drafting` said aloud:
@@ -91,6 +91,7 @@ def export(config: ExportConfig) -> Path:
             architecture=model.config.architectures[0],
             dtype=config.dtype,
             mask_token_id=mask_token_id,
+            trained_k=getattr(model_config, "pard_num_draft_tokens", "unknown"),
             num_draft_tokens=getattr(model_config, "pard_num_draft_tokens", 8),
             vocab_size=num_rows,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -104,7 +103,6 @@ def provenance() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "versions": versions,

@@ -55,12 +55,14 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     """
     output_dir, settings = Path(config.output_dir), training_settings(config)
     is_first = int(os.environ.get("RANK", 0)) == 0
+    # The number of processes decides what a step is made of, so a resumed run must have as many.
+    identity = dataclasses.asdict(config) | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
     if is_first:
-        check_run(output_dir, dataclasses.asdict(config), resume=config.resume)
+        check_run(output_dir, identity, resume=config.resume)
     base = inspect_base(config.model, config.draft)
     corpus = load_corpus(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs), show_progress=is_first)
     if is_first:  # the other ranks wait below for this one to join them
-        claim_run(output_dir, dataclasses.asdict(config))
+        claim_run(output_dir, identity)
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), which takes all ranks.
     arguments = TrainingArguments(**settings)

@@ -136,7 +136,9 @@ def test_a_truncated_checkpoint_is_refused_and_an_unfinished_one_passed_over(
     assert all(torch.equal(value, first[name]) for name, value in weights(draft).items())
 
 
-def test_an_output_folder_with_another_run_is_left_alone(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+def test_an_output_folder_with_another_run_is_left_alone(
+    base_folder: Path, chats_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=1)
     train(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -145,6 +147,9 @@ def test_an_output_folder_with_another_run_is_left_alone(base_folder: Path, chat
     changed = replace(config, resume=True, seed=7)
     with pytest.raises(UserError, match="seed: 42 -> 7"):
         train(changed)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="world_size: 1 -> 2"):
+        train(replace(config, resume=True))
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
