@@ -7,7 +7,7 @@ experiment ?= quickstart
 ARGS ?=
 
 BIN := $(VENV)/bin
-# Threads that spin, and memory that is given back and faulted in again at every step, cost a CPU run a third of its time.
+# Spinning threads, and memory that is given back and faulted in again at every step, slow a CPU run down.
 export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 34359738368

@@ -86,9 +86,6 @@ class TrainerConfig:
     # bf16 (autocast over float32 weights) | fp32
     precision: str = "bf16"
     gradient_checkpointing: bool = False
-    # Leave the embedding and the output head as they are. Adam moves every row of them at every step, which a short run
-    # pays for in the accuracy of the first draft token.
-    freeze_embeddings: bool = False
     logging_steps: int = 10
     # Steps between checkpoints; 0 saves only at the end.
     save_steps: int = 500

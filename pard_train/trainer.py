@@ -27,7 +27,6 @@ from pard_train.model import (
     load_causal_lm,
     load_tokenizer,
     required_mask_token_of,
-    vocabulary_tensors,
     write_initial_draft,
     write_model_folder,
 )
@@ -142,8 +141,6 @@ def build_trainer(config: TrainConfig, arguments: TrainingArguments, corpus: Cor
         )
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
-    for tensor in vocabulary_tensors(model) if config.trainer.freeze_embeddings else []:
-        tensor.requires_grad_(False)
     mask_token_id = required_mask_token_of(model.config)
     collator = PardCollator(config.draft, config.objective, mask_token_id, config.data.slot_budget)
     trainer = PardTrainer(
