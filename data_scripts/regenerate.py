@@ -1,82 +1,376 @@
-"""Have the target model write the answers: acceptance is decided by training on the target's own text.
+"""Have target models write the answers: acceptance is decided by training on the target's own text.
 
-    python data_scripts/regenerate.py experiment=qwen2.5-0.5b regenerate.prompts=outputs/my-data/prompts.jsonl \\
-        output_dir=outputs/my-data
+    python data_scripts/regenerate.py experiment=qwen2.5-0.5b output_dir=outputs/my-data
+    torchrun --nproc_per_node 8 data_scripts/regenerate.py experiment=qwen2.5-0.5b output_dir=outputs/my-data
+    python data_scripts/regenerate.py experiment=qwen2.5-0.5b output_dir=outputs/my-data \\
+        regenerate.servers=[http://a:8000/v1,http://b:8000/v1]
 
-Greedy, in batches, in this process. Restartable: every finished batch is kept. Writes OUTPUT_DIR/answers.jsonl, whose
-rows carry `messages` and `finish_reason`; an answer cut by the length limit is marked `length` and never taught as
-ended.
+Every assistant turn is written anew, turn by turn, after the new earlier ones. Reads OUTPUT_DIR/prompts/train.jsonl, or
+regenerate.prompts. Writes OUTPUT_DIR/answers/: answers.jsonl, one chat a line in the order of the prompts ({"messages",
+"finish_reason", "target", ...}, what else the row had is kept); rejects.jsonl with those without an answer, and why;
+manifest.json; and target_text/, where every answer is kept as it comes. The same command goes on where it was killed,
+and ends with the same bytes.
 """
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import hashlib
 import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any, TextIO
 
-from pard_train.benchmarks import prompt_messages
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
 from pard_train.chat import ChatEncoder
 from pard_train.config import RegenerateConfig, TrainConfig
-from pard_train.corpus import read_jsonl
 from pard_train.decoding import Limits, end_ids_of
+from pard_train.errors import UserError
 from pard_train.model import DTYPES, default_device, load_causal_lm, load_tokenizer
 from pard_train.packages import local_model
-from pard_train.target_text import Answer, fingerprint, greedy_answers, model_fingerprint
+from pard_train.rows import read_jsonl
+from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
+from pard_train.schemas import check_messages
+from pard_train.servers import NoServerLeftError, Server, ServerPool, open_servers, run_together
+from pard_train.target_text import (
+    GREEDY,
+    Answer,
+    AnswerCache,
+    Conversation,
+    Refusal,
+    Sampling,
+    converse,
+    model_fingerprint,
+    prompt_key,
+    questions,
+    split_batches,
+    write_batches,
+)
 from pard_train.validation import validate_regenerate
 from recipes.app import hydra_program
 
+PROMPTS_FILE = "prompts/train.jsonl"
+ANSWERS_FOLDER = "answers"
 ANSWERS_FILE = "answers.jsonl"
+REJECTS_FILE = "rejects.jsonl"
+CACHE_FOLDER = "target_text"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_answers` made.
+
+    Attributes:
+        path: the file of answers.
+        manifest: what it was made with, and counts that add up: rows = answered + rejected.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def summary(self) -> str:
+        """One line of counts."""
+        return (
+            "{rows:,} rows -> {answered:,} conversations with {answers:,} answers ({cut:,} cut by the length limit), "
+            "{rejected:,} rejected; {new_tokens:,} new tokens, {tokens_per_second:,.0f} tokens/s"
+        ).format(**self.manifest["counts"])
+
+
+class Target:
+    """One target model: which conversations are its own, how it is asked, and where its answers are kept.
+
+    Args:
+        name: folder or hub name, as the user gave it.
+        rows: reads the conversations that belong to it.
+        config: limits, sampling and backend.
+        folder: where the cache goes.
+        template_kwargs: extra arguments of the chat template.
+        seed: of sampling.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Callable[[], Iterator[Row]],
+        config: RegenerateConfig,
+        folder: Path,
+        template_kwargs: dict[str, Any],
+        seed: int,
+    ):
+        self.name, self.rows, self.path = name, rows, local_model(name)
+        self.title = f"{Path(self.path).name} answers"  # of progress bars
+        self.tokenizer = load_tokenizer(self.path)
+        self.encoder = ChatEncoder(self.tokenizer, template_kwargs)
+        self.limits = Limits(config.max_new_tokens, end_ids_of(self.path, self.tokenizer))
+        self.sampling = Sampling(config.temperature, config.top_p, seed) if config.temperature else GREEDY
+        self.fingerprint = model_fingerprint(self.path)
+        backend = "servers" if config.servers else config.dtype
+        limits = [config.max_new_tokens, sorted(self.limits.end_ids)]
+        self.folder = folder / CACHE_FOLDER / fingerprint([self.fingerprint, limits, asdict(self.sampling), backend])
+        self.refusals: dict[str, Refusal] = {}  # by prompt key, of this run: another server may take these prompts
+
+    def open_cache(self, rank: int = 0) -> AnswerCache:
+        """Answers of all processes, now and earlier; new ones go to the file of this rank."""
+        return AnswerCache(self.folder / f"rank-{rank}.jsonl", self.folder.glob("rank-*.jsonl"))
+
+
+def follow(row: Row, target: Target, cache: Mapping[str, Answer]) -> list[int] | Conversation:
+    """The conversation of a row, or the first prompt of it whose answer is not known yet."""
+    talk = converse(row, target.encoder, target.limits)
+    try:
+        prompt = next(talk)
+        while reply := target.refusals.get(key := prompt_key(prompt)) or cache.get(key):
+            prompt = talk.send(reply)
+    except StopIteration as end:
+        return end.value
+    return prompt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All conversations
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def write_answers(
-    config: RegenerateConfig, target: str, prompts_file: Path, folder: Path, template_kwargs: dict
-) -> Path:
-    """Write the target's greedy answer to every prompt.
+    config: RegenerateConfig,
+    targets: list[str],
+    prompts_file: Path,
+    folder: Path,
+    *,
+    template_kwargs: dict[str, Any],
+    seed: int,
+) -> Written:
+    """Have the targets answer every conversation of a file.
 
     Args:
-        config: limits, batch size and dtype.
-        target: folder or hub name of the target model.
-        prompts_file: JSONL of prompts.
-        folder: where answers.jsonl and its cache go.
+        config: servers or settings of generation in this process, sampling and limits.
+        targets: folders or hub names. A hash of its questions decides which of them a conversation belongs to.
+        prompts_file: JSONL of chats.
+        folder: where answers, rejects, manifest and the cache go.
         template_kwargs: extra arguments of the chat template.
+        seed: of sampling.
 
     Returns:
-        The file of answers. A prompt that the target answers with nothing is left out.
+        What was made.
+
+    Raises:
+        UserError: at a bad row or a server that does not fit, before anything is asked; if all servers of a target
+            fail; or if no conversation got an answer.
     """
-    target = local_model(target)
-    tokenizer = load_tokenizer(target)
-    encoder = ChatEncoder(tokenizer, template_kwargs)
-    limits = Limits(config.max_new_tokens, end_ids_of(target, tokenizer))
-    messages = [prompt_messages(row, origin) for row, origin in read_jsonl(prompts_file)]
-    prompts = [encoder.encode_prompt(m) for m in messages]
-    key = fingerprint([model_fingerprint(target), prompts, config.max_new_tokens, config.dtype])
-    answers = greedy_answers(
-        lambda: load_causal_lm(target, dtype=DTYPES[config.dtype]).to(default_device()).eval(),
-        prompts,
-        limits=limits,
-        batch_size=config.batch_size,
-        cache=folder / "target_text" / f"{key}.jsonl",
-        pad_token_id=min(limits.end_ids),
-        description=f"{Path(target).name} answers {prompts_file.name}",
-    )
-    rows = [_row(m, answer, encoder) for m, answer in zip(messages, answers, strict=True)]
-    path = folder / ANSWERS_FILE
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row is not None))
-    return path
+    process = _this_process()
+    if config.servers and process.num_processes > 1:
+        raise UserError("regenerate.servers are asked by one process: start it without torchrun")
+    if prompts_file.resolve() == (folder / ANSWERS_FILE).resolve():
+        raise UserError(f"regenerate.prompts={prompts_file} would be overwritten: choose another output_dir")
+    for row, origin in read_jsonl(prompts_file):
+        check_messages(row.get("messages"), origin)
+    shares = [partial(_share, prompts_file, number, len(targets)) for number in range(len(targets))]
+    writers = [Target(*pair, config, folder, template_kwargs, seed) for pair in zip(targets, shares, strict=True)]
+    start = time.time()
+    if config.servers:
+        backend, num_tokens = asyncio.run(_ask_servers(writers, config))
+    else:
+        backend, num_tokens = _generate_here(writers, config, process)
+    speed = {"new_tokens": num_tokens, "tokens_per_second": num_tokens / (time.time() - start)}
+    if process.is_main_process:
+        manifest = {
+            "targets": {target.name: target.fingerprint for target in writers},
+            **backend,
+            **{name: getattr(config, name) for name in ("temperature", "top_p", "max_new_tokens")},
+            "seed": seed,
+            "counts": {**_assemble(prompts_file, writers, folder), **speed},
+            "made_by": provenance(),
+        }
+        write_json(folder / MANIFEST_FILE, manifest)
+    process.wait_for_everyone()
+    return Written(folder / ANSWERS_FILE, read_json(folder / MANIFEST_FILE))
 
 
-def _row(messages: list[dict[str, str]], answer: Answer, encoder: ChatEncoder) -> dict | None:
-    text = encoder.tokenizer.decode(answer.ids if answer.is_cut else answer.ids[:-1])
-    if not text.strip():
-        return None
-    reason = "length" if answer.is_cut else "stop"
-    return {"messages": [*messages, {"role": "assistant", "content": text}], "finish_reason": reason}
+def _this_process() -> PartialState:
+    """This process among those of a launcher, which wait for the slowest as long as it takes."""
+    is_cpu = default_device().type == "cpu"  # accelerate takes every process for the only one unless it is told
+    return PartialState(cpu=is_cpu, timeout=timedelta(days=30))
+
+
+def _owner(row: Row, num_targets: int) -> int:
+    """Number of the target that a conversation belongs to: equal shares, whatever else is in the file."""
+    asked = json.dumps(questions(row["messages"]), sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=8).digest(), "big") % num_targets
+
+
+def _share(prompts_file: Path, number: int, num_targets: int) -> Iterator[Row]:
+    return (row for row, _ in read_jsonl(prompts_file) if _owner(row, num_targets) == number)
+
+
+def _assemble(prompts_file: Path, targets: list[Target], folder: Path) -> dict[str, Any]:
+    """Write the files of answers and of rejects from the caches, in the order of the prompts. Returns counts."""
+    counts, reason = dict.fromkeys(("rows", "answered", "answers", "cut", "rejected"), 0), "there is none"
+    with ExitStack() as stack:
+        caches = [stack.enter_context(target.open_cache()) for target in targets]
+        answers, rejects = (stack.enter_context(_whole_file(folder / name)) for name in (ANSWERS_FILE, REJECTS_FILE))
+        for row, origin in tqdm(read_jsonl(prompts_file), desc="assemble", unit="row"):
+            number = _owner(row, len(targets))
+            conversation = follow(row, targets[number], caches[number])
+            assert isinstance(conversation, Conversation), origin
+            counts["rows"] += 1
+            if not conversation.messages:
+                counts["rejected"] += 1
+                reason = conversation.reason
+                reject = {"origin": origin, "reason": reason, "row": json.dumps(row, ensure_ascii=False)}
+                rejects.write(json.dumps(reject, ensure_ascii=False) + "\n")
+                continue
+            counts["answered"] += 1
+            counts["answers"] += sum(message["role"] == "assistant" for message in conversation.messages)
+            counts["cut"] += conversation.is_cut
+            answers.write(_as_line(row, conversation, targets[number].name))
+        if not counts["answered"]:
+            raise UserError(f"{prompts_file}: no conversation of {counts['rows']} was answered; the last: {reason}")
+    return counts
+
+
+def _as_line(row: Row, conversation: Conversation, target: str) -> str:
+    reason = "length" if conversation.is_cut else "stop"
+    answered = {**row, "messages": conversation.messages, "finish_reason": reason, "target": target}
+    return json.dumps(answered, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[TextIO]:
+    """A JSON file that takes its place when all is written. Half a character goes into it as JSON's own escape."""
+    unfinished = path.with_name(path.name + ".partial")
+    with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        yield file
+    unfinished.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation in this process, and in the others of a launcher
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _generate_here(
+    targets: list[Target], config: RegenerateConfig, process: PartialState
+) -> tuple[dict[str, Any], int]:
+    """Fill the caches, one target after another. Returns the dtype, and the number of tokens of all processes."""
+    num_tokens = sum(_generate(target, config, process) for target in targets)
+    return {"dtype": config.dtype}, sum(gather_object([num_tokens]))
+
+
+def _generate(target: Target, config: RegenerateConfig, process: PartialState) -> int:
+    """Answer this process's part of what is missing, turn after turn. Returns its number of tokens."""
+    model, num_tokens = None, 0
+    while missing := _missing_prompts(target, process):
+        model = model or load_causal_lm(target.path, dtype=DTYPES[config.dtype]).to(default_device()).eval()
+        batches = split_batches(missing, config.batch_size)
+        description = target.title if process.is_main_process else ""
+        with target.open_cache(process.process_index) as cache:
+            write_batches(
+                model, missing, batches, cache, limits=target.limits, sampling=target.sampling, description=description
+            )
+            num_tokens += cache.num_new_tokens
+        process.wait_for_everyone()
+    del model
+    gc.collect()  # one target at a time is in memory
+    return num_tokens
+
+
+def _missing_prompts(target: Target, process: PartialState) -> dict[str, list[int]]:
+    """The next prompt of every conversation that is not over, by key; the same in all processes."""
+    with target.open_cache(process.process_index) as cache:
+        states = (follow(row, target, cache) for row in target.rows())
+        missing = {prompt_key(state): state for state in states if not isinstance(state, Conversation)}
+    process.wait_for_everyone()  # nobody writes while another still reads
+    return missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+async def _ask_servers(targets: list[Target], config: RegenerateConfig) -> tuple[dict[str, Any], int]:
+    """Fill the caches, all targets at once. Returns the servers with their models, and the number of new tokens."""
+    async with open_servers(config, {target.name: target.path for target in targets}) as found:
+        num_tokens = await run_together(_ask_target(target, found[target.name], config) for target in targets)
+    models = {name: {server.url: server.model for server in servers} for name, servers in found.items()}
+    return {"servers": models}, sum(num_tokens)
+
+
+async def _ask_target(target: Target, servers: list[Server], config: RegenerateConfig) -> int:
+    """Have the servers of one target answer its conversations. Returns the number of tokens received."""
+    pool = ServerPool(servers, target.tokenizer, target.limits, target.sampling, config.concurrency)
+    under_way: dict[str, asyncio.Event] = {}
+    num_turns = sum(len(questions(row["messages"])) for row in target.rows())
+    rows = target.rows()
+    with (
+        target.open_cache() as cache,
+        tqdm(total=num_turns, desc=target.title, unit="answer") as bar,
+    ):
+
+        async def work() -> None:
+            for row in rows:
+                await asyncio.sleep(0)  # thousands of known answers in a row must not keep the others waiting
+                while not isinstance(state := follow(row, target, cache), Conversation):
+                    await _ask_once(state, target, cache, pool, under_way)
+                bar.update(len(questions(row["messages"])))
+
+        try:
+            await run_together(work() for _ in range(pool.num_slots))
+        except NoServerLeftError as error:
+            raise UserError(
+                f"{error}; {len(cache):,} answers are safe in the cache: run the same command again to go on from them"
+            ) from error
+        return cache.num_new_tokens
+
+
+async def _ask_once(
+    prompt: list[int], target: Target, cache: AnswerCache, pool: ServerPool, under_way: dict[str, asyncio.Event]
+) -> None:
+    """Ask for an answer and keep it; if another conversation has just asked the same, wait for that."""
+    key = prompt_key(prompt)
+    if key in under_way:
+        await under_way[key].wait()
+        return
+    under_way[key] = asyncio.Event()
+    reply = await pool.ask(prompt)
+    if isinstance(reply, Refusal):
+        target.refusals[key] = reply
+    else:
+        cache.add({key: reply})
+    under_way.pop(key).set()
 
 
 def run(config: TrainConfig) -> None:
     """Write the answers of an experiment and say where."""
-    target = config.regenerate.target or config.model.path
-    prompts, folder = Path(config.regenerate.prompts), Path(config.output_dir)
-    print(write_answers(config.regenerate, target, prompts, folder, config.data.template_kwargs))
+    prompts = Path(config.regenerate.prompts or Path(config.output_dir) / PROMPTS_FILE)
+    if not prompts.is_file():
+        raise UserError(
+            f"{prompts}: no such file; make it with data_scripts/prepare.py, or give regenerate.prompts=FILE"
+        )
+    written = write_answers(
+        config.regenerate,
+        config.regenerate.targets or [config.model.path],
+        prompts,
+        Path(config.output_dir) / ANSWERS_FOLDER,
+        template_kwargs=config.data.template_kwargs,
+        seed=config.seed,
+    )
+    process = _this_process()
+    if process.is_main_process:
+        print(written.summary())
+        print(written.path)
+    process.destroy_process_group()
 
 
 if __name__ == "__main__":

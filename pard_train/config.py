@@ -51,22 +51,52 @@ class ObjectiveConfig:
 
 
 @dataclass
-class DataConfig:
-    """Chat data and how it is packed."""
+class SourceConfig:
+    """One source of chats."""
 
-    # JSONL file (or .jsonl.gz), or a `datasets` name; rows carry `messages` and optionally `finish_reason`.
+    # A file (.jsonl, .json, .parquet, each also .gz), a hub data set, or `benchmark:NAME` (prompts without answers).
+    path: str = MISSING
+    # Of a hub data set: subset, split and revision (branch, tag or commit).
+    subset: Optional[str] = None
+    split: str = "train"
+    revision: Optional[str] = None
+    # Read rows as they arrive instead of storing the data set first: for what does not fit on the disk.
+    streaming: bool = False
+    # auto | messages | sharegpt | alpaca | prompt; auto tells by the names of a row's columns.
+    schema: str = "auto"
+    # Columns that bear other names than the schema's: {prompt: problem, response: solution}.
+    columns: dict[str, str] = field(default_factory=dict)
+    # Rows read at most; 0 reads all.
+    max_rows: int = 0
+    # Share in the mix, relative to the other sources' weights; null in all sources takes every row.
+    weight: Optional[float] = None
+    # Licence of the data, for the manifest.
+    licence: Optional[str] = None
+
+
+@dataclass
+class DataConfig:
+    """Chat data and how it is tokenized and packed."""
+
+    # A folder that data_scripts/encode.py wrote, or any source of chats (see SourceConfig), encoded into the cache.
     source: str = MISSING
-    # Split and subset of a `datasets` source; not used for files.
+    # Split and subset of a hub data set; not used for files.
     split: str = "train"
     subset: Optional[str] = None
     # Longest document in tokens.
     max_length: int = 512
     # What to do with a longer one: error | drop | truncate.
     overlong: str = "error"
+    # What to do with a row that cannot be taught: error | set_aside (listed in rejects.jsonl, and counted).
+    bad_rows: str = "error"
     # Slots (real tokens + mask slots) of one pack: the batch size per device, constant for the whole run.
     slot_budget: int = 16384
     # Extra arguments of the chat template, such as {enable_thinking: false} for Qwen3.
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # Processes that tokenize; 0 takes one per core.
+    num_workers: int = 0
+    # Folder of encoded chats, used again while nothing about them changes; null takes ~/.cache/pard_train/tokens.
+    cache_dir: Optional[str] = None
 
 
 @dataclass
@@ -171,21 +201,75 @@ class GenerateConfig:
 
 
 @dataclass
-class RegenerateConfig:
-    """Prompts, and the answers a target writes to them."""
+class PrepareConfig:
+    """From any chats to clean prompts: one schema, no duplicates, nothing of the benchmarks, a part held out."""
 
-    # `embedded` (prompts that packages ship), a JSONL file, or a `datasets` name with `messages` or `prompt`.
-    prompts: str = "embedded"
-    split: str = "train"
-    # Target that writes the answers; null takes the model that becomes the draft.
-    target: Optional[str] = None
-    num_prompts: int = 1000
-    # Prompts of each kind kept out of training, for evaluation.
-    num_held_out: int = 16
+    # SourceConfig by name: source=[ultrachat,...] takes presets, prepare.sources.mine.path=chats.jsonl adds one.
+    sources: dict[str, Any] = field(default_factory=dict)
+    # Rows to train on at most; 0 takes as many as the weights allow.
+    num_rows: int = 0
+    # Share of each source that is kept out of training, chosen by content, whatever else is in the data.
+    held_out_fraction: float = 0.01
+    # Questions that overlap more than this (Jaccard index of word 3-grams) are duplicates; 1.0 removes equal ones only.
+    near_duplicates: float = 0.8
+    # Benchmarks whose prompts must not be trained on, and the length in words of an overlap that tells.
+    decontaminate: list[str] = field(default_factory=lambda: ["humaneval", "gsm8k", "mt-bench"])
+    overlap_words: int = 13
+    # What to do with a row that cannot be read: error | set_aside (listed in rejects.jsonl, and counted).
+    bad_rows: str = "error"
+    # Processes; 0 takes one per core.
+    num_workers: int = 0
+
+
+@dataclass
+class RegenerateConfig:
+    """The answers that targets write to prompts."""
+
+    # JSONL of conversations; null takes OUTPUT_DIR/prompts/train.jsonl, which data_scripts/prepare.py writes.
+    prompts: Optional[str] = None
+    # Folders or hub names; several share the prompts equally. Empty takes the model that becomes the draft.
+    targets: list[str] = field(default_factory=list)
+    # OpenAI-compatible servers (vLLM, SGLang), such as http://localhost:8000/v1; empty generates in this process.
+    servers: list[str] = field(default_factory=list)
+    # Requests under way at each server, seconds that one may take, and how often it is tried again.
+    concurrency: int = 64
+    timeout: float = 600.0
+    max_retries: int = 5
+    # 0 is greedy decoding, which replay assumes.
+    temperature: float = 0.0
+    top_p: float = 1.0
     max_new_tokens: int = 512
+    # Of generation in this process: prompts per batch, and float32 | bfloat16 | float16.
     batch_size: int = 16
-    # float32 | bfloat16 | float16
     dtype: str = "bfloat16"
+
+
+@dataclass
+class ScoreConfig:
+    """Log-probabilities of a target for every supervised token."""
+
+    # Folder that data_scripts/encode.py wrote; null takes OUTPUT_DIR/tokens.
+    tokens: Optional[str] = None
+    # Target folder or hub name; null takes the first of regenerate.targets, or the model that becomes the draft.
+    target: Optional[str] = None
+    # Most likely tokens kept per position; each costs 6 bytes, the label itself 2.
+    top_k: int = 16
+    # Tokens per forward pass.
+    batch_tokens: int = 8192
+    # float32 | bfloat16 | float16, of the target.
+    dtype: str = "bfloat16"
+
+
+@dataclass
+class ShowConfig:
+    """Seeing with own eyes what a model would be taught."""
+
+    # Number of the row shown, from 0.
+    row: int = 0
+    # Rows whose tokens are checked before; 0 checks all.
+    num_checked: int = 1000
+    # Picture of the attention pattern; null draws none.
+    picture: Optional[str] = None
 
 
 @dataclass
@@ -200,8 +284,12 @@ class TrainConfig:
     # A DeepSpeed configuration (deepspeed=zero0..zero3); empty trains without DeepSpeed.
     deepspeed: dict[str, Any] = field(default_factory=dict)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    # Read by recipes/quickstart.py only.
+    # Read by the programs of data_scripts/ and by recipes/quickstart.py.
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    show: ShowConfig = field(default_factory=ShowConfig)
+    # Read by recipes/quickstart.py.
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     output_dir: str = MISSING
     seed: int = 42

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exceptions for mistakes that a user can mend."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,19 @@ class UserError(ValueError):
 
     Recipes print it as one line and exit with status 2; a traceback is left for our own mistakes.
     """
+
+
+class RowError(UserError):
+    """One bad row of data. Programs stop at it, or set the row aside and count it, as the user chooses.
+
+    Attributes:
+        origin: where the row stands, such as `chats.jsonl:17`.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, origin: str, reason: str):
+        super().__init__(origin, reason)
+        self.origin, self.reason = origin, reason
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}"

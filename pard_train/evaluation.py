@@ -172,7 +172,6 @@ def _target_cases(target: Target, config: EvaluateConfig, folder: Path) -> Itera
             limits=limits,
             batch_size=config.batch_size,
             cache=folder / TARGET_TEXT_FOLDER / f"{name}-{benchmark.name}-{key}.jsonl",
-            pad_token_id=min(end_ids),
             description=f"{name} answers {benchmark.name}",
         )
         yield Case(target.path, benchmark.name, prompts, answers, limits)

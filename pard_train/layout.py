@@ -25,7 +25,6 @@ collator, the loss, replay, decoding and the validation of settings all ask the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,13 +121,59 @@ def count_at_depth(num_anchors: int, depth: int, draft: DraftConfig) -> int:
     >>> [count_at_depth(100, d, DraftConfig()) for d in range(1, 6)]
     [70, 49, 34, 24, 20]
     """
+    return int(_count(np.array(num_anchors), depth, draft))
+
+
+def _count(num_anchors: np.ndarray, depth: int, draft: DraftConfig) -> np.ndarray:
     retention = max(draft.retention_ratio**depth, draft.min_retention)
-    return math.floor(num_anchors * retention + 1e-9)  # 100 * 0.7**2 is 48.999.. in floating point
+    return np.floor(num_anchors * retention + 1e-9).astype(np.int64)  # 100 * 0.7**2 is 48.999.. in floating point
 
 
 def max_slots(num_tokens: int, draft: DraftConfig) -> int:
-    """Upper bound of the slots that a document of `num_tokens` tokens takes, whatever the draw."""
+    """Upper bound of the slots that a document of `num_tokens` tokens takes, whatever its turns and the draw."""
     return num_tokens + sum(count_at_depth(num_tokens, depth, draft) for depth in range(1, draft.num_draft_tokens))
+
+
+def supervised_runs(loss_mask: np.ndarray) -> np.ndarray:
+    """Where labels stand, as runs.
+
+    >>> supervised_runs(np.array([0, 1, 1, 0, 1], dtype=bool)).tolist()
+    [[1, 3], [4, 5]]
+
+    Args:
+        loss_mask: bool [L].
+
+    Returns:
+        int32 [R, 2]: first and past-the-last token of every run.
+    """
+    edges = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0, append=0))
+    return edges.reshape(-1, 2).astype(np.int32)
+
+
+def slot_bounds(num_tokens: np.ndarray, runs: np.ndarray, document: np.ndarray, draft: DraftConfig) -> np.ndarray:
+    """Upper bound of the slots that each of N documents takes, whatever the draw; about one slot per turn too high.
+
+    Depth d keeps count_at_depth(n, d) of n anchors, and none that is less than d labels before the end of its turn.
+
+    Args:
+        num_tokens: int [N].
+        runs: int [R, 2], the supervised runs of all documents.
+        document: int [R], which document each run belongs to.
+        draft: K, retention ratio and floor.
+
+    Returns:
+        int64 [N].
+    """
+
+    def anchors(depth: int) -> np.ndarray:  # whose chain may reach this depth, per document
+        first_anchor = np.maximum(runs[:, 0] - 1, 0)  # the first token of a document has no anchor before it
+        reach = np.maximum(runs[:, 1] - 1 - depth - first_anchor, 0)
+        return np.bincount(document, weights=reach, minlength=len(num_tokens)).astype(np.int64)
+
+    bounds, num_anchors = num_tokens.astype(np.int64), anchors(0)
+    for depth in range(1, draft.num_draft_tokens):
+        bounds += np.minimum(_count(num_anchors, depth, draft), anchors(depth))
+    return bounds
 
 
 def chain_limits(loss_mask: np.ndarray, num_draft_tokens: int) -> np.ndarray:
@@ -153,8 +198,8 @@ def chain_limits(loss_mask: np.ndarray, num_draft_tokens: int) -> np.ndarray:
 def sample_chain_lengths(loss_mask: np.ndarray, draft: DraftConfig, key: DrawKey) -> np.ndarray:
     """One COD draw: how many mask slots follow each anchor.
 
-    One permutation ranks the n eligible anchors; the anchor of rank j reaches every depth d that keeps more than j
-    anchors. Counts per depth are exact and nested by construction. Chains are then cut at the end of their turn.
+    One permutation ranks the n eligible anchors. Depth d keeps the first count_at_depth(n, d) of those that depth d - 1
+    kept and whose turn goes on for so long. The counts are exact as long as enough turns do.
 
     Args:
         loss_mask: bool [L].
@@ -166,11 +211,12 @@ def sample_chain_lengths(loss_mask: np.ndarray, draft: DraftConfig, key: DrawKey
     """
     limits = chain_limits(loss_mask, draft.num_draft_tokens)
     eligible = np.flatnonzero(limits >= 0)
-    counts = np.array([count_at_depth(len(eligible), d, draft) for d in range(1, draft.num_draft_tokens)], dtype=int)
-    rank = np.random.default_rng([key.seed, key.epoch, key.example]).permutation(len(eligible))
+    kept = np.random.default_rng([key.seed, key.epoch, key.example]).permutation(eligible)
     lengths = np.zeros(len(loss_mask), dtype=np.int64)
-    lengths[eligible] = (counts[None, :] > rank[:, None]).sum(axis=1)
-    return np.minimum(lengths, np.maximum(limits, 0))
+    for depth in range(1, draft.num_draft_tokens):
+        kept = kept[limits[kept] >= depth][: count_at_depth(len(eligible), depth, draft)]
+        lengths[kept] = depth
+    return lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------------

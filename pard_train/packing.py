@@ -1,13 +1,11 @@
 """Packing documents with their chains into packs of a constant number of slots, for a whole run at once.
 
-All epochs are planned up front into one list of packs, because the number of packs differs from epoch to epoch with the
-COD draws. Training walks that list in order, so that a step's documents depend on nothing but (seed, global batch), and
-resuming means skipping.
+The packs of all epochs are one list. Training walks it in order, so that a step's documents depend on nothing but
+(seed, global batch), and resuming means skipping. The plan is a few integers per document; documents stay on disk.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from pard_train.chat import Document
 from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.errors import UserError
 from pard_train.layout import (
     IGNORE_INDEX,
     PADDING_DOCUMENT,
@@ -31,7 +29,7 @@ from pard_train.layout import (
 )
 from pard_train.objective import slot_weights
 
-# Legend: T slots of a pack (the slot budget).
+# Legend: D documents, T slots of a pack (the slot budget).
 
 
 @dataclass(frozen=True)
@@ -42,75 +40,90 @@ class Member:
     key: DrawKey
 
 
-def best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+def best_fit(sizes: np.ndarray, budget: int) -> np.ndarray:
     """Pack items into bins, largest first, each into the fullest bin that still holds it (best-fit decreasing).
 
     Args:
-        sizes: size of every item, each at most `budget`.
+        sizes: int [N], descending, each from 1 to `budget`.
         budget: size of a bin.
 
     Returns:
-        Item numbers per bin.
+        int32 [N]: the bin of every item.
     """
-    room: list[tuple[int, int]] = []  # (slots left, bin), sorted
-    bins: list[list[int]] = []
-    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        place = bisect_left(room, (sizes[item], -1))
-        if place == len(room):
-            bins.append([])
-            left, number = budget, len(bins) - 1
+    with_room: list[list[int]] = [[] for _ in range(budget + 1)]  # bins by the slots they have left
+    rooms = 0  # bit r is set where with_room[r] is not empty: the next room of at least r is one shift away
+    bins = np.empty(len(sizes), dtype=np.int32)
+    num_bins = 0
+    for item, size in enumerate(sizes.tolist()):
+        larger = rooms >> size
+        if larger:
+            room = size + (larger & -larger).bit_length() - 1
+            number = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
         else:
-            left, number = room.pop(place)
-        bins[number].append(item)
-        insort(room, (left - sizes[item], number))
+            room, number, num_bins = budget, num_bins, num_bins + 1
+        bins[item] = number
+        with_room[room - size].append(number)
+        rooms |= 1 << (room - size)
     return bins
 
 
 class PackedDataset(Dataset[list[Member]]):
     """All packs of a run, in training order. An item is the list of a pack's members; [] is a pack of padding.
 
+    Packs are planned with the most slots that a document can take, which no draw changes. So the bins are planned once;
+    an epoch has its own order of packs, and its own documents in the places of equal size.
+
     Args:
         documents: the corpus.
-        draft: K and COD.
+        bounds: int [D], slots that each document takes at most.
         slot_budget: slots per pack.
         num_epochs: passes over the corpus, each with fresh chains and a fresh order.
         seed: of order and chains.
         packs_per_step: packs of one optimizer step over all ranks; each epoch's last step is filled up with padding.
+
+    Raises:
+        UserError: if a document does not fit into a pack.
     """
 
     def __init__(
         self,
         documents: Sequence[Document],
-        draft: DraftConfig,
+        bounds: np.ndarray,
         *,
         slot_budget: int,
         num_epochs: int,
         seed: int,
         packs_per_step: int = 1,
-        show_progress: bool = False,
     ):
-        self.documents = documents
-        self.seed = seed
-        self.num_epochs = num_epochs
-        self.packs: list[tuple[int, list[int]]] = []  # (epoch, document numbers)
-        num_used = num_packs = 0
-        for epoch in tqdm(range(num_epochs), desc="pack", unit="epoch", disable=not show_progress):
-            sizes = [
-                len(d.input_ids) + int(sample_chain_lengths(d.loss_mask, draft, DrawKey(seed, epoch, i)).sum())
-                for i, d in enumerate(documents)
-            ]
-            packs = best_fit(sizes, slot_budget)
-            order = np.random.default_rng([seed, epoch]).permutation(len(packs))
-            self.packs += [(epoch, packs[i]) for i in order]
-            self.packs += [(epoch, [])] * (-len(self.packs) % packs_per_step)
-            num_used, num_packs = num_used + sum(sizes), num_packs + len(packs)
-        self.fill = num_used / (num_packs * slot_budget)  # share of slots in use, 0..1
+        self.documents, self.seed, self.num_epochs = documents, seed, num_epochs
+        largest = int(bounds.argmax())
+        if bounds[largest] > slot_budget:
+            raise UserError(
+                f"data.slot_budget={slot_budget} cannot hold {documents[largest].origin}, which needs up to "
+                f"{bounds[largest]} slots: set data.slot_budget>={bounds[largest]}"
+            )
+        bins = best_fit(np.sort(bounds)[::-1], slot_budget)
+        place = np.argsort(bins, kind="stable")  # places in descending order of size, bin after bin
+        self._stops = np.cumsum(np.bincount(bins))  # int64 [packs of an epoch]
+        self._packs_per_epoch = len(self._stops) + -len(self._stops) % packs_per_step
+        self._members = np.empty((num_epochs, len(bounds)), dtype=np.int32)  # document numbers, pack after pack
+        self._order = np.full((num_epochs, self._packs_per_epoch), -1, dtype=np.int32)  # -1 is a pack of padding
+        for epoch in range(num_epochs):
+            draw = np.random.default_rng([seed, epoch])
+            self._order[epoch, : len(self._stops)] = draw.permutation(len(self._stops))
+            self._members[epoch] = np.lexsort((draw.random(len(bounds)), -bounds))[place]
 
     def __len__(self) -> int:
-        return len(self.packs)
+        return self.num_epochs * self._packs_per_epoch
 
     def __getitem__(self, index: int) -> list[Member]:
-        epoch, members = self.packs[index]
+        epoch, step = divmod(index, self._packs_per_epoch)
+        pack = self._order[epoch, step]
+        if pack < 0:
+            return []
+        members = self._members[epoch, self._stops[pack - 1] if pack else 0 : self._stops[pack]].tolist()
         return [Member(self.documents[i], DrawKey(self.seed, epoch, i)) for i in members]
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,11 +23,15 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
+MANIFEST_FILE = "manifest.json"  # of a data set: what it was made of, and how much of it is where
 SEAL_FILE = "files.json"  # in every checkpoint: its files and their sizes in bytes
 PACKAGES = ("pard_train", "torch", "transformers", "datasets", "accelerate", "deepspeed", "hydra-core", "numpy")
 
 # What may change when a run is continued; everything else decides the result.
-FREE_KEYS = ("resume", "logger", "evaluate", "regenerate", "trainer.logging_steps", "trainer.save_steps")
+FREE_KEYS = (
+    *("resume", "logger", "evaluate", "prepare", "regenerate", "score", "show"),
+    *("data.num_workers", "data.cache_dir", "trainer.logging_steps", "trainer.save_steps"),
+)
 
 
 def check_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
@@ -90,6 +99,34 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text())
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that comes to be whole or not at all: work in the one yielded, which is renamed at the end.
+
+    Raises:
+        UserError: if the folder exists.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} already exists: delete it to make it anew, or choose another folder")
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def fingerprint(value: Any) -> str:
+    """Short name of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def provenance() -> dict[str, Any]:

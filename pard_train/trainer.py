@@ -18,7 +18,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from pard_train.attention import IMPLEMENTATIONS, attention_inputs, resolve_attention
 from pard_train.chat import ChatEncoder
 from pard_train.config import TrainConfig
-from pard_train.corpus import Corpus, load_corpus
 from pard_train.errors import UserError
 from pard_train.layout import IGNORE_INDEX, SlotLayout
 from pard_train.model import (
@@ -33,6 +32,7 @@ from pard_train.model import (
 from pard_train.objective import DepthStatistics, slot_losses
 from pard_train.packing import PackedDataset, PardCollator
 from pard_train.run import check_run, claim_run, newest_checkpoint, seal_checkpoint
+from pard_train.store import TokenStore, open_store
 from pard_train.trackers import ConfigToWandb, MetricsFile, configure_tracker
 
 INITIAL_FOLDER = "init"  # the untrained draft model
@@ -59,7 +59,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     if is_first:
         check_run(output_dir, identity, resume=config.resume)
     base = inspect_base(config.model, config.draft)
-    corpus = load_corpus(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs), show_progress=is_first)
+    store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
     if is_first:  # the other ranks wait below for this one to join them
         claim_run(output_dir, identity)
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
@@ -71,7 +71,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
-    trainer = build_trainer(config, arguments, corpus)
+    trainer = build_trainer(config, arguments, store)
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -121,24 +121,20 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
     return ours | settings.extra
 
 
-def build_trainer(config: TrainConfig, arguments: TrainingArguments, corpus: Corpus) -> PardTrainer:
+def build_trainer(config: TrainConfig, arguments: TrainingArguments, store: TokenStore) -> PardTrainer:
     """Load the untrained draft model of the output folder and pack its data."""
     initial = str(Path(config.output_dir) / INITIAL_FOLDER)
-    is_main = arguments.process_index == 0
     tokenizer = load_tokenizer(initial)
     dataset = PackedDataset(
-        corpus.documents,
-        config.draft,
+        store,
+        store.slot_bounds(config.draft),
         slot_budget=config.data.slot_budget,
         num_epochs=config.trainer.num_train_epochs,
         seed=config.seed,
         packs_per_step=arguments.world_size * arguments.gradient_accumulation_steps,
-        show_progress=is_main,
     )
-    if is_main:
-        print(
-            f"{corpus.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots, {dataset.fill:.1%} full"
-        )
+    if arguments.process_index == 0:
+        print(f"{store.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots")
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
     mask_token_id = required_mask_token_of(model.config)

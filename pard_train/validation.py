@@ -13,13 +13,18 @@ from pard_train.config import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    PrepareConfig,
     RegenerateConfig,
+    ScoreConfig,
+    ShowConfig,
+    SourceConfig,
     TrainConfig,
     TrainerConfig,
 )
 from pard_train.errors import UserError
 from pard_train.layout import max_slots
 
+SCHEMAS = ("auto", "messages", "sharegpt", "alpaca", "prompt")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt")
 
 
@@ -90,19 +95,78 @@ def validate_generate(config: GenerateConfig) -> None:
     _at_least("max_new_tokens", config.max_new_tokens, 1)
 
 
+def validate_prepare(config: PrepareConfig) -> None:
+    """Check sources and rules of the prompts. Raises UserError."""
+    if not config.sources:
+        raise UserError(
+            "prepare.sources is empty: give presets, source=[ultrachat], or a file of your own, "
+            "prepare.sources.mine.path=chats.jsonl"
+        )
+    for name, source in config.sources.items():
+        _validate_source(f"prepare.sources.{name}", source)
+    with_weight = [name for name, source in config.sources.items() if source.weight is not None]
+    if with_weight and len(with_weight) < len(config.sources):
+        missing = sorted(config.sources.keys() - set(with_weight))[0]
+        raise UserError(f"prepare.sources.{missing}.weight is not set, but others have one: give all a weight, or none")
+    _one_of("prepare.bad_rows", config.bad_rows, ("error", "set_aside"))
+    _in_range("prepare.near_duplicates", config.near_duplicates, low=0.0, high=1.0, above=True)
+    _in_range("prepare.held_out_fraction", config.held_out_fraction, low=0.0, high=0.9)
+    _at_least("prepare.overlap_words", config.overlap_words, 1)
+    for field in ("num_rows", "num_workers"):
+        _at_least(f"prepare.{field}", getattr(config, field), 0)
+
+
+def _validate_source(name: str, source: SourceConfig) -> None:
+    _one_of(f"{name}.schema", source.schema, SCHEMAS)
+    _at_least(f"{name}.max_rows", source.max_rows, 0)
+    if source.weight is not None:
+        _in_range(f"{name}.weight", source.weight, low=0.0, high=float("inf"), above=True)
+
+
 def validate_regenerate(config: RegenerateConfig) -> None:
-    """Check the prompt and answer settings. Raises UserError."""
+    """Check who writes the answers, and how. Raises UserError."""
     _validate_dtype(config.dtype)
-    for name in ("num_prompts", "num_held_out", "max_new_tokens", "batch_size"):
+    for name in ("concurrency", "max_new_tokens", "batch_size"):
         _at_least(f"regenerate.{name}", getattr(config, name), 1)
+    for name in ("temperature", "max_retries"):
+        _at_least(f"regenerate.{name}", getattr(config, name), 0)
+    _in_range("regenerate.top_p", config.top_p, low=0.0, high=1.0, above=True)
+    _in_range("regenerate.timeout", config.timeout, low=0.0, high=float("inf"), above=True)
+    for server in config.servers:
+        if not server.startswith(("http://", "https://")):
+            raise UserError(f"regenerate.servers: {server!r} must be an address such as http://localhost:8000/v1")
+
+
+def validate_encode(data: DataConfig) -> None:
+    """Check what decides the tokens. Raises UserError."""
+    if not data.source:
+        raise UserError("data.source is not set: give the chats, data.source=answers.jsonl")
+    _one_of("data.overlong", data.overlong, ("error", "drop", "truncate"))
+    _one_of("data.bad_rows", data.bad_rows, ("error", "set_aside"))
+    _at_least("data.max_length", data.max_length, 2)
+    _at_least("data.num_workers", data.num_workers, 0)
+
+
+def validate_score(config: ScoreConfig) -> None:
+    """Check the scoring settings. Raises UserError."""
+    _validate_dtype(config.dtype)
+    for name in ("top_k", "batch_tokens"):
+        _at_least(f"score.{name}", getattr(config, name), 1)
+
+
+def validate_show(config: ShowConfig) -> None:
+    """Check what is to be shown. Raises UserError."""
+    for name in ("row", "num_checked"):
+        _at_least(f"show.{name}", getattr(config, name), 0)
+    if config.picture and not config.picture.endswith((".png", ".svg", ".pdf")):
+        raise UserError(f"show.picture={config.picture}: must end with .png, .svg or .pdf")
 
 
 _EXAMPLES = {"targets": "[Qwen/Qwen2.5-7B-Instruct]", "benchmarks": "[humaneval]", "num_draft_tokens": "[4,8]"}
 
 
 def _validate_data(data: DataConfig, draft: DraftConfig) -> None:
-    _one_of("data.overlong", data.overlong, ("error", "drop", "truncate"))
-    _at_least("data.max_length", data.max_length, 2)
+    validate_encode(data)
     worst = max_slots(data.max_length, draft)
     if worst > data.slot_budget:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -14,17 +15,34 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pard_train.config import EvaluateConfig, ExportConfig, GenerateConfig, TrainConfig
+from pard_train.config import EvaluateConfig, ExportConfig, GenerateConfig, SourceConfig, TrainConfig
 from pard_train.errors import UserError
 
 CONFIG_DIR = Path(__file__).parents[1] / "conf"  # beside recipes/ in a checkout and in site-packages alike
 
 
+DISK_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig, "generate": GenerateConfig}
 
 
-def register_schemas() -> None:
-    """Make every dataclass known to Hydra as `schema_NAME`: unknown keys and wrong types become errors."""
+HELP = """${hydra.help.header}
+Settings, each explained in pard_train/config.py; override them as NAME=VALUE:
+
+$CONFIG
+Groups, chosen as GROUP=OPTION:
+
+$APP_CONFIG_GROUPS
+"""
+
+
+def register_schemas(help_text: str) -> None:
+    """Make every dataclass known to Hydra as `schema_NAME`: unknown keys and wrong types become errors.
+
+    Args:
+        help_text: what --help says of the program.
+    """
+    node = {"app_name": "pard_train", "header": help_text, "footer": "", "template": HELP}
+    ConfigStore.instance().store(group="hydra/help", name="program", node=node)
     for name, schema in SCHEMAS.items():
         node = OmegaConf.structured(schema)
         _open_dicts(node)
@@ -42,6 +60,13 @@ def _open_dicts(node: DictConfig) -> None:
                 _open_dicts(child)
 
 
+def _type_sources(composed: DictConfig) -> None:
+    """Give every data source its schema: OmegaConf lets a command line add only untyped entries to a dict."""
+    sources = composed.prepare.sources if "prepare" in composed else {}
+    for name in sources:
+        sources[name] = OmegaConf.merge(OmegaConf.structured(SourceConfig), sources[name])
+
+
 def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any], Any]) -> None:
     """Compose conf/NAME.yaml with the command line, validate it, and run.
 
@@ -52,12 +77,13 @@ def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any
         validate: raises UserError; imports nothing heavy.
         run: the recipe's work on the validated dataclass.
     """
-    register_schemas()
+    register_schemas(sys.modules[run.__module__].__doc__ or "")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing, and we print one line
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)
     def program(composed: DictConfig) -> None:
         try:
+            _type_sources(composed)
             missing = sorted(OmegaConf.missing_keys(composed))
             if missing:
                 raise UserError(f"not set: {', '.join(missing)}. Give {missing[0]}=... or choose an experiment=...")
@@ -66,6 +92,15 @@ def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any
             run(config)
         except (UserError, OmegaConfBaseException) as error:
             _exit_with(error)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            _exit_with(
+                UserError(
+                    f"{error.filename or 'a file'} cannot be written ({DISK_FULL[error.errno]}): make room and run the "
+                    "same command again; what was finished before is kept"
+                )
+            )
 
     try:
         program()

@@ -13,13 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from pard_train.config import ExportConfig, TrainConfig
-from pard_train.validation import validate_draft, validate_export, validate_regenerate, validate_train
+from pard_train.validation import (
+    validate_draft,
+    validate_export,
+    validate_prepare,
+    validate_regenerate,
+    validate_train,
+)
 from recipes.app import hydra_program
 
 
 def validate(config: TrainConfig) -> None:
     """Check every section that the steps read."""
     validate_train(config)
+    validate_prepare(config.prepare)
     validate_regenerate(config.regenerate)
     validate_draft(config.draft)
     validate_export(ExportConfig(checkpoint=config.output_dir, output_dir=config.output_dir))
@@ -27,8 +34,8 @@ def validate(config: TrainConfig) -> None:
 
 def run(config: TrainConfig) -> None:
     """Run the steps in order."""
-    from data_scripts.prompts import write_prompts
-    from data_scripts.regenerate import write_answers
+    from data_scripts.prepare import PROMPTS_FOLDER, prepare
+    from data_scripts.regenerate import ANSWERS_FOLDER, write_answers
     from pard_train.evaluation import evaluate, read_records
     from pard_train.export import export
     from pard_train.report import render_report
@@ -36,20 +43,28 @@ def run(config: TrainConfig) -> None:
     from pard_train.trainer import DRAFT_FOLDER, INITIAL_FOLDER, train
 
     root, started = Path(config.output_dir), time.time()
-    target = config.regenerate.target or config.model.path
+    targets = config.regenerate.targets or [config.model.path]
 
     def step(number: int, what: str) -> None:
         print(f"\n[{number}/5] {what} ({(time.time() - started) / 60:.1f} min so far)", flush=True)
 
     step(1, "prompts: choose those to train on, hold some out")
-    prompts, held_out = write_prompts(config.regenerate, root / "data", seed=config.seed)
+    prompts, held_out = prepare(config.prepare, root / PROMPTS_FOLDER, seed=config.seed)
 
-    step(2, f"answers: {target} writes them")
-    answers = write_answers(config.regenerate, target, prompts, root / "data", config.data.template_kwargs)
+    step(2, f"answers: {', '.join(targets)} writes them")
+    answers = write_answers(
+        config.regenerate,
+        targets,
+        prompts,
+        root / ANSWERS_FOLDER,
+        template_kwargs=config.data.template_kwargs,
+        seed=config.seed,
+    )
+    assert answers is not None, "the quickstart runs in one process"
 
     step(3, "training: adapt the draft model")
     train_dir = root / "train"
-    training = replace(config, data=replace(config.data, source=str(answers)), output_dir=str(train_dir))
+    training = replace(config, data=replace(config.data, source=str(answers.path)), output_dir=str(train_dir))
     if not (train_dir / DRAFT_FOLDER).exists():
         train(replace(training, resume=(train_dir / CONFIG_FILE).exists()))
 
@@ -61,7 +76,7 @@ def run(config: TrainConfig) -> None:
     evaluation = replace(
         config.evaluate,
         drafts={"before": str(train_dir / INITIAL_FOLDER), "after": str(root / "export")},
-        targets=config.evaluate.targets or [target],
+        targets=config.evaluate.targets or targets,
         benchmarks=config.evaluate.benchmarks or [str(path) for path in held_out],
         output_dir=str(root / "evaluation"),
     )

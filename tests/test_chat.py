@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import random
+from typing import Any
+
 import numpy as np
 import pytest
-from tiny import CHATML, build_tokenizer
+from tiny import CHATML, build_tokenizer, conversations
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.chat import ChatEncoder, Document
-from pard_train.errors import UserError
+from pard_train.errors import RowError, UserError
 
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -24,10 +28,88 @@ REASONING = (
     "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Qwen2.5-Instruct's own, with tools.
+QWEN25 = r"""
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- else %}
+        {{- 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}
+    {%- endif %}
+    {{- "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call><|im_end|>\n" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content %}
+            {{- '\n' + message.content }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {%- if tool_call.function is defined %}
+                {%- set tool_call = tool_call.function %}
+            {%- endif %}
+            {{- '\n<tool_call>\n{"name": "' }}
+            {{- tool_call.name }}
+            {{- '", "arguments": ' }}
+            {{- tool_call.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\n<tool_response>\n' }}
+        {{- message.content }}
+        {{- '\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""  # noqa: E501
+# Like Qwen3: thoughts in a field of their own, shown after the last question only; its last answer shows an empty one.
+QWEN3 = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or m.reasoning_content) %}"
+    "<think>\n{{ (m.reasoning_content or '').strip('\n') }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Like Llama 3.1: one call a turn, and nothing said beside it.
+LLAMA31 = LLAMA3.replace(
+    "{{ m.content | trim }}",
+    "{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}"
+    '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}{% else %}{{ m.content | trim }}{% endif %}',
+).replace("{% for m in messages %}", "{{ tools | tojson if tools else '' }}{% for m in messages %}", 1)
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 END_OF_TURN = {CHATML: "<|im_end|>", LLAMA3: "<|eot_id|>", REASONING: "<|im_end|>"}
 TEMPLATES = pytest.mark.parametrize("template", END_OF_TURN, ids=["chatml", "llama3", "reasoning"])
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+SEARCH = {"name": "search", "arguments": {"words": ["größe 😀", "the cat"], "limit": 3}}
+TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}]
 
 
 def encoder_of(template: str) -> ChatEncoder:
@@ -42,6 +124,12 @@ def encoder_of(template: str) -> ChatEncoder:
 def chat(*contents: str) -> Messages:
     """User and assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def calls(*functions: dict[str, Any], content: str = "") -> dict[str, Any]:
+    """An assistant's message that calls tools."""
+    tool_calls = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "content": content, "tool_calls": tool_calls}
 
 
 def supervised_texts(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -140,8 +228,32 @@ def test_template_arguments_reach_the_template() -> None:
     [
         (
             [{"role": "tool", "content": "x"}, *chat("Hi", "the cat")],
-            "message 0 has role 'tool': allowed are system, user",
+            "message 0 is a tool's result without an assistant's message before it",
         ),
+        (
+            [{"role": "function", "content": "x"}],
+            "message 0 has role 'function': allowed are system, user, assistant, tool",
+        ),
+        ([*chat("Hi"), {"role": "tool", "content": "x"}], "message 1 is a tool's result without"),
+        (
+            [*chat("Hi", "the cat"), chat("Hi", "the cat")[1]],
+            "message 2 is an answer without a user's message before it",
+        ),
+        (
+            [*chat("Hi"), calls({"name": "f", "arguments": "{}"})],
+            "message 1 (assistant) must have tool_calls of the form",
+        ),
+        (
+            [*chat("Hi"), calls({"name": "f", "arguments": {"a": "\ud83d"}})],
+            "message 1 (assistant) has half a character",
+        ),
+        ([*chat("Hi"), {**calls(), "tool_calls": 3}], "message 1 (assistant) must have tool_calls of the form"),
+        ([{**chat("Hi")[0], "name": "\ud83d"}], "message 0 (user) has half a character"),
+        (
+            [*chat("Hi"), {**chat("", "x")[1], "reasoning_content": "\ud83d"}],
+            "message 1 (assistant) has half a character",
+        ),
+        (chat("\ud83d", "the cat"), "message 0 (user) has half a character (an unpaired surrogate)"),
         ([{"from": "human", "value": "x"}], "message 0 has role None"),
         (chat("Hi"), "no assistant turn"),
         (chat("Hi", ""), "message 1 is an empty answer"),
@@ -155,10 +267,10 @@ def test_template_arguments_reach_the_template() -> None:
     ],
 )
 def test_a_bad_conversation_is_refused_by_its_origin(messages: Messages, reason: str) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(RowError) as error:
         encoder_of(CHATML).encode(messages, origin="chats.jsonl:17")
-    assert str(error.value).startswith("chats.jsonl:17: ")
-    assert reason in str(error.value)
+    assert error.value.origin == "chats.jsonl:17"
+    assert reason in error.value.reason
 
 
 @pytest.mark.parametrize(
@@ -183,7 +295,7 @@ def test_a_chat_that_the_template_cannot_follow_is_refused_by_its_origin(templat
     messages = [{"role": "system", "content": "Be brief."}, *chat("Hi", "the cat")]
     encoder = encoder_of(template)
     assert encoder.encode(messages[1:], origin="good")  # other chats go through
-    with pytest.raises(UserError, match=f"^chats.jsonl:17: .*{reason}"):
+    with pytest.raises(RowError, match=f"^chats.jsonl:17: .*{reason}"):
         encoder.encode(messages, origin="chats.jsonl:17")
 
 
@@ -217,3 +329,178 @@ def test_a_thought_that_the_generation_prompt_opens_is_taught_as_the_model_write
         assert document.input_ids[: len(prompt)].tolist() == prompt
         answer = encoder.tokenizer.decode(document.input_ids[document.loss_mask])
         assert answer == messages[stop]["content"] + "<|im_end|>"
+
+
+TOOL_CHAT = [
+    *chat("Hi"),
+    calls(SEARCH),
+    {"role": "tool", "content": '{"found": 3}'},
+    calls({"name": "search", "arguments": {}}),
+    {"role": "tool", "content": ""},
+    *chat("", "the cat runs")[1:],
+]
+AS_JSON = json.dumps(SEARCH["arguments"], ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "template, answers",
+    [
+        (
+            QWEN25,
+            [
+                f'<tool_call>\n{{"name": "search", "arguments": {AS_JSON}}}\n</tool_call><|im_end|>',
+                '<tool_call>\n{"name": "search", "arguments": {}}\n</tool_call><|im_end|>',
+                "the cat runs<|im_end|>",
+            ],
+        ),
+        (
+            LLAMA31,
+            [
+                f'{{"name": "search", "parameters": {AS_JSON}}}<|eot_id|>',
+                '{"name": "search", "parameters": {}}<|eot_id|>',
+                "the cat runs<|eot_id|>",
+            ],
+        ),
+    ],
+    ids=["qwen2.5", "llama3.1"],
+)
+def test_tool_calls_are_labels_and_tool_results_are_not(template: str, answers: list[str]) -> None:
+    encoder = encoder_of(template)
+    (document,) = encoder.encode(TOOL_CHAT, origin="here", tools=TOOLS)
+    assert supervised_texts(document, encoder.tokenizer) == answers
+    prompt = encoder.encode_prompt(TOOL_CHAT[:1], tools=TOOLS)
+    assert document.input_ids[: len(prompt)].tolist() == prompt
+    assert json.dumps(TOOLS[0]["function"]) in encoder.tokenizer.decode(prompt)
+
+
+def test_words_beside_a_tool_call_and_several_calls_in_one_turn_are_labels() -> None:
+    encoder = encoder_of(QWEN25)
+    messages = [*chat("Hi"), calls(SEARCH, {"name": "now", "arguments": {}}, content="I look.")]
+    (document,) = encoder.encode(messages, origin="here")
+    (answer,) = supervised_texts(document, encoder.tokenizer)
+    assert answer.startswith('I look.\n<tool_call>\n{"name": "search"')
+    assert answer.endswith('\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|im_end|>')
+
+
+def thought(text: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its thought in a field of its own."""
+    return {**message, "reasoning_content": text}
+
+
+def test_turns_share_a_document_for_as_long_as_their_thoughts_stay() -> None:
+    encoder = encoder_of(QWEN3)
+    first = [*chat("Hi"), thought("one", calls(SEARCH)), {"role": "tool", "content": "3"}, *chat("", "the cat")[1:]]
+    first[-1] = thought("two", first[-1])
+    second = [*chat("why"), thought("three", calls(SEARCH)), {"role": "tool", "content": "4"}]
+    messages = [*first, *second, thought("\nfour\n", chat("", "it runs")[1])]
+    documents = encoder.encode(messages, origin="here", tools=TOOLS)
+    call = f"<tool_call>{json.dumps(SEARCH, ensure_ascii=False)}</tool_call><|im_end|>"
+    assert [supervised_texts(document, encoder.tokenizer) for document in documents] == [
+        [f"<think>\none\n</think>\n\n{call}", "<think>\ntwo\n</think>\n\nthe cat<|im_end|>"],
+        [f"<think>\nthree\n</think>\n\n{call}", "<think>\nfour\n</think>\n\nit runs<|im_end|>"],
+    ]
+    assert "one" not in encoder.tokenizer.decode(documents[1].input_ids)
+
+
+def random_chat(draw: random.Random) -> Messages:
+    """Questions in several scripts, each with tool calls or thoughts before its answer, or without."""
+    texts = ["the cat", "¿Qué tal? 你好", "😀👩‍👩‍👧 नमस्ते", " \n\nsun\n", "user\n", "x" * 300]
+    messages: Messages = [{"role": "system", "content": "Be brief."}] * draw.randint(0, 1)
+    for _ in range(draw.randint(1, 3)):
+        messages.append({"role": "user", "content": draw.choice([*texts, "", " \n"])})
+        for _ in range(draw.randint(0, 2)):
+            messages.append(calls(SEARCH, content=draw.choice(["", "I look."])))
+            messages += [{"role": "tool", "content": draw.choice(["", "3", "\r\n{}"])}] * draw.randint(1, 2)
+        messages.append({"role": "assistant", "content": draw.choice(texts)})
+    return [thought("It sees.\n\nWhy?", m) if m["role"] == "assistant" and draw.random() < 0.5 else m for m in messages]
+
+
+@pytest.mark.parametrize("template", [QWEN25, QWEN3, LLAMA31], ids=["qwen2.5", "qwen3", "llama3.1"])
+@pytest.mark.parametrize("seed", range(10))
+def test_every_answer_stands_once_after_the_prompt_that_was_served(template: str, seed: int) -> None:
+    """Brute force: the text before every run of labels is the rendered history, and the run ends its turn."""
+    encoder = encoder_of(template)
+    messages = random_chat(random.Random(seed))
+    if template != QWEN3:
+        messages = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
+    found = []
+    for document in encoder.encode(messages, origin="here", tools=TOOLS):
+        edges = np.flatnonzero(np.diff(document.loss_mask.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        found += [[encoder.tokenizer.decode(document.input_ids[a:b]) for a, b in ((0, i), (i, j))] for i, j in edges]
+    stops = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    assert [prompt for prompt, _ in found] == [
+        encoder.render(messages[:stop], generation_prompt=True, tools=TOOLS) for stop in stops
+    ]
+    for (prompt, answer), stop in zip(found, stops, strict=True):
+        text = encoder.render(messages[: stop + 1], tools=TOOLS)
+        assert text == prompt + answer + text[len(prompt + answer) :]
+        assert text[len(prompt + answer) :].strip() == ""
+        assert answer.endswith(encoder.end_of_turn)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3], ids=["chatml", "llama3"])
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        (calls(SEARCH), "the chat template leaves out this turn's tool_calls"),
+        ({**chat("", "the cat")[1], "reasoning_content": "It sees."}, "leaves out this turn's reasoning_content"),
+    ],
+)
+def test_what_a_template_would_leave_out_is_refused(template: str, message: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError, match=f"^here: .*{reason}"):
+        encoder_of(template).encode([*chat("Hi"), message], origin="here")
+
+
+@pytest.mark.parametrize(
+    "message, label",
+    [
+        ({"content": "the cat \n"}, "the cat \n"),
+        ({"content": "<think>\nIt se"}, "<think>\nIt se"),
+        ({"content": "", "reasoning_content": "\nIt se"}, "<think>\nIt se"),
+        ({"content": "the ca", "reasoning_content": "It sees."}, "<think>\nIt sees.\n</think>\n\nthe ca"),
+    ],
+    ids=["answer", "thought in content", "thought", "answer after a thought"],
+)
+def test_a_cut_answer_ends_with_the_last_word_that_the_model_wrote(message: dict[str, Any], label: str) -> None:
+    encoder = encoder_of(QWEN3)
+    messages = [*chat("Hi"), {"role": "assistant", **message}]
+    (document,) = encoder.encode(messages, origin="here", is_cut=True)
+    assert supervised_texts(document, encoder.tokenizer) == [label]
+    with pytest.raises(RowError, match="a tool call that was cut"):
+        encoder.encode([*chat("Hi"), calls(SEARCH)], origin="here", is_cut=True)
+
+
+@TEMPLATES
+def test_many_conversations_in_one_call_are_the_documents_of_each(template: str) -> None:
+    encoder = encoder_of(template)
+    chats = [*conversations(20, seed=3), chat("Hi", "<think>one</think>the cat", "why", "it runs")]
+    alone = [document for i, messages in enumerate(chats) for document in encoder.encode(messages, origin=str(i))]
+    together = encoder.tokenize([p for i, m in enumerate(chats) for p in encoder.pieces(m, origin=str(i))])
+    assert [d.origin for d in together] == [d.origin for d in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.loss_mask.tolist() == other.loss_mask.tolist()
+    assert encoder.tokenize([]) == []
+
+
+@TEMPLATES
+def test_turns_may_be_long_or_blank(template: str) -> None:
+    encoder = encoder_of(template)
+    long = "the cat 😀 你好\r\n" * 8000  # 112,000 characters
+    (document,) = encoder.encode(chat("", "the cat", " \n", long + "end", long, "it runs"), origin="here")
+    answers = [answer + END_OF_TURN[template] for answer in ("the cat", long + "end", "it runs")]
+    assert supervised_texts(document, encoder.tokenizer) == answers
+
+
+def test_the_first_token_that_other_trainers_would_have_otherwise_is_found() -> None:
+    encoder = encoder_of(CHATML)
+    for messages in conversations(5, seed=2):
+        assert encoder.first_difference([*messages, {"role": "user", "content": "?"}], origin="here") is None
+    messages = chat("Hi", "the cat", "why", "\n\nit runs")
+    pieces = encoder.encode(messages, origin="here")[0].input_ids.tolist()
+    whole = encoder.tokenizer(encoder.render(messages))["input_ids"]
+    index = encoder.first_difference(messages, origin="here")
+    assert index is not None
+    assert whole[:index] == pieces[:index]
+    assert whole[index] != pieces[index]
+    assert encoder_of(LLAMA3).first_difference(chat("Hi", "the cat"), origin="here") is None

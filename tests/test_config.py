@@ -39,7 +39,7 @@ VALIDATORS = {"train": validate_train, "data": validate_train} | {
 
 def composed(primary: str, *overrides: str, **needed: str) -> DictConfig:
     """A configuration as a recipe composes it."""
-    register_schemas()
+    register_schemas("")
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         return compose(primary, [*overrides, *(f"{key}={value}" for key, value in needed.items())])
 
@@ -56,11 +56,12 @@ def stated(group: str, option: str) -> dict[str, Any]:
     """What one file of conf/ states, by the names it has in the whole configuration."""
     tree = yaml.safe_load((CONFIG_DIR / group / f"{option}.yaml").read_text())
     defaults = tree.pop("defaults", [])
-    package = {"experiment": "", "cod": "draft."}.get(group, f"{group}.")
+    package = {"experiment": "", "cod": "draft.", "source": f"prepare.sources.{option}."}.get(group, f"{group}.")
     names = flat(tree, package) if tree else {}
     for entry in defaults:  # an experiment's own choices of groups; its values win over theirs
         ((choice, chosen),) = entry.items()
-        names = stated(choice.removeprefix("override /"), chosen) | names
+        for one in [chosen] if isinstance(chosen, str) else chosen:
+            names = stated(choice.removeprefix("override /"), one) | names
     return names
 
 

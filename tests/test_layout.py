@@ -24,8 +24,10 @@ from pard_train.layout import (
     lay_out_document,
     max_slots,
     sample_chain_lengths,
+    slot_bounds,
     slot_labels,
     slot_tokens,
+    supervised_runs,
 )
 
 MASK = 999
@@ -187,7 +189,7 @@ def test_no_draw_takes_more_slots_than_the_bound(mask: np.ndarray, draft: DraftC
     assert len(layout) <= max_slots(len(mask), draft)
 
 
-def test_the_count_at_each_depth_is_exact_but_for_chains_cut_at_the_end_of_the_turn() -> None:
+def test_the_count_at_each_depth_is_exact_until_the_floor_where_a_chain_may_end_with_its_turn() -> None:
     draft, length = DraftConfig(), 2001
     mask = np.arange(length) > 0
     limits = chain_limits(mask, draft.num_draft_tokens)
@@ -199,10 +201,11 @@ def test_the_count_at_each_depth_is_exact_but_for_chains_cut_at_the_end_of_the_t
     )
     for depth in range(1, draft.num_draft_tokens):
         count = count_at_depth(length - 1, depth, draft)
+        is_floor = count == count_at_depth(length - 1, depth - 1, draft)
         num_short = int((limits[:-1] < depth).sum())  # anchors too near the end to reach this depth
         assert num_short == depth
-        assert kept[:, depth].min() >= count - num_short
-        assert kept[:, depth].max() == count  # in some draw no chain is cut
+        assert kept[:, depth].min() >= count - (num_short if is_floor else 0)
+        assert kept[:, depth].max() == count
 
 
 def test_cod_keeps_the_published_fractions() -> None:
@@ -225,3 +228,38 @@ def test_every_turn_has_chains_of_its_own() -> None:
     assert chain_limits(mask, 8).tolist() == [-1, 2, 1, 0, -1, 1, 0, -1, -1]
     lengths = sample_chain_lengths(mask, keep_all(8), KEY)
     assert lengths.tolist() == [0, 2, 1, 0, 0, 1, 0, 0, 0]
+
+
+def bound_of(loss_mask: np.ndarray, draft: DraftConfig) -> int:
+    """The bound of one document."""
+    runs = supervised_runs(loss_mask)
+    return int(slot_bounds(np.array([len(loss_mask)]), runs, np.zeros(len(runs), dtype=int), draft)[0])
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 3, 5])
+def test_without_cod_the_bound_of_a_document_is_its_number_of_slots(num_draft_tokens: int) -> None:
+    for mask in small_masks(8):
+        for with_first in (mask, np.array([True, *mask])):  # also where the very first token is a label
+            num_chain_slots = sum(depth > 0 for _, depth in expected_slots(with_first, num_draft_tokens))
+            assert bound_of(with_first, keep_all(num_draft_tokens)) == len(with_first) + num_chain_slots
+
+
+def test_no_draw_takes_more_slots_than_the_bound_and_the_bound_is_close() -> None:
+    draft = DraftConfig()
+    masks = [np.arange(length) % 170 >= 40 for length in (90, 200, 700)]
+    for mask in [*small_masks(8), *masks]:
+        for example in range(10):
+            used = len(mask) + int(sample_chain_lengths(mask, draft, DrawKey(0, 0, example)).sum())
+            assert used <= bound_of(mask, draft)
+    for mask in masks:
+        drawn = [sample_chain_lengths(mask, draft, DrawKey(0, 0, i)).sum() + len(mask) for i in range(50)]
+        assert bound_of(mask, draft) < 1.03 * np.mean(drawn)
+
+
+def test_the_bounds_of_many_documents_are_those_of_each() -> None:
+    masks = small_masks(6)
+    runs = [supervised_runs(mask) for mask in masks]
+    owner = np.repeat(np.arange(len(masks)), [len(run) for run in runs])
+    lengths = np.array([len(mask) for mask in masks])
+    together = slot_bounds(lengths, np.concatenate(runs), owner, DraftConfig())
+    assert together.tolist() == [bound_of(mask, DraftConfig()) for mask in masks]

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from pard_train.chat import Document
 from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.errors import UserError
 from pard_train.layout import (
     IGNORE_INDEX,
     PADDING_DOCUMENT,
@@ -23,6 +24,8 @@ from pard_train.layout import (
     is_visible,
     max_slots,
     sample_chain_lengths,
+    slot_bounds,
+    supervised_runs,
 )
 from pard_train.packing import Member, PackedDataset, PardCollator, best_fit
 
@@ -43,10 +46,23 @@ def build_documents(lengths: list[int], *, seed: int = 0) -> list[Document]:
     return documents
 
 
+def bounds_of(documents: list[Document]) -> np.ndarray:
+    """Slots that each document takes at most."""
+    runs = [supervised_runs(document.loss_mask) for document in documents]
+    owner = np.repeat(np.arange(len(documents)), [len(run) for run in runs])
+    lengths = np.array([len(document.input_ids) for document in documents])
+    return slot_bounds(lengths, np.concatenate(runs), owner, DraftConfig())
+
+
 def build_dataset(documents: list[Document], **settings: int) -> PackedDataset:
     """Two epochs over the documents."""
     defaults = {"slot_budget": BUDGET, "num_epochs": 2, "seed": 7}
-    return PackedDataset(documents, DraftConfig(), **(defaults | settings))
+    return PackedDataset(documents, bounds_of(documents), **(defaults | settings))
+
+
+def plan_of(dataset: PackedDataset) -> list[list[DrawKey]]:
+    """Names of the members of every pack."""
+    return [[member.key for member in dataset[i]] for i in range(len(dataset))]
 
 
 def build_collator(**settings: int) -> PardCollator:
@@ -77,9 +93,9 @@ DOCUMENTS = build_documents(np.random.default_rng(1).integers(4, 120, size=60).t
 @few_examples
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
 def test_best_fit_places_each_item_once_and_never_exceeds_the_budget(sizes: list[int], budget: int) -> None:
-    bins = best_fit(sizes, budget)
-    assert sorted(item for items in bins for item in items) == list(range(len(sizes)))
-    loads = [sum(sizes[item] for item in items) for items in bins]
+    descending = np.array(sorted(sizes, reverse=True), dtype=np.int64)
+    bins = best_fit(descending, budget)
+    loads = np.bincount(bins, weights=descending).astype(int).tolist()
     assert all(0 < load <= budget for load in loads)
     assert sorted(loads) == slow_best_fit(sizes, budget)
 
@@ -88,32 +104,35 @@ def test_packs_of_chats_of_usual_lengths_are_over_97_percent_full() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(180), 0.7, size=1500), 16, 512).astype(int)
     documents = [Document(np.zeros(n, dtype=np.int32), np.arange(n) >= n // 4, "") for n in lengths]
     dataset = build_dataset(documents, slot_budget=16384, num_epochs=1)
-    sizes = [
-        len(d.input_ids) + sample_chain_lengths(d.loss_mask, DraftConfig(), DrawKey(7, 0, i)).sum()
+    num_slots = sum(
+        len(d.input_ids) + int(sample_chain_lengths(d.loss_mask, DraftConfig(), DrawKey(7, 0, i)).sum())
         for i, d in enumerate(documents)
-    ]
-    assert dataset.fill == pytest.approx(sum(sizes) / (len(dataset) * 16384))
-    assert dataset.fill > 0.97
+    )
+    assert num_slots / (len(dataset) * 16384) > 0.97
 
 
 def test_the_plan_is_the_same_on_every_call_and_another_for_another_seed() -> None:
-    plan = build_dataset(DOCUMENTS).packs
-    assert plan == build_dataset(DOCUMENTS).packs
-    assert plan != build_dataset(DOCUMENTS, seed=8).packs
+    plan = plan_of(build_dataset(DOCUMENTS))
+    assert plan == plan_of(build_dataset(DOCUMENTS))
+    assert plan != plan_of(build_dataset(DOCUMENTS, seed=8))
+
+
+def test_a_document_too_large_for_a_pack_is_named() -> None:
+    largest = int(bounds_of(DOCUMENTS).argmax())
+    with pytest.raises(UserError, match=rf"data\.slot_budget=200 cannot hold file:{largest + 1}, which needs up to"):
+        build_dataset(DOCUMENTS, slot_budget=200)
 
 
 @pytest.mark.parametrize("packs_per_step", [1, 4, 7])
 def test_every_epoch_holds_each_document_once_in_whole_steps(packs_per_step: int) -> None:
     dataset = build_dataset(DOCUMENTS, num_epochs=3, packs_per_step=packs_per_step)
-    assert len(dataset) == len(dataset.packs)
-    assert len(dataset) % packs_per_step == 0
+    plan = plan_of(dataset)
+    assert len(plan) % packs_per_step == 0
     members = [Counter() for _ in range(3)]
-    for start in range(0, len(dataset), packs_per_step):
-        step = [dataset.packs[i] for i in range(start, start + packs_per_step)]
-        assert len({epoch for epoch, _ in step}) == 1  # no step mixes epochs
-        assert any(documents for _, documents in step)
-        for epoch, documents in step:
-            members[epoch].update(documents)
+    for start in range(0, len(plan), packs_per_step):
+        keys = [key for pack in plan[start : start + packs_per_step] for key in pack]
+        assert len({key.epoch for key in keys}) == 1  # no step mixes epochs, and none is all padding
+        members[keys[0].epoch].update(key.example for key in keys)
     assert all(counts == Counter(range(len(DOCUMENTS))) for counts in members)
 
 

@@ -15,10 +15,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pard_train.chat import ChatEncoder
 from pard_train.config import LoggerConfig, TrainConfig
-from pard_train.corpus import load_corpus
 from pard_train.errors import UserError
 from pard_train.model import inspect_base
 from pard_train.run import SEAL_FILE
+from pard_train.store import open_store
 from pard_train.trainer import build_trainer, train, training_settings
 
 
@@ -54,8 +54,8 @@ def test_one_pack_eight_times_and_eight_packs_in_accumulation_are_the_same_mean(
     config = experiment(base_folder, chats_file, tmp_path / "run", gradient_accumulation_steps=4)
     train(replace(config, trainer=replace(config.trainer, max_steps=1)))
     base = inspect_base(config.model, config.draft)
-    corpus = load_corpus(config.data, ChatEncoder(base.tokenizer))
-    trainer = build_trainer(config, TrainingArguments(**training_settings(config)), corpus)
+    store = open_store(config.data, ChatEncoder(base.tokenizer))
+    trainer = build_trainer(config, TrainingArguments(**training_settings(config)), store)
     batches = [trainer.data_collator([trainer.train_dataset[i]]) for i in range(4)]
     total = torch.stack([batch["weight"].sum() for batch in batches]).sum()
     with torch.no_grad():

@@ -96,7 +96,9 @@ def experiment(base: Path, chats: Path, output_dir: Path, **trainer: Any) -> Tra
     return TrainConfig(
         model=ModelConfig(path=str(base)),
         draft=DraftConfig(num_draft_tokens=4),
-        data=DataConfig(source=str(chats), max_length=256, slot_budget=768),
+        data=DataConfig(
+            source=str(chats), max_length=256, slot_budget=768, cache_dir=str(output_dir.with_name("tokens"))
+        ),
         trainer=TrainerConfig(**{**settings, **trainer}),
         output_dir=str(output_dir),
     )

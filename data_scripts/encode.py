@@ -1,0 +1,40 @@
+"""Turn chats into the tokens that training reads: rendered, tokenized, masked, memory-mapped.
+
+    python data_scripts/encode.py experiment=qwen2.5-0.5b data.source=outputs/my-data/answers/answers.jsonl \\
+        output_dir=outputs/my-data
+
+Writes OUTPUT_DIR/tokens, to be trained on with data.source=OUTPUT_DIR/tokens. Training on the chats themselves does the
+same into the cache; this program is for doing it once, ahead, on a machine with many cores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pard_train.chat import ChatEncoder
+from pard_train.config import TrainConfig
+from pard_train.model import load_tokenizer
+from pard_train.packages import local_model
+from pard_train.store import encode_corpus
+from pard_train.validation import validate_encode
+from recipes.app import hydra_program
+
+TOKENS_FOLDER = "tokens"
+
+
+def run(config: TrainConfig) -> None:
+    """Encode the chats of an experiment and say what became of them."""
+    tokenizer = load_tokenizer(
+        local_model(config.model.path),
+        trust_remote_code=config.model.trust_remote_code,
+        revision=config.model.revision,
+    )
+    folder = Path(config.output_dir) / TOKENS_FOLDER
+    store = encode_corpus(config.data, ChatEncoder(tokenizer, config.data.template_kwargs), folder)
+    manifest = store.manifest
+    print(f"{store.summary()}\nlength of a document in tokens: {manifest['document_length']}")
+    print(f"{manifest['tokens_per_second']:,} tokens/s\n{folder}")
+
+
+if __name__ == "__main__":
+    hydra_program("data", lambda config: validate_encode(config.data), run)

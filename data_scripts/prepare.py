@@ -1,0 +1,276 @@
+"""From any chats to clean prompts: one schema, no question twice, nothing of the benchmarks, a part held out.
+
+    python data_scripts/prepare.py source=[ultrachat,evol_codealpaca] output_dir=outputs/my-data
+    python data_scripts/prepare.py prepare.sources.mine.path=chats.jsonl prepare.bad_rows=set_aside \\
+        output_dir=outputs/my-data
+    python data_scripts/prepare.py source=[ultrachat,openr1_math] prepare.sources.ultrachat.weight=3 \\
+        prepare.sources.openr1_math.weight=1 prepare.num_rows=100000 output_dir=outputs/my-data
+
+Presets are the files of conf/source/. Writes OUTPUT_DIR/prompts/: train.jsonl and held_out/SOURCE.jsonl, one chat a
+line ({"messages": [...], "id", "source", ...}), in an order that depends on nothing but the chats and the seed;
+rejects.jsonl if rows were set aside; and manifest.json with the count of rows at every step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets.arrow_writer import ArrowWriter
+from tqdm.auto import tqdm
+
+from pard_train.benchmarks import load_benchmark
+from pard_train.config import PrepareConfig, SourceConfig, TrainConfig
+from pard_train.dedupe import (
+    Contamination,
+    content_key,
+    first_of_each,
+    is_held_out,
+    near_duplicates,
+    questions,
+    shuffled,
+    signature,
+)
+from pard_train.errors import RowError, UserError
+from pard_train.rows import OnBadRow, Rejects, read_rows, source_version, stop
+from pard_train.run import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, read_json, write_json
+from pard_train.schemas import to_chat
+from pard_train.validation import validate_prepare
+from recipes.app import hydra_program
+
+PROMPTS_FOLDER = "prompts"
+TRAIN_FILE = "train.jsonl"
+HELD_OUT_FOLDER = "held_out"
+REJECTS_FILE = "rejects.jsonl"
+BENCHMARK_PREFIX = "benchmark:"
+ROWS_PER_WORKER = 2000  # fewer are not worth a process
+
+# Fates of a row, in the order in which they are decided; the first that applies counts.
+TRAIN, HELD_OUT, NOT_DRAWN, DUPLICATE, NEAR_DUPLICATE = "train", "held_out", "not_drawn", "duplicate", "near_duplicate"
+CONTAMINATED = "contaminated:"
+
+_CHATS = datasets.Features({"chat": datasets.Value("string"), "source": datasets.Value("string")})
+_MEASURES = datasets.Features(
+    {
+        **_CHATS,
+        "key": datasets.Value("uint64"),
+        "signature": datasets.List(datasets.Value("uint32")),
+        "benchmark": datasets.Value("string"),  # whose prompts the chat shares, or empty
+    }
+)
+
+
+def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, list[Path]]:
+    """Write the prompts to train on and the held-out ones.
+
+    Args:
+        config: sources and rules.
+        folder: where they go; if it was made with the same sources and rules, it stands as it is.
+        seed: of the order.
+
+    Returns:
+        The training prompts, and one file of held-out prompts per source.
+
+    Raises:
+        UserError: at a source or row that cannot be read, if nothing is left, or if the folder holds other prompts.
+    """
+    identity = {"seed": seed, "config": asdict(config), "versions": _versions(config)}
+    if not _is_made(folder, identity):
+        with new_folder(folder) as partial:
+            chats, rejected = _read_sources(config, partial)
+            measured = _measure(chats, config, partial / "measured.arrow")
+            order = shuffled(_column(measured, "key"), seed)
+            fates = _decide(measured, order, config)
+            counts = _write_chats(measured, fates, order, partial)
+            for scratch in partial.glob("*.arrow"):
+                scratch.unlink()
+            counts = {name: counts.get(name, {"read": 0}) | {"rejected": rejected[name]} for name in config.sources}
+            write_json(partial / MANIFEST_FILE, {"identity": identity, "counts": counts, "made_by": provenance()})
+    return folder / TRAIN_FILE, sorted((folder / HELD_OUT_FOLDER).glob("*.jsonl"))
+
+
+def _versions(config: PrepareConfig) -> dict[str, str]:
+    """Content hash or hub revision of every source."""
+    return {
+        name: fingerprint(_benchmark_rows(source)) if _is_benchmark(source) else source_version(source)
+        for name, source in config.sources.items()
+    }
+
+
+def _is_benchmark(source: SourceConfig) -> bool:
+    return source.path.startswith(BENCHMARK_PREFIX)
+
+
+def _benchmark_rows(source: SourceConfig) -> list[dict[str, Any]]:
+    prompts = load_benchmark(source.path.removeprefix(BENCHMARK_PREFIX), source.max_rows).prompts
+    return [{"messages": prompt} for prompt in prompts]
+
+
+def _is_made(folder: Path, identity: dict[str, Any]) -> bool:
+    if not (folder / MANIFEST_FILE).exists():
+        return False
+    if read_json(folder / MANIFEST_FILE)["identity"] != identity:
+        raise UserError(f"{folder} holds prompts of other sources or settings: choose another output_dir, or delete it")
+    return True
+
+
+def _read_sources(config: PrepareConfig, folder: Path) -> tuple[datasets.Dataset, dict[str, int]]:
+    """Every chat of every source in one schema, stored as JSON, and the rows of each source that were rejected."""
+    rejected: dict[str, int] = {}
+    path, num_rows = folder / "chats.arrow", 0
+    with ArrowWriter(path=str(path), features=_CHATS) as writer:
+        for name, source in config.sources.items():
+            rejects = Rejects(folder / REJECTS_FILE)
+            chats = _read_chats(source, rejects if config.bad_rows == "set_aside" else stop)
+            for chat in tqdm(chats, desc=f"read {name}", unit=" rows"):
+                writer.write({"chat": json.dumps(chat, ensure_ascii=False), "source": name})
+                num_rows += 1
+            rejected[name] = rejects.num_rows
+        if not num_rows:
+            raise UserError(f"prepare.sources have no row that can be used; rejected: {rejected}")
+        writer.finalize()
+    return datasets.Dataset.from_file(str(path)), rejected
+
+
+def _read_chats(source: SourceConfig, on_bad_row: OnBadRow) -> Iterator[dict[str, Any]]:
+    if _is_benchmark(source):
+        rows: Iterable[tuple[dict[str, Any], str]] = (
+            (row, f"{source.path}[{i}]") for i, row in enumerate(_benchmark_rows(source))
+        )
+    else:
+        rows = read_rows(source, on_bad_row)
+    for row, origin in rows:
+        try:
+            chat = to_chat(row, source, origin)
+        except RowError as error:
+            on_bad_row(error, json.dumps(row, ensure_ascii=False, default=str))
+        else:
+            kept = {"messages": chat.messages, "tools": chat.tools, "finish_reason": chat.finish_reason}
+            yield {key: value for key, value in kept.items() if value is not None} | {"origin": origin}
+
+
+def _measure(chats: datasets.Dataset, config: PrepareConfig, path: Path) -> datasets.Dataset:
+    """What decides about a chat: its content key, its signature, and the benchmark it overlaps with."""
+    benchmarks = [load_benchmark(source) for source in config.decontaminate]
+    prompts = {benchmark.name: [questions(p) for p in benchmark.prompts] for benchmark in benchmarks}
+    num_workers = min(config.num_workers or num_cores(), max(1, len(chats) // ROWS_PER_WORKER))
+    return chats.map(
+        _measure_batch,
+        batched=True,
+        fn_kwargs={
+            "contamination": Contamination(prompts, config.overlap_words),
+            "has_signature": config.near_duplicates < 1,
+        },
+        features=_MEASURES,
+        cache_file_name=str(path),
+        new_fingerprint=fingerprint(str(path)),
+        num_proc=num_workers if num_workers > 1 else None,
+        desc="compare",
+    )
+
+
+def _measure_batch(batch: dict[str, list], contamination: Contamination, has_signature: bool) -> dict[str, Any]:
+    chats = [json.loads(chat)["messages"] for chat in batch["chat"]]
+    texts = [questions(messages) for messages in chats]
+    return {
+        "key": np.array([content_key(text) for text in texts], dtype=np.uint64),
+        "signature": [signature(messages) if has_signature else [] for messages in chats],
+        "benchmark": [contamination.find(text) or "" for text in texts],
+    }
+
+
+def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    """Fate of every row, an array of str [N]. `order` is a permutation of the rows."""
+    keys = _column(measured, "key")
+    fates = np.full(len(measured), TRAIN, dtype=object)
+    is_left = first_of_each(keys)
+    fates[~is_left] = DUPLICATE
+    if config.near_duplicates < 1:
+        left = np.flatnonzero(is_left)
+        signatures = pc.list_flatten(measured.data.column("signature")).to_numpy().reshape(len(measured), -1)
+        fates[left[near_duplicates(signatures[left], config.near_duplicates)]] = NEAR_DUPLICATE
+    benchmark = _column(measured, "benchmark")
+    is_contaminated = (fates == TRAIN) & (benchmark != "")
+    fates[is_contaminated] = CONTAMINATED + benchmark[is_contaminated]
+    fates[(fates == TRAIN) & is_held_out(keys, config.held_out_fraction)] = HELD_OUT
+    fates[_not_drawn(fates, _column(measured, "source"), order, config)] = NOT_DRAWN
+    return fates
+
+
+def _not_drawn(fates: np.ndarray, sources: np.ndarray, order: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    """Rows that the mix leaves out, int [M]: of each source the last in order."""
+    candidates = {name: order[((fates == TRAIN) & (sources == name))[order]] for name in config.sources}
+    available = {name: len(rows) for name, rows in candidates.items()}
+    wanted = mix({name: source.weight for name, source in config.sources.items()}, available, config.num_rows)
+    return np.concatenate([rows[wanted[name] :] for name, rows in candidates.items()])
+
+
+def mix(weights: dict[str, float | None], available: dict[str, int], num_rows: int) -> dict[str, int]:
+    """Rows to take of every source.
+
+    >>> mix({"a": 3.0, "b": 1.0}, {"a": 600, "b": 500}, 0)
+    {'a': 600, 'b': 200}
+
+    Args:
+        weights: share of every source relative to the others; None for all takes them in proportion to their rows.
+        available: rows of every source.
+        num_rows: rows in all; 0 takes as many as the shares allow.
+    """
+    shares = {name: available[name] if weight is None else weight for name, weight in weights.items()}
+    scale = min((available[name] / share for name, share in shares.items() if share), default=0.0)
+    if num_rows:
+        scale = min(scale, num_rows / max(sum(shares.values()), 1e-9))
+    return {name: int(scale * share + 1e-9) for name, share in shares.items()}
+
+
+def _write_chats(
+    measured: datasets.Dataset, fates: np.ndarray, order: np.ndarray, folder: Path
+) -> dict[str, dict[str, int]]:
+    """Write the files; count rows by source and fate."""
+    sources = _column(measured, "source")
+    counts = {}
+    (folder / HELD_OUT_FOLDER).mkdir()
+    for name in sorted(set(sources)):
+        values, numbers = np.unique(fates[sources == name], return_counts=True)
+        counts[name] = {"read": int((sources == name).sum())} | dict(
+            zip(values.tolist(), numbers.tolist(), strict=True)
+        )
+        held_out = order[((sources == name) & (fates == HELD_OUT))[order]]
+        _write_rows(measured, held_out, folder / HELD_OUT_FOLDER / f"{name}.jsonl")
+    train = order[(fates == TRAIN)[order]]
+    if not len(train):
+        raise UserError(f"nothing is left to train on: {json.dumps(counts)}")
+    _write_rows(measured, train, folder / TRAIN_FILE)
+    return counts
+
+
+def _write_rows(measured: datasets.Dataset, rows: np.ndarray, path: Path) -> None:
+    if not len(rows):
+        return
+    with path.open("w", encoding="utf-8") as file:
+        for row in tqdm(measured.select(rows), desc=f"write {path.name}", unit=" rows"):
+            chat = json.loads(row["chat"]) | {"id": f"{row['key']:016x}", "source": row["source"]}
+            file.write(json.dumps(chat, ensure_ascii=False) + "\n")
+
+
+def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
+    return dataset.data.column(name).to_numpy()
+
+
+def run(config: TrainConfig) -> None:
+    """Write the prompts of an experiment and say what became of the rows."""
+    folder = Path(config.output_dir) / PROMPTS_FOLDER
+    train, held_out = prepare(config.prepare, folder, seed=config.seed)
+    for name, counts in read_json(folder / MANIFEST_FILE)["counts"].items():
+        print(f"{name}: " + ", ".join(f"{number:,} {fate}" for fate, number in counts.items()))
+    print("\n".join(map(str, [train, *held_out])))
+
+
+if __name__ == "__main__":
+    hydra_program("data", lambda config: validate_prepare(config.prepare), run)

@@ -1,0 +1,65 @@
+"""Cache what a target thinks of every supervised token, for objectives that need a teacher.
+
+    python data_scripts/score.py experiment=qwen2.5-0.5b score.target=Qwen/Qwen2.5-7B-Instruct \\
+        output_dir=outputs/my-data
+    torchrun --nproc_per_node 8 data_scripts/score.py ...        # every process takes its share
+
+Writes TOKENS/scores/TARGET-FINGERPRINT/: see pard_train/scores.py. Restartable: what is done is kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+from data_scripts.encode import TOKENS_FOLDER
+from pard_train.config import TrainConfig
+from pard_train.model import DTYPES, check_same_tokenizer, default_device, load_causal_lm, load_tokenizer
+from pard_train.packages import local_model
+from pard_train.run import MANIFEST_FILE, fingerprint, provenance, write_json
+from pard_train.scores import Scores, write_scores
+from pard_train.store import TokenStore
+from pard_train.target_text import model_fingerprint
+from pard_train.validation import validate_score
+from recipes.app import hydra_program
+
+
+def score(config: TrainConfig) -> Path:
+    """Score a store with a target.
+
+    Returns:
+        Folder of the scores.
+
+    Raises:
+        UserError: if the tokens or the target cannot be read, or their tokenizers differ.
+    """
+    settings = config.score
+    tokens = Path(settings.tokens or Path(config.output_dir) / TOKENS_FOLDER)
+    store, model = TokenStore.open(tokens), local_model(config.model.path)
+    path = local_model(settings.target or next(iter(config.regenerate.targets), config.model.path))
+    check_same_tokenizer(load_tokenizer(model), load_tokenizer(path), model, path)
+    identity = {"target": model_fingerprint(path), "dtype": settings.dtype, "top_k": settings.top_k}
+    folder = tokens / "scores" / fingerprint(identity)
+    state = PartialState()
+    with state.main_process_first():
+        scores = Scores.open(folder, store, top_k=settings.top_k, create=True)
+    write_scores(
+        lambda: load_causal_lm(path, dtype=DTYPES[settings.dtype]).to(default_device()).eval(),
+        store,
+        scores,
+        settings.batch_tokens,
+    )
+    if state.is_main_process:
+        counts = {"documents": len(store), "tokens": int(scores.first[-1]), "bytes_per_token": 2 + 6 * settings.top_k}
+        write_json(folder / MANIFEST_FILE, {"identity": identity, "counts": counts, "made_by": provenance()})
+    return folder
+
+
+def run(config: TrainConfig) -> None:
+    """Score, and say where."""
+    print(score(config))
+
+
+if __name__ == "__main__":
+    hydra_program("data", lambda config: validate_score(config.score), run)

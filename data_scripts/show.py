@@ -1,0 +1,109 @@
+"""See with own eyes what a draft model would be taught, before a training run costs anything.
+
+    python data_scripts/show.py experiment=qwen2.5-0.5b data.source=answers.jsonl show.row=3 \\
+        show.picture=pattern.png output_dir=/tmp/show
+
+Checks the first show.num_checked rows, then prints one row: its tokens in colours (FORCE_COLOR=1 keeps them in a pipe),
+the slots they become, and on request a picture of who sees whom. No weights are loaded and no tokens are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from pard_train.chat import ChatEncoder, Document
+from pard_train.config import DataConfig, TrainConfig
+from pard_train.errors import RowError, UserError
+from pard_train.inspection import (
+    check_taught,
+    count_taught,
+    cut,
+    draw_pattern,
+    lay_out_slots,
+    legend,
+    render_text,
+    shorten,
+    slot_table,
+    summary,
+)
+from pard_train.layout import DrawKey
+from pard_train.model import Base, inspect_base
+from pard_train.rows import read_rows, stop
+from pard_train.schemas import to_chat
+from pard_train.store import is_store, open_store, source_of
+from pard_train.validation import validate_draft, validate_encode, validate_show
+from recipes.app import hydra_program
+
+
+def read_documents(data: DataConfig, encoder: ChatEncoder, first: int, end: int | None) -> Iterator[Document]:
+    """Documents of the rows first .. end - 1 of `data.source`. Raises UserError."""
+    if is_store(data.source):
+        store = open_store(data, encoder)
+        yield from (store[number] for number in range(len(store))[first:end])
+        return
+    source = source_of(data)
+    on_bad_row = stop if data.bad_rows == "error" else _pass_over
+    for row, origin in islice(read_rows(source, on_bad_row), first, end):
+        try:
+            chat = to_chat(row, source, origin)
+            is_cut = chat.finish_reason == "length"
+            documents = encoder.encode(chat.messages, origin=origin, is_cut=is_cut, tools=chat.tools)
+        except RowError as error:
+            on_bad_row(error, "")
+        else:
+            yield from documents
+
+
+def _pass_over(error: RowError, raw: str) -> None:
+    """Go on after a bad row, as training does with data.bad_rows=set_aside."""
+
+
+def run(config: TrainConfig) -> None:
+    """Check the data, print a row and draw its picture."""
+    data, row = config.data, config.show.row
+    base = inspect_base(config.model, config.draft)
+    encoder = ChatEncoder(base.tokenizer, data.template_kwargs)
+    counts = check_taught(read_documents(data, encoder, 0, config.show.num_checked or None), encoder, data)
+    documents = list(read_documents(data, encoder, row, row + 1))
+    if not documents:
+        raise UserError(f"show.row={row}: {data.source} has no such row (the first is 0), or it is a bad one")
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.print(f"checked: {summary(counts, data)}", legend(), sep="\n")
+    for document in documents:
+        console.print(Text(f"\n{document.origin}", "bold"))
+        console.print(summary(count_taught(document, encoder, data), data))
+        show(cut(document, data), config, base, encoder, console)
+
+
+def show(document: Document, config: TrainConfig, base: Base, encoder: ChatEncoder, console: Console) -> None:
+    """Print the text and the slots of a document, and draw who sees whom where its first answer begins."""
+    key = DrawKey(config.seed, 0, config.show.row)
+    lay_out = partial(
+        lay_out_slots, draft=config.draft, objective=config.objective, mask_token_id=base.mask_token_id, key=key
+    )
+    slots = lay_out(document)
+    console.print(slots.summary(config.draft), render_text(document, encoder), sep="\n")
+    console.print(slot_table(slots, base.tokenizer))
+    if config.show.picture:
+        path = Path(config.show.picture)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        title = f"who sees whom where the first answer of {Path(document.origin).name} begins"
+        draw_pattern(lay_out(shorten(document, config.draft, key)), base.tokenizer, title).savefig(path, dpi=120)
+        console.print(path)
+
+
+def validate(config: TrainConfig) -> None:
+    """Check what decides tokens and slots. Raises UserError."""
+    validate_encode(config.data)
+    validate_draft(config.draft)
+    validate_show(config.show)
+
+
+if __name__ == "__main__":
+    hydra_program("data", validate, run)

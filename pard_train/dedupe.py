@@ -1,0 +1,197 @@
+"""No question twice, and nothing of the benchmarks: how chats are compared by what they ask.
+
+From strict to loose: are two chats the same but for case, spaces and Unicode form (`content_key`), do nearly all of
+their words agree (`signature`, `near_duplicates`), does one carry a piece of a benchmark (`Contamination`)? Answers
+never count, because a target writes them anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+from datasketch import MinHash
+
+# Legend: N rows, H hashes of a signature.
+
+NUM_HASHES = 64  # an overlap J is estimated to within sqrt(J * (1 - J) / 64): 0.05 at 0.8
+SHINGLE_WORDS = 3
+MAX_COMPARISONS = 64  # rows of a bucket that its other rows are compared with
+BLOCK_ROWS = 1 << 16  # rows of signatures held in memory at a time: 16 MB
+MIN_WHOLE_WORDS = 5  # a benchmark's prompt as short as "Tell me a story" would be found everywhere
+
+_MARKS = {"system": "\x01", "user": "\x02"}
+_NO_MARKS = str.maketrans(dict.fromkeys(_MARKS.values(), " "))
+# Thai, Lao, Burmese, Khmer, kana and Han are written without spaces: each character counts as a word.
+_SPACELESS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
+_WORD_OR_SYMBOL = re.compile(rf"{_WORD.pattern}|\S")
+_PERMUTATIONS = MinHash(NUM_HASHES, seed=1).permutations
+_BAND_WEIGHTS = np.random.RandomState(1).randint(1 << 62, size=NUM_HASHES, dtype=np.uint64) * 2 + 1
+
+
+def questions(messages: Sequence[Mapping[str, str]]) -> str:
+    """The text that identifies a chat: its system and user turns, each after a control character for its role."""
+    asked = [m for m in messages if m["role"] != "assistant"]
+    return "\n".join(f"{_MARKS[m['role']]}\n{m['content'].translate(_NO_MARKS)}" for m in asked)
+
+
+def content_key(text: str) -> int:
+    """Hash (64 bits) of a text, blind to case, spaces and Unicode form (NFKC); the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(_plain(text).encode(), digest_size=8).digest(), "big")
+
+
+def first_of_each(keys: np.ndarray) -> np.ndarray:
+    """The first row with each key: bool [N] for uint64 [N]."""
+    is_first = np.zeros(len(keys), dtype=bool)
+    is_first[np.unique(keys, return_index=True)[1]] = True
+    return is_first
+
+
+def is_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Which rows are kept out of training: bool [N]. Only a row's own key counts, so other data never moves it."""
+    return keys < fraction * 2.0**64
+
+
+def shuffled(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Rows in an order that follows from their keys and a seed, and is independent of `is_held_out`: int64 [N]."""
+    ranks = np.array([content_key(f"{seed} {key}") for key in keys.tolist()], dtype=np.uint64)
+    return np.argsort(ranks, kind="stable")
+
+
+def signature(messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+    """MinHash of what the user says: uint32 [NUM_HASHES].
+
+    The share of equal hashes estimates the overlap (Jaccard index) of two sets of word 3-grams. Symbols are words here,
+    because 3x + 5 and 3x - 5 are two questions; fewer than three words are one shingle. Chats with different system
+    prompts share no hash, and the prompt itself does not count: a long one would make all short questions under it near
+    duplicates. (A long instruction that users repeat before short questions still does.)
+    """
+    words = _WORD_OR_SYMBOL.findall(_plain(_said(messages, "user")))
+    shingles = [" ".join(gram) for gram in _grams(words, SHINGLE_WORDS)] or [" ".join(words)]
+    sketch = MinHash(NUM_HASHES, scheme="affine32", permutations=_PERMUTATIONS, hashfunc=zlib.crc32)
+    sketch.update_batch([shingle.encode() for shingle in shingles])
+    return sketch.hashvalues ^ np.uint32(content_key(_said(messages, "system")) >> 32)
+
+
+def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
+    """Which rows to drop, so that of near duplicates the first stays.
+
+    Every dropped row shares at least `threshold` of its hashes with an earlier one. No two kept rows do that share a
+    whole band (see `band_width`), unless MAX_COMPARISONS other rows of that band stood before them: that bound keeps
+    the time of N log N where a million rows begin alike. Memory: about 60 bytes per row beside the signatures.
+
+    Args:
+        signatures: uint32 [N, H], an array or a memory map.
+        threshold: above 0 and below 1.
+
+    Returns:
+        bool [N].
+    """
+    num_rows, num_hashes = signatures.shape
+    width = band_width(threshold, num_hashes)
+    is_dropped = np.zeros(num_rows, dtype=bool)
+    for start in range(0, num_hashes - width + 1, width):
+        keys = _band_keys(signatures[:, start : start + width])
+        waiting = np.flatnonzero(~is_dropped)
+        waiting = waiting[np.argsort(keys[waiting], kind="stable")]  # bucket by bucket, each in the order of rows
+        for _ in range(MAX_COMPARISONS):
+            waiting, first = _with_company(waiting, keys[waiting])
+            if not len(waiting):
+                break
+            is_near = _agreement(signatures, waiting, first) >= threshold
+            is_dropped[waiting[is_near & (waiting != first)]] = True
+            waiting = waiting[~is_near]
+    return is_dropped
+
+
+def band_width(threshold: float, num_hashes: int = NUM_HASHES) -> int:
+    """Hashes w per band: as many as leave two rows that overlap by the threshold t found nine times in ten.
+
+    Rows are compared if all hashes of one of their H // w bands agree: with probability 1 - (1 - t**w) ** (H // w).
+
+    >>> band_width(0.8)  # 10 bands of 6 hashes: 1 - (1 - 0.262) ** 10 = 0.952
+    6
+    """
+    widths = range(1, num_hashes + 1)
+    return max((w for w in widths if 1 - (1 - threshold**w) ** (num_hashes // w) >= 0.9), default=1)
+
+
+class Contamination:
+    """Finds pieces of benchmarks in other texts: runs of words (letters and digits, whatever the case) in common.
+
+    A run that several prompts of one benchmark share is its template and tells nothing. A prompt without a run of its
+    own, such as one shorter than a run, counts as a whole.
+
+    Args:
+        prompts: texts per benchmark.
+        overlap_words: words of a run.
+    """
+
+    def __init__(self, prompts: Mapping[str, Sequence[str]], overlap_words: int):
+        self._benchmark_of: dict[tuple[str, ...], str] = {}
+        for name, texts in prompts.items():
+            self._benchmark_of |= dict.fromkeys(_telling_runs(texts, overlap_words), name)
+        self._lengths = sorted({len(run) for run in self._benchmark_of})
+
+    def find(self, text: str) -> str | None:
+        """The benchmark that a text has a run of words of, or None."""
+        words = _WORD.findall(_plain(text))
+        runs = chain.from_iterable(_grams(words, length) for length in self._lengths)
+        return next(filter(None, map(self._benchmark_of.get, runs)), None)
+
+
+def _telling_runs(prompts: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
+    """Runs of words that stand in one prompt alone."""
+    distinct = {tuple(_WORD.findall(_plain(prompt))) for prompt in prompts}
+    count = Counter(chain.from_iterable(set(_grams(words, length)) for words in distinct))
+    for words in distinct:
+        own = [run for run in _grams(words, length) if count[run] == 1]
+        if own or len(words) >= MIN_WHOLE_WORDS:
+            yield from own or [words]
+
+
+def _band_keys(band: np.ndarray) -> np.ndarray:
+    """Numbers, uint64 [N], that are equal where all hashes of a band [N, w] are."""
+    keys = np.empty(len(band), dtype=np.uint64)
+    for at in range(0, len(band), BLOCK_ROWS):
+        keys[at : at + BLOCK_ROWS] = band[at : at + BLOCK_ROWS].astype(np.uint64) @ _BAND_WEIGHTS[: band.shape[1]]
+    return keys
+
+
+def _with_company(rows: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows sorted by key: those whose key another has too, and for each of them the first row with it."""
+    is_first = np.ones(len(rows), dtype=bool)
+    is_first[1:] = keys[1:] != keys[:-1]
+    is_alone = is_first & np.append(is_first[1:], True)
+    rows, is_first = rows[~is_alone], is_first[~is_alone]
+    return rows, rows[is_first][np.cumsum(is_first) - 1]
+
+
+def _agreement(signatures: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Share of equal hashes of pairs of rows, float64 [n]."""
+    share = np.empty(len(left))
+    for at in range(0, len(left), BLOCK_ROWS):
+        part = slice(at, at + BLOCK_ROWS)
+        share[part] = (signatures[left[part]] == signatures[right[part]]).mean(axis=1)
+    return share
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _said(messages: Sequence[Mapping[str, str]], role: str) -> str:
+    return "\n".join(m["content"] for m in messages if m["role"] == role)
+
+
+def _grams(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[i:] for i in range(length)), strict=False)

@@ -1,0 +1,226 @@
+"""Rows of files and data sets, each with the place it came from. A bad row stops the program or is set aside."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pard_train.config import SourceConfig
+from pard_train.errors import RowError, UserError
+
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")  # each also with .gz
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
+
+Row = dict[str, Any]
+OnBadRow = Callable[
+    [RowError, str], None
+]  # told the error and the row as text; to return is to go on with the next row
+
+
+def stop(error: RowError, raw: str) -> None:
+    """End the program at a bad row."""
+    raise error
+
+
+class Rejects:
+    """Sets bad rows aside: one {"origin", "reason", "row"} a line at the end of a file.
+
+    The file appears with the first bad row. Every line is one write, so that processes can share the file.
+
+    Attributes:
+        path: the file.
+        num_rows: rows set aside by this object.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.num_rows = 0
+
+    def __call__(self, error: RowError, raw: str) -> None:
+        line = json.dumps({"origin": error.origin, "reason": error.reason, "row": raw}) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+        self.num_rows += 1
+
+
+def is_file_source(path: str) -> bool:
+    """Whether a source is a file rather than a folder or the name of a data set."""
+    return path.removesuffix(".gz").endswith(FILE_SUFFIXES) or Path(path).is_file()
+
+
+def read_rows(source: SourceConfig, on_bad_row: OnBadRow = stop) -> Iterator[tuple[Row, str]]:
+    """(row, origin) of the rows of a file, a folder or a data set of the hub.
+
+    Args:
+        source: what to read. Of its rows the first `max_rows` good ones are taken; 0 takes all.
+        on_bad_row: told of every row that cannot be read.
+
+    Raises:
+        UserError: if the source as a whole cannot be read.
+    """
+    rows = _read_file(source.path, on_bad_row) if is_file_source(source.path) else _read_dataset(source)
+    return islice(rows, source.max_rows or None)
+
+
+def source_version(source: SourceConfig) -> str:
+    """16 hexadecimal digits that change with the contents of a source: of its bytes, or of its commit on the hub.
+
+    Raises:
+        UserError: if there is no such source.
+    """
+    path = Path(source.path)
+    if path.is_dir():
+        return _digest(sorted(file for file in path.rglob("*") if file.is_file()), path)
+    if is_file_source(source.path):
+        return _digest([_existing(path)], path)
+    import datasets
+
+    with _explained(source):
+        return str(datasets.load_dataset_builder(source.path, source.subset, revision=source.revision).hash)[:16]
+
+
+def read_jsonl(path: str | Path, on_bad_row: OnBadRow = stop) -> Iterator[tuple[Row, str]]:
+    """(row, "file:line") of every non-blank line.
+
+    Raises:
+        UserError: if the file is missing, or is a damaged gzip file.
+    """
+    with _opened(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if not text.strip():
+                continue
+            origin = f"{path}:{number}"
+            try:
+                row = _parse(text, origin)
+            except RowError as error:
+                on_bad_row(error, text.decode("utf-8", "backslashreplace").rstrip("\r\n"))
+            else:
+                yield row, origin
+
+
+def _parse(line: bytes, origin: str) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(origin, f"not UTF-8 ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise RowError(origin, f"not a JSON line ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise RowError(origin, f"not a JSON line ({error})") from error
+    return _checked_object(row, origin)
+
+
+def _checked_object(row: Any, origin: str) -> Row:
+    if not isinstance(row, dict):
+        raise RowError(origin, f"a row must be a JSON object, found {type(row).__name__}")
+    return row
+
+
+def _read_file(path: str, on_bad_row: OnBadRow) -> Iterator[tuple[Row, str]]:
+    name = path.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        return _read_parquet(path)
+    if name.endswith(".json") and _is_json_list(path):
+        return _read_json_list(path, on_bad_row)
+    return read_jsonl(path, on_bad_row)
+
+
+def _is_json_list(path: str) -> bool:
+    with _opened(path) as file:
+        return file.peek(1024).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+
+
+def _read_json_list(path: str, on_bad_row: OnBadRow) -> Iterator[tuple[Row, str]]:
+    with _opened(path) as file:
+        try:
+            rows = json.loads(file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not a JSON list ({error})") from error
+    for index, row in enumerate(rows):
+        origin = f"{path}[{index}]"
+        try:
+            _checked_object(row, origin)
+        except RowError as error:
+            on_bad_row(error, json.dumps(row))
+        else:
+            yield row, origin
+
+
+def _read_parquet(path: str) -> Iterator[tuple[Row, str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _opened(path) as file:
+        try:
+            batches = pq.ParquetFile(file).iter_batches(batch_size=1000)
+            for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                yield row, f"{path}[{index}]"
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: damaged parquet file ({_first_line(error)})") from error
+
+
+def _read_dataset(source: SourceConfig) -> Iterator[tuple[Row, str]]:
+    import datasets
+
+    with _explained(source):
+        rows = datasets.load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+        for index, row in enumerate(rows):
+            yield row, f"{source.path}[{source.split}][{index}]"
+
+
+@contextmanager
+def _explained(source: SourceConfig) -> Iterator[None]:
+    """Makes a UserError of what goes wrong while a data set is loaded."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"data source {source.path!r} (split {source.split!r}) is neither a file ({', '.join(FILE_SUFFIXES)}) nor "
+            f"a data set that can be loaded: {_first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
+    """A file, unpacked if it is gzipped. Raises UserError if it is missing or, while it is read, damaged."""
+    path = _existing(Path(path))
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip file ({error})") from error
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return path
+
+
+def _digest(files: list[Path], root: Path) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        if path != root:  # in a folder, names tell splits apart
+            digest.update(str(path.relative_to(root)).encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,460 @@
+"""Targets answer every conversation turn by turn; no kill, of the program or of a server, changes a byte."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import FakeServer, Reply, scripted
+from tiny import build_model, conversations
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from data_scripts.regenerate import Written, write_answers
+from pard_train.chat import ChatEncoder
+from pard_train.config import RegenerateConfig
+from pard_train.decoding import Limits, decode
+from pard_train.errors import UserError
+from pard_train.packages import unpack_smollm2
+from pard_train.target_text import prompt_key
+
+SETTINGS = {"max_new_tokens": 24, "batch_size": 3, "dtype": "float32", "concurrency": 4, "max_retries": 0}
+FILES = ("answers.jsonl", "rejects.jsonl")
+Serve = Callable[..., FakeServer]
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def serve(tokenizer: PreTrainedTokenizerBase) -> Iterator[Serve]:
+    """Starts servers that stop with the test."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(FakeServer(scripted(tokenizer), **settings))
+
+
+def write(prompts: Path, folder: Path, targets: list[Path], seed: int = 0, **settings: Any) -> Written:
+    """Run in this process."""
+    config = RegenerateConfig(**{**SETTINGS, **settings})
+    return write_answers(config, [str(t) for t in targets], prompts, folder, template_kwargs={}, seed=seed)
+
+
+def write_rows(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+def cached_keys(folder: Path) -> set[str]:
+    """Keys of the whole lines of a cache."""
+    lines = [line for file in folder.glob("target_text/*/*.jsonl") for line in file.read_bytes().splitlines(True)]
+    return {json.loads(line)["key"] for line in lines if line.endswith(b"\n")}
+
+
+def mixed_rows(number: int) -> list[Row]:
+    """Conversations with all that may befall one: cut, empty and refused answers, tools, systems, repetitions."""
+    draw = random.Random(7)
+    rows: list[Row] = []
+    for n, chat in enumerate(conversations(number, seed=3)):
+        for message in chat[::2]:
+            message["content"] += draw.choice(["", "", "", " cut", " empty", " refuse"])
+        if n % 4 == 0:
+            chat.insert(0, {"role": "system", "content": "Be brief."})
+        if n % 5 == 0:
+            chat += [{"role": "tool", "content": "42"}, {"role": "user", "content": "and now"}]
+        if n % 7 == 0:
+            chat.append({"role": "user", "content": "a question left open"})
+        rows.append({"id": f"row-{n}", "messages": chat, "source": {"name": "tiny"}, "finish_reason": "other"})
+    return rows + [{**row, "id": row["id"] + "-again"} for row in rows[::6]]
+
+
+def expected(row: Row, encoder: ChatEncoder, reply: Reply) -> tuple[list[dict[str, str]], str]:
+    """What becomes of a conversation, told once more and simply: (messages, finish reason)."""
+    answered: list[dict[str, str]] = []
+    asked: list[dict[str, str]] = []
+    for message in row["messages"]:
+        if message["role"] == "tool":
+            break
+        if message["role"] == "assistant":
+            continue
+        asked.append(message)
+        if message["role"] == "user":
+            choice = reply(encoder.encode_prompt(asked))
+            if not choice.get("text"):
+                break
+            asked.append({"role": "assistant", "content": choice["text"]})
+            answered = list(asked)
+            if choice["finish_reason"] == "length":
+                return answered, "length"
+    return answered, "stop"
+
+
+def test_every_conversation_is_answered_as_told_in_order_and_the_counts_add_up(
+    serve: Serve, tokenizer: PreTrainedTokenizerBase, base_folder: Path, tmp_path: Path
+) -> None:
+    rows, server = mixed_rows(60), serve()
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    written = write(prompts, tmp_path / "out", [base_folder], servers=[server.url])
+    ours = [(row, *expected(row, ChatEncoder(tokenizer), server.reply)) for row in rows]
+    assert read_rows(written.path) == [
+        {**row, "messages": messages, "finish_reason": reason, "target": str(base_folder)}
+        for row, messages, reason in ours
+        if messages
+    ]
+    rejects = read_rows(tmp_path / "out" / "rejects.jsonl")
+    rejected = [(n, row) for n, (row, messages, _) in enumerate(ours, start=1) if not messages]
+    assert [(r["origin"], json.loads(r["row"])) for r in rejects] == [(f"{prompts}:{n}", row) for n, row in rejected]
+    reasons = {reject["reason"] for reject in rejects}
+    assert reasons == {"the target answers with nothing", "refused by the server: your prompt is too long"}
+    counts = written.manifest["counts"]
+    assert counts["rows"] == len(rows) == counts["answered"] + counts["rejected"]
+    assert counts["rejected"] == len(rejects) > 5
+    assert counts["cut"] == sum(reason == "length" for *_, reason in ours) > 5
+    assert counts["answers"] == sum(m["role"] == "assistant" for _, messages, _ in ours for m in messages)
+    assert f"{len(rows)} rows -> {counts['answered']} conversations" in written.summary()
+    assert written.manifest["servers"] == {str(base_folder): {server.url: "target"}}
+    assert len(server.prompts) == len(set(server.prompts))  # a question that many conversations share is asked once
+
+
+def test_servers_write_what_generation_in_this_process_writes(
+    tokenizer: PreTrainedTokenizerBase, base_folder: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"messages": chat} for chat in conversations(12, seed=1)])
+
+    def reply(prompt: list[int]) -> dict[str, Any]:
+        ids = [token for step in decode(model, prompt, Limits(24, frozenset({2}))) for token in step.tokens]
+        return {"text": "", "token_ids": ids, "finish_reason": "stop" if ids[-1] == 2 else "length"}
+
+    with FakeServer(reply) as server:
+        write(prompts, tmp_path / "servers", [base_folder], servers=[server.url])
+    here = write(prompts, tmp_path / "here", [base_folder])
+    assert contents(tmp_path / "here") == contents(tmp_path / "servers")
+    assert here.manifest["dtype"] == "float32"
+    assert here.manifest["counts"]["answered"] == 12
+
+
+def test_several_targets_share_by_content_whatever_else_is_in_the_file_and_each_asks_its_own_servers(
+    serve: Serve, tokenizer: PreTrainedTokenizerBase, base_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    build_model("llama", seed=9).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    targets = [base_folder, other]
+    servers = [serve(models=({"id": "base"},)), serve(models=({"id": "other"},)), serve(models=({"id": "other"},))]
+    rows = [{"id": n, "messages": chat} for n, chat in enumerate(conversations(120, seed=2))]
+
+    def owners(rows: list[Row], name: str) -> dict[int, str]:
+        prompts = write_rows(tmp_path / f"{name}.jsonl", rows)
+        written = write(prompts, tmp_path / name, targets, servers=[s.url for s in servers])
+        return {row["id"]: row["target"] for row in read_rows(written.path)}
+
+    whole = owners(rows, "whole")
+    share = sum(target == str(other) for target in whole.values())
+    assert 38 < share < 82  # 60 +- 4 standard deviations of 5.5
+    shuffled = random.Random(0).sample(rows, 50)
+    without_answers = [{**row, "messages": row["messages"][::2]} for row in shuffled]
+    assert owners(without_answers, "part") == {row["id"]: whole[row["id"]] for row in shuffled}
+    assert {request["model"] for request in servers[0].requests} == {"base"}
+    assert {request["model"] for server in servers[1:] for request in server.requests} == {"other"}
+    assert all(server.requests for server in servers)
+
+
+def test_prompts_that_are_added_or_moved_send_only_what_is_new(serve: Serve, base_folder: Path, tmp_path: Path) -> None:
+    rows, server = mixed_rows(20), serve()
+    write(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "grown", [base_folder], servers=[server.url])
+    known, more = cached_keys(tmp_path / "grown"), serve()
+    prompts = write_rows(tmp_path / "b.jsonl", mixed_rows(40)[::-1])
+    write(prompts, tmp_path / "grown", [base_folder], servers=[more.url])
+    assert not known & {prompt_key(prompt) for prompt in more.prompts if more.reply(list(prompt)).get("text")}
+    write(prompts, tmp_path / "fresh", [base_folder], servers=[server.url])
+    assert contents(tmp_path / "grown") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("changes", [{"max_new_tokens": 12}, {"temperature": 0.5}, {"dtype": "bfloat16"}])
+def test_other_settings_never_reuse_an_answer(base_folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"messages": chat} for chat in conversations(3, seed=1)])
+    write(prompts, tmp_path / "out", [base_folder])
+    (before,) = (tmp_path / "out" / "target_text").iterdir()
+    written = write(prompts, tmp_path / "out", [base_folder], **changes)
+    assert written.manifest["counts"]["new_tokens"] > 0
+    assert len(list((tmp_path / "out" / "target_text").iterdir())) == 2
+    assert before.is_dir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start() -> Callable[..., BaseProcess]:
+    """Starts `write` in a process that can be killed, with modules imported beforehand."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_scripts.regenerate", "torch.distributed", "transformers.generation.utils"])
+
+    def start(*arguments: Any, environment: dict[str, str] | None = None, **settings: Any) -> BaseProcess:
+        process = context.Process(target=write_apart, args=(environment or {}, arguments, settings), daemon=True)
+        process.start()
+        return process
+
+    return start
+
+
+def write_apart(environment: dict[str, str], arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+    """`write` in a process of its own."""
+    os.environ.update(environment)
+    write(*arguments, **settings)
+
+
+def wait_until(is_so: Callable[[], bool], processes: list[BaseProcess]) -> None:
+    """Wait for something that a running process brings about."""
+    while not is_so() and all(process.is_alive() for process in processes):
+        time.sleep(0.001)
+
+
+def test_a_program_that_is_killed_again_and_again_ends_with_the_bytes_of_one_that_is_not(
+    start: Callable[..., BaseProcess], serve: Serve, base_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_rows(tmp_path / "prompts.jsonl", mixed_rows(40))
+    write(prompts, tmp_path / "whole", [base_folder], servers=[serve().url])
+    server, draw = serve(seconds=0.02), random.Random(1)
+    known: set[str] = set()
+    for _ in range(4):
+        num_before, stop = len(server.requests), server.num_answered + draw.randint(2, 12)
+        process = start(prompts, tmp_path / "killed", [base_folder], servers=[server.url])
+        wait_until(lambda stop=stop: server.num_answered >= stop, [process])
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+        assert not (tmp_path / "killed" / "answers.jsonl").exists()
+        asked_again = {prompt_key(prompt) for prompt in server.prompts[num_before:]}
+        assert not asked_again & known
+        known = cached_keys(tmp_path / "killed")
+    num_before = len(server.requests)
+    write(prompts, tmp_path / "killed", [base_folder], servers=[server.url])
+    assert len(known) > 10
+    assert not {prompt_key(prompt) for prompt in server.prompts[num_before:]} & known
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    answered = [prompt for prompt in server.prompts if "error" not in server.reply(list(prompt))]
+    assert len(answered) - len(set(answered)) <= 4 * SETTINGS["concurrency"]  # what was under way at a kill
+
+
+def test_two_processes_write_what_one_writes_also_if_all_are_killed_and_one_goes_on(
+    start: Callable[..., BaseProcess], base_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"messages": chat} for chat in conversations(30, seed=8)])
+    write(prompts, tmp_path / "one", [base_folder])
+    whole = cached_keys(tmp_path / "one")
+
+    def start_two(folder: Path) -> list[BaseProcess]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [{**launch, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        return [start(prompts, folder, [base_folder], environment=rank) for rank in ranks]
+
+    for process in start_two(tmp_path / "two"):
+        process.join(120)
+        assert process.exitcode == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    (folder,) = (tmp_path / "two" / "target_text").iterdir()
+    keys = [[row["key"] for row in read_rows(folder / f"rank-{rank}.jsonl")] for rank in range(2)]
+    assert sorted(keys[0] + keys[1]) == sorted(whole)  # each answer once
+    assert min(map(len, keys)) > len(whole) // 4
+
+    processes = start_two(tmp_path / "killed")
+    wait_until(lambda: len(cached_keys(tmp_path / "killed")) > len(whole) // 3, processes)
+    for process in processes:
+        process.kill()
+        process.join()
+    known = cached_keys(tmp_path / "killed")
+    assert len(whole) // 3 < len(known) < len(whole)
+    write(prompts, tmp_path / "killed", [base_folder])
+    assert contents(tmp_path / "killed") == contents(tmp_path / "one")
+
+
+def test_when_a_server_dies_the_other_finishes_with_the_same_bytes(
+    serve: Serve, base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = write_rows(tmp_path / "prompts.jsonl", mixed_rows(40))
+    write(prompts, tmp_path / "whole", [base_folder], servers=[serve().url])
+    dying, other = serve(seconds=0.01), serve(seconds=0.01)
+    dying.fault = lambda number: dying.die() if number == 10 else None
+    write(prompts, tmp_path / "out", [base_folder], servers=[dying.url, other.url])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert capsys.readouterr().out.count("is set aside") == 1
+    assert 0 < dying.num_answered < 11
+
+
+def test_when_all_servers_have_died_the_same_command_goes_on_from_what_is_safe(
+    serve: Serve, base_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_rows(tmp_path / "prompts.jsonl", mixed_rows(40))
+    write(prompts, tmp_path / "whole", [base_folder], servers=[serve().url])
+    server = serve(fault=lambda number: 500 if number >= 15 else None)
+    with pytest.raises(UserError, match=r"no server of target is left: .*run the same command again") as error:
+        write(prompts, tmp_path / "out", [base_folder], servers=[server.url])
+    (safe,) = map(int, re.findall(r"(\d+) answers are safe in the cache", str(error.value)))
+    assert safe == len(cached_keys(tmp_path / "out")) > 5
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+    server.fault = lambda number: None
+    num_before = len(server.requests)
+    write(prompts, tmp_path / "out", [base_folder], servers=[server.url])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(set(server.prompts[num_before:])) == len(server.prompts[num_before:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_row_is_named_before_anything_is_asked(serve: Serve, base_folder: Path, tmp_path: Path) -> None:
+    server = serve()
+    prompts = write_rows(tmp_path / "prompts.jsonl", [*mixed_rows(3), {"messages": "Hi"}])
+    with pytest.raises(UserError, match=r"prompts.jsonl:\d+: `messages` must be a non-empty list"):
+        write(prompts, tmp_path / "out", [base_folder], servers=[server.url])
+    assert not server.requests
+
+
+def test_half_a_character_in_another_field_survives(serve: Serve, base_folder: Path, tmp_path: Path) -> None:
+    rows = [{"id": "\ud800 世", "messages": [{"role": "user", "content": "Hi"}]}]
+    written = write(write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out", [base_folder], servers=[serve().url])
+    assert [row["id"] for row in read_rows(written.path)] == ["\ud800 世"]
+
+
+def test_answers_to_nothing_are_an_error(serve: Serve, base_folder: Path, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"refuse {n}"}]} for n in range(3)]
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    with pytest.raises(UserError, match=r"no conversation of 3 was answered; the last: .*too long"):
+        write(prompts, tmp_path / "out", [base_folder], servers=[serve().url])
+    with pytest.raises(UserError, match="no conversation of 0 was answered"):
+        write(write_rows(tmp_path / "none.jsonl", []), tmp_path / "out", [base_folder], servers=[serve().url])
+
+
+def test_the_prompts_are_never_overwritten(serve: Serve, base_folder: Path, tmp_path: Path) -> None:
+    prompts = write_rows(tmp_path / "answers.jsonl", mixed_rows(3))
+    before = prompts.read_bytes()
+    with pytest.raises(UserError, match="would be overwritten"):
+        write(prompts, tmp_path, [base_folder], servers=[serve().url])
+    assert prompts.read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """vLLM in a process of its own, whose interpreter PARD_VLLM_PYTHON names."""
+
+    def __init__(self, model: Path, log: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.url = f"{self.address}/v1"
+        command = [os.environ["PARD_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--dtype", "float32", "--max-model-len", "256", "--port", self.address.rpartition(":")[2]]
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def read(self, page: str) -> str:
+        """A page of the server; empty while it is not up."""
+        try:
+            with urllib.request.urlopen(f"{self.address}/{page}", timeout=5) as response:
+                return response.read().decode()
+        except OSError:
+            return ""
+
+    def num_answered(self) -> int:
+        """Requests that came to their end, none of those that a client left."""
+        counts = re.findall(
+            r'request_success_total\{.*finished_reason="(?:stop|length)".*\} (\S+)', self.read("metrics")
+        )
+        return int(sum(map(float, counts)))
+
+    def kill(self) -> None:
+        """Kill server and workers."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Iterator[list[Engine]]:
+    """Two servers of SmolLM2-135M-Instruct in float32."""
+    if "PARD_VLLM_PYTHON" not in os.environ:
+        pytest.skip("set PARD_VLLM_PYTHON to the Python interpreter of an environment with vLLM")
+    engines = [Engine(unpack_smollm2(), tmp_path / f"engine-{n}.log") for n in range(2)]
+    try:
+        for engine in engines:
+            while not engine.read("v1/models"):
+                assert engine.process.poll() is None, (tmp_path / "engine-0.log").read_text()[-3000:]
+                time.sleep(1)
+        yield engines
+    finally:
+        for engine in engines:
+            if engine.process.poll() is None:
+                engine.kill()
+
+
+@pytest.mark.slow
+def test_vllm_writes_what_generation_in_this_process_writes_through_every_kill(
+    engines: list[Engine], start: Callable[..., BaseProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    topics = ["cats", "dogs", "bread", "rain", "rivers", "chess", "tea", "the sun", "gold", "salt", "wool", "bees"]
+    turns = ["Tell me about {}, in a few words.", "And its colour, in one word?", "Thanks, say goodbye."]
+    rows = [{"messages": [{"role": "user", "content": t.format(topic)} for t in turns]} for topic in topics]
+    rows += [{"messages": [{"role": "user", "content": "word " * 400}]}]  # refused by the server as too long
+    prompts, model = write_rows(tmp_path / "prompts.jsonl", rows), unpack_smollm2()
+    settings = {"max_new_tokens": 48, "timeout": 120.0}
+    here = write(write_rows(tmp_path / "fit.jsonl", rows[:-1]), tmp_path / "here", [model], **settings)
+    counts = here.manifest["counts"]
+    assert counts["answers"] > len(topics)  # some conversations have several turns
+    assert counts["cut"] < len(topics)
+
+    first, second = engines
+    process = start(prompts, tmp_path / "served", [model], servers=[first.url], **settings)
+    wait_until(lambda: len(cached_keys(tmp_path / "served")) >= 6, [process])
+    process.kill()
+    process.join()
+    num_known = len(cached_keys(tmp_path / "served"))
+    assert 6 <= num_known < counts["answers"]
+    time.sleep(2)  # the server ends what the client left
+    num_before = first.num_answered()
+    assert num_known <= num_before <= num_known + SETTINGS["concurrency"]
+    write(prompts, tmp_path / "served", [model], servers=[first.url], **settings)
+    assert first.num_answered() - num_before == counts["answers"] - num_known  # nothing twice, nothing left out
+    answers, whole = (tmp_path / folder / "answers.jsonl" for folder in ("served", "here"))
+    assert answers.read_bytes() == whole.read_bytes()
+    (reject,) = read_rows(tmp_path / "served" / "rejects.jsonl")
+    assert "maximum context length is 256 tokens" in reject["reason"]
+
+    threading.Timer(3, second.kill).start()
+    capsys.readouterr()
+    write(prompts, tmp_path / "two", [model], servers=[first.url, second.url], **{**settings, "concurrency": 2})
+    assert contents(tmp_path / "two") == contents(tmp_path / "served")
+    assert f"{second.url} is set aside: " in capsys.readouterr().out

@@ -1,0 +1,132 @@
+"""Cached scores are the target's own log-probabilities, whole after a kill, and refused for other tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import build_model
+
+from pard_train.chat import ChatEncoder
+from pard_train.config import DataConfig
+from pard_train.errors import UserError
+from pard_train.model import load_causal_lm, load_tokenizer
+from pard_train.scores import Scores, write_scores
+from pard_train.store import TokenStore, encode_corpus
+
+ROOT = Path(__file__).parents[1]
+TOP_K = 5
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, chats_file: Path) -> TokenStore:
+    """Forty documents of one to three turns."""
+    folder = tmp_path_factory.mktemp("scores") / "tokens"
+    return encode_corpus(DataConfig(source=str(chats_file)), ChatEncoder(load_tokenizer(str(base_folder))), folder)
+
+
+def check_against_direct_forward_passes(store: TokenStore, scores: Scores, target: torch.nn.Module) -> None:
+    """Every score against one plain forward pass per document."""
+    for number, document in enumerate(store):
+        ids = torch.from_numpy(document.input_ids).long()
+        with torch.no_grad():
+            logprobs = target(ids[None]).logits[0].log_softmax(dim=-1)
+        labels = np.flatnonzero(document.loss_mask)
+        found, top_ids, top = scores.of_document(number)
+        expected = logprobs[labels - 1, ids[labels]].numpy()
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)  # float16 keeps three digits
+        best = logprobs[labels - 1].topk(TOP_K)
+        np.testing.assert_allclose(top, best.values.numpy(), rtol=2e-3, atol=2e-3)
+        picked = logprobs[labels - 1].gather(1, torch.from_numpy(top_ids.astype(np.int64)))
+        np.testing.assert_allclose(picked.numpy(), best.values.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
+def test_scores_are_those_of_a_direct_forward_pass_whatever_the_batches(
+    store: TokenStore, base_folder: Path, tmp_path: Path, batch_tokens: int
+) -> None:
+    target = load_causal_lm(str(base_folder), dtype=torch.float32).eval()
+    scores = Scores.open(tmp_path, store, top_k=TOP_K, create=True)
+    write_scores(lambda: target, store, scores, batch_tokens)
+    check_against_direct_forward_passes(store, Scores.open(tmp_path, store, top_k=TOP_K), target)
+
+
+def test_a_killed_run_goes_on_with_what_is_missing(store: TokenStore, base_folder: Path, tmp_path: Path) -> None:
+    target = load_causal_lm(str(base_folder), dtype=torch.float32).eval()
+    calls = []
+
+    class Killed(Exception):
+        pass
+
+    def stop_after_three(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+
+    hook = target.register_forward_hook(lambda *_: None)
+    handle = target.base_model.register_forward_pre_hook(stop_after_three)
+    scores = Scores.open(tmp_path, store, top_k=TOP_K, create=True)
+    with pytest.raises(Killed):
+        write_scores(lambda: target, store, scores, 200)
+    num_done = int(scores.done.sum())
+    assert 0 < num_done < len(store)
+    calls[:] = [1] * 10
+    again = Scores.open(tmp_path, store, top_k=TOP_K, create=True)
+    assert int(again.done.sum()) == num_done
+    write_scores(lambda: target, store, again, 200)
+    handle.remove()
+    hook.remove()
+    assert again.done.all()
+    check_against_direct_forward_passes(store, again, target)
+    write_scores(lambda: pytest.fail("nothing is missing"), store, again, 200)
+
+
+def test_scores_of_other_tokens_or_another_k_are_refused(store: TokenStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"label_logprobs\.npy is missing"):
+        Scores.open(tmp_path, store, top_k=TOP_K)
+    Scores.open(tmp_path, store, top_k=TOP_K, create=True)
+    with pytest.raises(UserError, match=r"top_ids\.npy has shape \(\d+, 5\), but the tokens need \(\d+, 6\)"):
+        Scores.open(tmp_path, store, top_k=TOP_K + 1)
+
+
+def test_two_processes_share_the_work_and_the_manifest_says_what_a_token_costs(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    settings = [f"model.path={base_folder}", f"output_dir={tmp_path}", "score.top_k=5", "score.dtype=float32"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    encode = [sys.executable, str(ROOT / "data_scripts" / "encode.py"), *settings, f"data.source={chats_file}"]
+    subprocess.run(encode, check=True, timeout=120, capture_output=True, env=environment)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    score = [*torchrun, str(ROOT / "data_scripts" / "score.py"), *settings, "score.batch_tokens=100"]
+    result = subprocess.run(score, timeout=180, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    store = TokenStore.open(tmp_path / "tokens")
+    (folder,) = (tmp_path / "tokens" / "scores").iterdir()
+    scores = Scores.open(folder, store, top_k=5)
+    assert scores.done.all()
+    check_against_direct_forward_passes(store, scores, load_causal_lm(str(base_folder), dtype=torch.float32).eval())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["counts"] == {"documents": 40, "tokens": int(store.num_supervised().sum()), "bytes_per_token": 32}
+    array_bytes = sum((folder / f"{name}.npy").stat().st_size for name in ("label_logprobs", "top_ids", "top_logprobs"))
+    assert array_bytes == pytest.approx(32 * manifest["counts"]["tokens"], abs=3 * 128)  # and three headers
+
+
+def test_a_target_of_another_family_is_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    settings = [f"model.path={base_folder}", f"output_dir={tmp_path}"]
+    encode = [sys.executable, str(ROOT / "data_scripts" / "encode.py"), *settings, f"data.source={chats_file}"]
+    subprocess.run(encode, check=True, timeout=120, capture_output=True)
+    other = tmp_path / "other"
+    build_model("llama", seed=1).save_pretrained(other)
+    tokenizer = load_tokenizer(str(base_folder))
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(other)
+    score = [sys.executable, str(ROOT / "data_scripts" / "score.py"), *settings, f"score.target={other}"]
+    result = subprocess.run(score, timeout=120, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "have different tokenizers: 1 entries differ, the first is '<other>'" in result.stderr

@@ -1,0 +1,231 @@
+"""The corpus on disk: what was read comes back, is used again only for the same data, and is whole or absent."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import CHATML, build_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from pard_train.chat import ChatEncoder, Document
+from pard_train.config import DataConfig, DraftConfig
+from pard_train.errors import UserError
+from pard_train.layout import slot_bounds, supervised_runs
+from pard_train.store import TokenStore, encode_corpus, open_store
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat runs"}]}
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+    """ChatML over the tiny tokenizer."""
+    return ChatEncoder(tokenizer)
+
+
+def chat(prompt_words: int, answer_words: int, **fields: str) -> dict:
+    """A chat of known length: one token a word, and the template's own."""
+    messages = [("user", " the" * prompt_words), ("assistant", " the" * answer_words)]
+    return {"messages": [{"role": r, "content": c} for r, c in messages], **fields}
+
+
+def write(path: Path, rows: list[dict | str]) -> Path:
+    """A JSONL file; texts are lines as they stand."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def encode(path: Path, encoder: ChatEncoder, **settings: object) -> TokenStore:
+    """The store of a file, in a folder beside it."""
+    config = DataConfig(source=str(path), num_workers=1, **settings)
+    return encode_corpus(config, encoder, path.with_name(f"{path.stem}-tokens"))
+
+
+def same(one: Document, other: Document) -> bool:
+    """Equal tokens, masks and origins."""
+    ids = np.array_equal(one.input_ids, other.input_ids) and one.input_ids.dtype == other.input_ids.dtype == np.int32
+    return ids and np.array_equal(one.loss_mask, other.loss_mask) and one.origin == other.origin
+
+
+def test_every_row_comes_back_as_the_document_it_was_encoded_to(
+    chats_file: Path, encoder: ChatEncoder, tmp_path: Path
+) -> None:
+    store = encode_corpus(DataConfig(source=str(chats_file)), encoder, tmp_path / "tokens")
+    chats = [json.loads(line)["messages"] for line in chats_file.read_text().splitlines()]
+    expected = [encoder.encode(c, origin=f"{chats_file}:{n}")[0] for n, c in enumerate(chats, start=1)]
+    assert len(store) == len(expected) == 40
+    assert all(same(store[i], document) for i, document in enumerate(expected))
+    assert all(
+        same(document, again) for document, again in zip(store, TokenStore.open(tmp_path / "tokens"), strict=True)
+    )
+
+
+def test_counts_and_bounds_are_those_of_the_documents(chats_file: Path, encoder: ChatEncoder, tmp_path: Path) -> None:
+    store = encode_corpus(DataConfig(source=str(chats_file)), encoder, tmp_path / "tokens")
+    documents = list(store)
+    assert store.lengths().tolist() == [len(d.input_ids) for d in documents]
+    assert store.num_supervised().tolist() == [int(d.loss_mask.sum()) for d in documents]
+    for bound, document in zip(store.slot_bounds(DraftConfig()), documents, strict=True):
+        runs = supervised_runs(document.loss_mask)
+        alone = slot_bounds(np.array([len(document.input_ids)]), runs, np.zeros(len(runs), dtype=int), DraftConfig())
+        assert bound == alone[0]
+    counts = store.manifest["counts"]
+    assert counts["tokens"] == store.lengths().sum()
+    assert counts["supervised"] == store.num_supervised().sum()
+    assert counts["turns"] == sum(len(supervised_runs(d.loss_mask)) for d in documents)
+    assert f"40 rows -> 40 documents, {counts['tokens']:,} tokens" in store.summary()
+    lengths = sorted(store.lengths())
+    assert store.manifest["document_length"]["p0"] == lengths[0]
+    assert store.manifest["document_length"]["p100"] == lengths[-1]
+    assert store.manifest["document_length"]["mean"] == pytest.approx(np.mean(lengths), abs=0.05)
+
+
+def test_many_workers_write_what_one_writes(encoder: ChatEncoder, tmp_path: Path) -> None:
+    path = write(tmp_path / "chats.jsonl", [chat(n % 7 + 1, n % 11 + 1) for n in range(1200)])
+    alone = encode_corpus(DataConfig(source=str(path), num_workers=1), encoder, tmp_path / "one")
+    together = encode_corpus(DataConfig(source=str(path), num_workers=2), encoder, tmp_path / "two")
+    assert len(alone) == 1200
+    assert all(same(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_overlong_documents_stop_the_run_or_are_dropped_or_truncated(encoder: ChatEncoder, tmp_path: Path) -> None:
+    path = write(tmp_path / "chats.jsonl", [chat(3, 5), chat(3, 50), chat(60, 5)])
+    full = [encoder.encode(row["messages"], origin="")[0] for row in (chat(3, 5), chat(3, 50))]
+    with pytest.raises(UserError, match=r"chats\.jsonl:2: \d+ tokens, but data\.max_length=40; raise"):
+        encode(path, encoder, max_length=40)
+    dropped = encode(path, encoder, max_length=40, overlong="drop")
+    assert [len(d.input_ids) for d in dropped] == [len(full[0].input_ids)]
+    assert (dropped.manifest["counts"]["dropped"], dropped.manifest["counts"]["truncated"]) == (2, 0)
+    cut = encode(path.rename(tmp_path / "again.jsonl"), encoder, max_length=40, overlong="truncate")
+    assert (cut.manifest["counts"]["dropped"], cut.manifest["counts"]["truncated"]) == (
+        1,
+        1,
+    )  # a prompt of 60 fills all
+    assert cut[1].input_ids.tolist() == full[1].input_ids[:40].tolist()
+    assert cut[1].loss_mask.tolist() == full[1].loss_mask[:40].tolist()
+
+
+def test_an_answer_cut_by_the_length_limit_is_not_taught_as_ended(encoder: ChatEncoder, tmp_path: Path) -> None:
+    path = write(tmp_path / "chats.jsonl", [chat(2, 4, finish_reason="stop"), chat(2, 4, finish_reason="length")])
+    ended, cut = encode(path, encoder)
+    end = encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ended.input_ids[ended.loss_mask].tolist() == [*cut.input_ids[cut.loss_mask].tolist(), end]
+
+
+BAD = [
+    "{",
+    chat(2, 0),
+    {"text": "x"},
+    '{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "a"}]}',
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=["json", "empty answer", "no messages", "half a character"])
+def test_a_bad_row_stops_the_run_by_file_and_line_and_leaves_nothing_behind(
+    tmp_path: Path, encoder: ChatEncoder, bad: dict | str
+) -> None:
+    path = write(tmp_path / "chats.jsonl", [GOOD, "", bad, GOOD])
+    with pytest.raises(UserError) as error:
+        encode(path, encoder)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["chats.jsonl"]
+
+
+def test_rows_that_are_set_aside_are_listed_with_their_reason_and_the_counts_add_up(
+    tmp_path: Path, encoder: ChatEncoder
+) -> None:
+    path = write(tmp_path / "chats.jsonl", [GOOD, *BAD, GOOD])
+    store = encode(path, encoder, bad_rows="set_aside")
+    rejects = [json.loads(line) for line in (tmp_path / "chats-tokens" / "rejects.jsonl").read_text().splitlines()]
+    assert sorted(row["origin"] for row in rejects) == [f"{path}:{n}" for n in (2, 3, 4, 5)]
+    assert all(row["reason"] and row["row"] for row in rejects)
+    counts = store.manifest["counts"]
+    assert (counts["rows"], counts["rejected"], counts["documents"]) == (6, 4, 2)
+
+
+def test_a_source_that_teaches_nothing_is_an_error(tmp_path: Path, encoder: ChatEncoder) -> None:
+    with pytest.raises(UserError, match="nothing to train on in 0 rows"):
+        encode(write(tmp_path / "empty.jsonl", []), encoder)
+    with pytest.raises(UserError, match=r"nothing to train on in 1 rows .*1 documents dropped"):
+        encode(write(tmp_path / "long.jsonl", [chat(60, 5)]), encoder, max_length=40, overlong="drop")
+
+
+def test_a_store_in_the_cache_is_used_again_until_anything_that_decides_its_tokens_changes(
+    tmp_path: Path, encoder: ChatEncoder
+) -> None:
+    path = write(tmp_path / "chats.jsonl", [GOOD, chat(3, 4)])
+    cache = tmp_path / "cache"
+    config = DataConfig(source=str(path), cache_dir=str(cache))
+
+    def stores() -> set[str]:
+        return {p.name for p in cache.iterdir() if p.is_dir()}
+
+    open_store(config, encoder)
+    (first,) = stores()
+    open_store(replace(config, num_workers=1, slot_budget=99), encoder)
+    assert stores() == {first}
+    other_template = build_tokenizer(CHATML.replace("user", "human") + "{# new #}")
+    for settings, other in [
+        (replace(config, max_length=300), encoder),
+        (replace(config, overlong="drop"), encoder),
+        (config, ChatEncoder(other_template)),
+        (config, ChatEncoder(encoder.tokenizer, {"enable_thinking": False})),
+    ]:
+        before = stores()
+        open_store(settings, other)
+        assert len(stores()) == len(before) + 1
+    before = stores()
+    write(path, [GOOD, chat(3, 5)])
+    assert len(open_store(config, encoder)[1].input_ids) == len(
+        encoder.encode(chat(3, 5)["messages"], origin="")[0].input_ids
+    )
+    assert len(stores()) == len(before) + 1
+
+
+def test_a_folder_of_tokens_trains_only_the_model_it_was_made_for(tmp_path: Path, encoder: ChatEncoder) -> None:
+    path = write(tmp_path / "chats.jsonl", [GOOD])
+    encode(path, encoder)
+    config = DataConfig(source=str(tmp_path / "chats-tokens"))
+    assert len(open_store(config, encoder)) == 1
+    with pytest.raises(UserError, match=r"was encoded with another chat_template"):
+        open_store(config, ChatEncoder(build_tokenizer(CHATML + "{# other #}")))
+    with pytest.raises(UserError, match=r"was encoded with another max_length \(512\)"):
+        open_store(replace(config, max_length=64), encoder)
+
+
+def test_a_folder_that_exists_is_never_overwritten(tmp_path: Path, encoder: ChatEncoder) -> None:
+    path = write(tmp_path / "chats.jsonl", [GOOD])
+    (tmp_path / "chats-tokens").mkdir()
+    with pytest.raises(UserError, match="already exists"):
+        encode(path, encoder)
+    assert list((tmp_path / "chats-tokens").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_costs_one_line_and_leaves_nothing_half_done(base_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(chat(9, 200)) + "\n" for _ in range(3000)).encode()))
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "data_scripts" / "encode.py"),
+        f"model.path={base_folder}",
+        f"data.source={path}",
+        f"output_dir={tmp_path / 'out'}",
+    ]
+
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit_file_size)
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("encode.py: error: ")
+    assert "cannot be written" in last
+    assert list((tmp_path / "out").iterdir()) == []
