@@ -272,7 +272,7 @@ def _generate(target: Target, config: RegenerateConfig, process: PartialState) -
     model, num_tokens = None, 0
     while missing := _missing_prompts(target, process):
         model = model or load_causal_lm(target.path, dtype=DTYPES[config.dtype]).to(default_device()).eval()
-        batches = split_batches(missing, config.batch_size)
+        batches = split_batches(missing, config.batch_size)[process.process_index :: process.num_processes]
         description = target.title if process.is_main_process else ""
         with target.open_cache(process.process_index) as cache:
             write_batches(

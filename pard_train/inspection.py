@@ -172,7 +172,7 @@ def render_text(document: Document, encoder: ChatEncoder) -> Text:
     """
     text = Text()
     for number, (kind, piece) in enumerate(_pieces(document, encoder)):
-        text.append(visible(piece), STYLES[kind] + (" underline" if number % 3 else ""))
+        text.append(visible(piece), STYLES[kind] + (" underline" if number % 2 else ""))
     return text
 
 
