@@ -18,8 +18,8 @@ def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips
         "recipes/quickstart.py",
         "experiment=quickstart",
         f"output_dir={folder}",
-        "regenerate.num_prompts=6",
-        "regenerate.num_held_out=2",
+        "prepare.num_rows=6",
+        "evaluate.max_prompts=2",
         "regenerate.max_new_tokens=24",
         "trainer.max_steps=2",
         "evaluate.num_draft_tokens=[1,8]",
@@ -36,7 +36,7 @@ def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips
     report = run()
     assert "tau by number of draft tokens" in report
     records = json.loads((folder / "evaluation" / "acceptance.json").read_text())
-    assert {r["benchmark"] for r in records} == {"code", "maths", "chat"}
+    assert {r["benchmark"] for r in records} == {"humaneval", "gsm8k", "mt_bench"}
     assert all(r["num_equal_texts"] == r["num_prompts"] for r in records if r["mode"] == "live")
     k1 = [r for r in records if r["draft"] == "before" and r["num_draft_tokens"] == 1]
     assert all(r["histogram"][0] <= 1 for r in k1)  # same weights as the target: its first draft token is always right

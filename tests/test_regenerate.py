@@ -135,6 +135,16 @@ def test_every_conversation_is_answered_as_told_in_order_and_the_counts_add_up(
     assert len(server.prompts) == len(set(server.prompts))  # a question that many conversations share is asked once
 
 
+def test_what_many_conversations_ask_at_the_same_time_is_asked_once(
+    serve: Serve, base_folder: Path, tmp_path: Path
+) -> None:
+    chats = [[{"role": "user", "content": "Hi"}, {"role": "user", "content": f"number {n % 3}"}] for n in range(12)]
+    prompts, server = write_rows(tmp_path / "p.jsonl", [{"messages": chat} for chat in chats]), serve(seconds=0.05)
+    written = write(prompts, tmp_path / "out", [base_folder], servers=[server.url])
+    assert written.manifest["counts"]["answers"] == 24
+    assert len(server.requests) == 1 + 3
+
+
 def test_servers_write_what_generation_in_this_process_writes(
     tokenizer: PreTrainedTokenizerBase, base_folder: Path, tmp_path: Path
 ) -> None:

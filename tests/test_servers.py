@@ -16,7 +16,7 @@ from pard_train.chat import ChatEncoder
 from pard_train.config import RegenerateConfig
 from pard_train.decoding import Limits
 from pard_train.errors import UserError
-from pard_train.servers import NoServerLeftError, ServerPool, open_servers
+from pard_train.servers import NoServerLeftError, ServerPool, open_servers, run_together
 from pard_train.target_text import GREEDY, Answer, Refusal, Sampling, prompt_key
 
 LIMITS = Limits(24, frozenset({0, 2}))
@@ -149,6 +149,15 @@ def test_a_server_that_fails_is_set_aside_in_one_line_and_the_others_take_its_re
     assert line.startswith(f"{bad.url} is set aside: ")
 
 
+def test_a_server_that_was_set_aside_is_asked_no_more_though_it_goes_on_answering(
+    serve: Serve, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    good, bad = serve(seconds=0.05), serve(seconds=0.05, fault=lambda number: 500 if number == 4 else None)
+    prompts = prompts_of(tokenizer, *(f"question {n}" for n in range(40)))
+    assert ask([bad, good], tokenizer, prompts, concurrency=4) == expected(good, prompts)
+    assert 5 <= len(bad.requests) <= 8
+
+
 def test_the_run_ends_with_the_last_server(serve: Serve, tokenizer: PreTrainedTokenizerBase) -> None:
     servers = [serve(fault=lambda number: 500 if number >= 3 else None) for _ in range(2)]
     with pytest.raises(NoServerLeftError, match=r"no server of target is left: .*fault 500"):
@@ -241,3 +250,27 @@ def test_a_request_that_takes_too_long_is_given_up(serve: Serve, tokenizer: PreT
     with pytest.raises(NoServerLeftError, match="timed out"):
         ask([server], tokenizer, prompts_of(tokenizer, "a"), timeout=0.3)
     assert time.time() - start < 20
+
+
+def test_when_one_work_fails_the_others_are_over_before_its_error_arrives() -> None:
+    ended = []
+
+    async def last() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.05)
+            ended.append("last")
+
+    async def fail() -> None:
+        await asyncio.sleep(0.01)
+        raise UserError("first")
+
+    async def run() -> None:
+        with pytest.raises(UserError, match="first"):
+            await run_together([last(), fail()])
+        assert ended == ["last"]
+
+    start = time.time()
+    asyncio.run(run())
+    assert time.time() - start < 30
