@@ -2,7 +2,8 @@
 
 Modules are nouns. Data walks one way, and so do imports; in one way: errors, config, layout, validation, run,
 attention, objective, rows, schemas, dedupe, chat, packages, store, packing, model, inspection, trackers, trainer,
-export, decoding, acceptance, replay, target_text, servers, scores, benchmarks, report, evaluation, terminal.
+checkpoints, card, export, sampling, proposers, decoding, acceptance, replay, estimate, target_text, servers, scores,
+benchmarks, compatibility, speed, report, webpage, evaluation, monitor, candidates, vllm_engine, verification, terminal.
 """
 
 __version__ = "0.1.0"

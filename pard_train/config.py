@@ -140,7 +140,7 @@ class LoggerConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Acceptance length of drafts on targets x benchmarks."""
+    """Acceptance length of drafts x targets x benchmarks x K x temperature."""
 
     # Folder or hub name of one draft model.
     draft: Optional[str] = None
@@ -148,38 +148,125 @@ class EvaluateConfig:
     drafts: dict[str, str] = field(default_factory=dict)
     # Target folders or hub names.
     targets: list[str] = field(default_factory=list)
-    # Benchmark names (humaneval, gsm8k, mt-bench) or JSONL files with `prompt` or `messages` in each row.
+    # How a target is spread over several GPUs: auto, balanced, ... of transformers; null puts it on one device.
+    device_map: Optional[str] = None
+    # OpenAI-compatible servers that write the targets' greedy text; empty generates it in this process.
+    servers: list[str] = field(default_factory=list)
+    # Requests under way at each server, seconds that one may take, and how often it is tried again.
+    concurrency: int = 64
+    timeout: float = 600.0
+    max_retries: int = 5
+    # Benchmark names (see docs/benchmarks.md), or JSONL files with `prompt` or `messages` in each row.
     benchmarks: list[str] = field(default_factory=list)
-    # Values of K reported from the one replay.
-    num_draft_tokens: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 16])
     # Prompts taken of each benchmark; 0 takes all.
     max_prompts: int = 0
+    # System prompt put before every conversation; null leaves it to the chat template.
+    system_prompt: Optional[str] = None
+    # Extra arguments of the chat template, such as {enable_thinking: false} for Qwen3.
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # Tokens of each answer at most.
     max_new_tokens: int = 256
-    # Prompts decoded live beside the replay (both models with caches); 0 runs none.
+    # Values of K reported from the one replay.
+    num_draft_tokens: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 16])
+    # 0 is greedy decoding, measured exactly by replay; above it, acceptance is sampled live on `live_prompts` prompts.
+    temperatures: list[float] = field(default_factory=lambda: [0.0])
+    # Share of the probability that is sampled from, at temperatures above 0.
+    top_p: float = 1.0
+    # Prompts of each benchmark that are decoded live (both models with caches) for speed; 0 runs none.
     live_prompts: int = 0
     # K of the live runs.
     live_num_draft_tokens: int = 8
+    # What is timed beside the target alone: pard | draft (same weights, one token at a time) | ngram (prompt look-up).
+    live_methods: list[str] = field(default_factory=lambda: ["pard"])
+    # Answers decoded side by side, and times that every method decodes them; the methods take turns.
+    live_batch_sizes: list[int] = field(default_factory=lambda: [1])
+    live_rounds: int = 3
     # Prompts per batch while a target writes its greedy text.
     batch_size: int = 16
     # float32 | bfloat16 | float16, for both models.
     dtype: str = "float32"
     trust_remote_code: bool = False
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    # Folder of acceptance.json, report.md and the picture. Cached target text stays here too.
+    # Of sampling.
+    seed: int = 42
+    # Least tau at the largest K by benchmark name, or `all`; a draft below it ends the program with status 3.
+    fail_below: dict[str, float] = field(default_factory=dict)
+    # Tables and charts of the result go to W&B too.
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    # Folder of acceptance.json, the reports and the page. Cached target text stays here too.
     output_dir: Optional[str] = None
+
+
+@dataclass
+class MonitorConfig:
+    """Acceptance on `evaluate.targets` x `evaluate.benchmarks` while training runs, by replay of cached target text."""
+
+    # Optimizer steps between two replays; 0 runs none.
+    every_steps: int = 0
+    # Prompts of each benchmark.
+    max_prompts: int = 8
+    # Tokens of each answer at most.
+    max_new_tokens: int = 128
+    # Keep the best draft in output_dir/best, by the mean over targets or by the worst: mean | worst | none
+    keep_best: str = "mean"
+
+
+@dataclass
+class CompareConfig:
+    """Several results side by side, and whether the newer ones hold."""
+
+    # Results by name, oldest first: results.main=DIR results.mine=DIR (folders of recipes/evaluate.py, or their files).
+    results: dict[str, str] = field(default_factory=dict)
+    # Folder of the comparison.
+    output_dir: str = MISSING
+    # Every result must keep this share of the first one's tau, or the program ends with status 3; null checks nothing.
+    min_ratio: Optional[float] = None
 
 
 @dataclass
 class ExportConfig:
     """A plain Hugging Face folder from a run, a checkpoint or a draft folder."""
 
-    # outputs/RUN/draft, a checkpoint-N folder, or any draft folder.
+    # outputs/RUN/draft, a checkpoint-N folder (of any DeepSpeed ZeRO stage too), or any draft folder.
     checkpoint: str = MISSING
     output_dir: str = MISSING
-    # Pad the vocabulary to this target's number of rows; null keeps the draft's own.
-    target: Optional[str] = None
+    # Pad the vocabulary to the rows of these targets; empty keeps the draft's own. One folder for each size.
+    targets: list[str] = field(default_factory=list)
     # float32 | bfloat16 | float16
     dtype: str = "bfloat16"
+    # Largest weight file.
+    max_shard_size: str = "5GB"
+    # acceptance.json of recipes/evaluate.py, for the model card.
+    acceptance: Optional[str] = None
+    # Licence of the weights for the model card, such as apache-2.0; null takes the base model's card.
+    licence: Optional[str] = None
+    # Upload to this repository of the hub (NAMESPACE/NAME); the token comes from `hf auth login` or HF_TOKEN.
+    push_to_hub: Optional[str] = None
+    # Visible to its owner only.
+    private: bool = True
+
+
+@dataclass
+class VerifyConfig:
+    """Whether a serving engine does with an exported draft what replay says."""
+
+    draft: str = MISSING
+    target: str = MISSING
+    # vllm | transformers
+    engine: str = "vllm"
+    # Python of the engine's own virtual environment; null takes the one that runs this.
+    engine_python: Optional[str] = None
+    # Prompts: benchmark names or JSONL files.
+    benchmarks: list[str] = field(default_factory=lambda: ["humaneval"])
+    max_prompts: int = 8
+    max_new_tokens: int = 64
+    num_draft_tokens: int = 8
+    # float32 agrees exactly; in bfloat16 near ties may fall either way.
+    dtype: str = "float32"
+    # Extra arguments of the chat template.
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # Seconds that the engine may take in all.
+    timeout: float = 1800.0
+    output_dir: str = MISSING
 
 
 @dataclass
@@ -193,6 +280,10 @@ class GenerateConfig:
     system: Optional[str] = None
     num_draft_tokens: int = 8
     max_new_tokens: int = 256
+    # 0 is greedy.
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
     dtype: str = "float32"
     # Also decode without a draft, to show its tokens per second.
     compare: bool = True
@@ -289,8 +380,9 @@ class TrainConfig:
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     show: ShowConfig = field(default_factory=ShowConfig)
-    # Read by recipes/quickstart.py.
+    # Targets and benchmarks that recipes/quickstart.py and the monitor measure on.
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     output_dir: str = MISSING
     seed: int = 42
     # Continue the run in output_dir from its newest whole checkpoint.

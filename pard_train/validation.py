@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 
 from pard_train.config import (
+    CompareConfig,
     DataConfig,
     DraftConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    LoggerConfig,
     PrepareConfig,
     RegenerateConfig,
     ScoreConfig,
@@ -20,11 +22,14 @@ from pard_train.config import (
     SourceConfig,
     TrainConfig,
     TrainerConfig,
+    VerifyConfig,
 )
 from pard_train.errors import UserError
 from pard_train.layout import max_slots
 
 SCHEMAS = ("auto", "messages", "sharegpt", "alpaca", "prompt")
+LIVE_METHODS = ("pard", "draft", "ngram")
+ENGINES = ("vllm", "transformers")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt")
 
 
@@ -40,8 +45,8 @@ def validate_train(config: TrainConfig) -> None:
     _in_range("objective.depth_decay", config.objective.depth_decay, low=0.0, high=1.0, above=True)
     _validate_data(config.data, config.draft)
     _validate_trainer(config.trainer)
-    _one_of("logger.report_to", config.logger.report_to, ("none", "tensorboard", "wandb"))
-    _one_of("logger.wandb_mode", config.logger.wandb_mode, ("online", "offline"))
+    _validate_logger(config.logger)
+    validate_monitor(config)
     if config.deepspeed and "RANK" not in os.environ:
         raise UserError(
             "deepspeed=... needs a launcher: torchrun --nproc_per_node N recipes/train.py ..., or "
@@ -71,21 +76,85 @@ def validate_evaluate(config: EvaluateConfig) -> None:
         raise UserError("give either draft=DIR or drafts.NAME=DIR (several), not both and not neither")
     if not config.output_dir:
         raise UserError("output_dir is not set: give the folder that the results go to, output_dir=...")
-    for name in ("targets", "benchmarks", "num_draft_tokens"):
+    for name, example in _EXAMPLES.items():
         if not getattr(config, name):
-            raise UserError(f"{name} is empty: give a list, for example {name}={_EXAMPLES[name]}")
-    for value in config.num_draft_tokens:
-        _at_least("num_draft_tokens", value, 1)
-    for name in ("max_new_tokens", "batch_size", "live_num_draft_tokens"):
-        _at_least(name, getattr(config, name), 1)
-    for name in ("max_prompts", "live_prompts"):
-        _at_least(name, getattr(config, name), 0)
+            raise UserError(f"{name} is empty: give a list, for example {name}={example}")
+    _validate_measure("", config)
+    _validate_live(config)
+    for name, value in config.fail_below.items():
+        _at_least(f"fail_below.{name}", value, 1)
+    _validate_logger(config.logger)
+
+
+def _validate_measure(prefix: str, config: EvaluateConfig) -> None:
+    for name in ("num_draft_tokens", "live_batch_sizes"):
+        for value in getattr(config, name):
+            _at_least(prefix + name, value, 1)
+    for name in ("max_new_tokens", "batch_size", "concurrency"):
+        _at_least(prefix + name, getattr(config, name), 1)
+    for name in ("max_prompts", "live_prompts", "max_retries", "seed"):
+        _at_least(prefix + name, getattr(config, name), 0)
+    for value in config.temperatures:
+        _at_least(f"{prefix}temperatures", value, 0)
+    _in_range(f"{prefix}top_p", config.top_p, low=0.0, high=1.0, above=True)
+    _in_range(f"{prefix}timeout", config.timeout, low=0.0, high=float("inf"), above=True)
     _validate_dtype(config.dtype)
+    _validate_servers(f"{prefix}servers", config.servers)
+
+
+def _validate_live(config: EvaluateConfig) -> None:
+    _at_least("live_num_draft_tokens", config.live_num_draft_tokens, 1)
+    _at_least("live_rounds", config.live_rounds, 1)
+    for method in config.live_methods:
+        _one_of("live_methods", method, LIVE_METHODS)
+    if any(config.temperatures) and not config.live_prompts:
+        raise UserError(
+            f"temperatures={list(config.temperatures)} above 0 are sampled live: set live_prompts to the number of "
+            "prompts to decode, or temperatures=[0]"
+        )
+
+
+def validate_monitor(config: TrainConfig) -> None:
+    """Check the measurements while training runs. Raises UserError."""
+    monitor = config.monitor
+    _one_of("monitor.keep_best", monitor.keep_best, ("mean", "worst", "none"))
+    for name in ("every_steps", "max_prompts"):
+        _at_least(f"monitor.{name}", getattr(monitor, name), 0)
+    _at_least("monitor.max_new_tokens", monitor.max_new_tokens, 1)
+    _validate_measure("evaluate.", config.evaluate)
+    if monitor.every_steps:
+        for name in ("targets", "benchmarks"):
+            if not getattr(config.evaluate, name):
+                raise UserError(
+                    f"monitor.every_steps={monitor.every_steps} measures on evaluate.{name}, which is empty: "
+                    f"give evaluate.{name}={_EXAMPLES[name]}, or monitor.every_steps=0"
+                )
+
+
+def validate_compare(config: CompareConfig) -> None:
+    """Check a comparison. Raises UserError."""
+    if len(config.results) < 2:
+        raise UserError("results needs two or more: results.before=DIR results.after=DIR")
+    if config.min_ratio is not None:
+        _in_range("min_ratio", config.min_ratio, low=0.0, high=2.0, above=True)
 
 
 def validate_export(config: ExportConfig) -> None:
     """Check an export. Raises UserError."""
     _validate_dtype(config.dtype)
+    if config.push_to_hub is not None and config.push_to_hub.count("/") != 1:
+        raise UserError(f"push_to_hub={config.push_to_hub}: must be NAMESPACE/NAME of a repository on the hub")
+
+
+def validate_verify(config: VerifyConfig) -> None:
+    """Check a verification. Raises UserError."""
+    _one_of("engine", config.engine, ENGINES)
+    _validate_dtype(config.dtype)
+    for name in ("max_prompts", "max_new_tokens", "num_draft_tokens"):
+        _at_least(name, getattr(config, name), 1)
+    _in_range("timeout", config.timeout, low=0.0, high=float("inf"), above=True)
+    if not config.benchmarks:
+        raise UserError(f"benchmarks is empty: give a list, for example benchmarks={_EXAMPLES['benchmarks']}")
 
 
 def validate_generate(config: GenerateConfig) -> None:
@@ -93,6 +162,8 @@ def validate_generate(config: GenerateConfig) -> None:
     _validate_dtype(config.dtype)
     _at_least("num_draft_tokens", config.num_draft_tokens, 1)
     _at_least("max_new_tokens", config.max_new_tokens, 1)
+    _at_least("temperature", config.temperature, 0)
+    _in_range("top_p", config.top_p, low=0.0, high=1.0, above=True)
 
 
 def validate_prepare(config: PrepareConfig) -> None:
@@ -132,9 +203,13 @@ def validate_regenerate(config: RegenerateConfig) -> None:
         _at_least(f"regenerate.{name}", getattr(config, name), 0)
     _in_range("regenerate.top_p", config.top_p, low=0.0, high=1.0, above=True)
     _in_range("regenerate.timeout", config.timeout, low=0.0, high=float("inf"), above=True)
-    for server in config.servers:
+    _validate_servers("regenerate.servers", config.servers)
+
+
+def _validate_servers(name: str, servers: list[str]) -> None:
+    for server in servers:
         if not server.startswith(("http://", "https://")):
-            raise UserError(f"regenerate.servers: {server!r} must be an address such as http://localhost:8000/v1")
+            raise UserError(f"{name}: {server!r} must be an address such as http://localhost:8000/v1")
 
 
 def validate_encode(data: DataConfig) -> None:
@@ -193,6 +268,11 @@ def _validate_trainer(trainer: TrainerConfig) -> None:
         _at_least(f"trainer.{name}", getattr(trainer, name), 0)
     if trainer.max_steps == 0 or trainer.max_steps < -1:
         raise UserError(f"trainer.max_steps={trainer.max_steps}: allowed are -1 (all epochs) and numbers from 1 on")
+
+
+def _validate_logger(logger: LoggerConfig) -> None:
+    _one_of("logger.report_to", logger.report_to, ("none", "tensorboard", "wandb"))
+    _one_of("logger.wandb_mode", logger.wandb_mode, ("online", "offline"))
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

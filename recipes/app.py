@@ -15,14 +15,29 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pard_train.config import EvaluateConfig, ExportConfig, GenerateConfig, SourceConfig, TrainConfig
+from pard_train.config import (
+    CompareConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    SourceConfig,
+    TrainConfig,
+    VerifyConfig,
+)
 from pard_train.errors import UserError
 
 CONFIG_DIR = Path(__file__).parents[1] / "conf"  # beside recipes/ in a checkout and in site-packages alike
 
 
 DISK_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
-SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig, "generate": GenerateConfig}
+SCHEMAS = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "compare": CompareConfig,
+    "export": ExportConfig,
+    "verify": VerifyConfig,
+    "generate": GenerateConfig,
+}
 
 
 HELP = """${hydra.help.header}
