@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from transformers.utils import cached_file
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.packages import local_model
+from pard_train.run import num_cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,6 +46,17 @@ def default_device() -> torch.device:
     """The accelerator if there is one (CUDA or ROCm through PyTorch's own device API), else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")  # a CUDA build names its accelerator even where there is none
+
+
+def device_name() -> str:
+    """What `default_device` is called by its maker, with the number of cores of a CPU."""
+    device = default_device()
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {num_cores()} cores"
 
 
 @contextmanager
@@ -90,6 +103,7 @@ def load_causal_lm(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    device_map: str | None = None,
 ) -> PreTrainedModel:
     """A causal LM from safetensors. `dtype="auto"` keeps that of the checkpoint. Raises UserError."""
     with _explained(path, "model"):
@@ -100,6 +114,7 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
             revision=revision,
             use_safetensors=True,
+            device_map=device_map,
         )
 
 

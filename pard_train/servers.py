@@ -12,22 +12,30 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequenc
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import openai
 from openai import AsyncOpenAI
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.config import RegenerateConfig
 from pard_train.decoding import Limits
 from pard_train.errors import UserError
-from pard_train.target_text import Answer, Refusal, Sampling, prompt_key
+from pard_train.target_text import GREEDY, Answer, AnswerCache, Refusal, Sampling, prompt_key
 
 Result = TypeVar("Result")
 
 HTTP_LOGGERS = ("httpx", "httpx2")  # of openai before and since its version 3
 REFUSALS = (400, 413, 422)  # HTTP codes that blame the request: too long, above all
+
+
+class ServerSettings(Protocol):
+    """What RegenerateConfig and EvaluateConfig say of servers."""
+
+    servers: list[str]
+    concurrency: int
+    timeout: float
+    max_retries: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +56,7 @@ class NoServerLeftError(UserError):
 
 
 @asynccontextmanager
-async def open_servers(config: RegenerateConfig, targets: Mapping[str, str]) -> AsyncIterator[dict[str, list[Server]]]:
+async def open_servers(config: ServerSettings, targets: Mapping[str, str]) -> AsyncIterator[dict[str, list[Server]]]:
     """The servers of each target, by the models that they list. A single target is served by every server.
 
     Args:
@@ -70,7 +78,7 @@ async def open_servers(config: RegenerateConfig, targets: Mapping[str, str]) -> 
                 found[name].append(Server(url, client, model))
         for name, servers in found.items():
             if not servers:
-                raise UserError(f"regenerate.targets: no server of {list(config.servers)} serves {name}: start one")
+                raise UserError(f"targets: no server of {list(config.servers)} serves {name}: start one")
         yield found
 
 
@@ -80,7 +88,7 @@ async def _served_targets(url: str, client: AsyncOpenAI, targets: Mapping[str, s
         models = (await client.models.list()).data
     except openai.APIError as error:
         raise UserError(
-            f"regenerate.servers: {url} does not list its models ({_reason(error)}): start it, mend the address "
+            f"servers: {url} does not list its models ({_reason(error)}): start it, mend the address "
             "(it ends with /v1), or take it off the list"
         ) from error
     served = {}
@@ -91,8 +99,8 @@ async def _served_targets(url: str, client: AsyncOpenAI, targets: Mapping[str, s
             served[name] = [*matches, models[0].id][0]
     if not served:
         raise UserError(
-            f"regenerate.servers: {url} serves {', '.join(model.id for model in models) or 'nothing'}, which is "
-            f"none of regenerate.targets={list(targets)}: name its model there, or take it off the list"
+            f"servers: {url} serves {', '.join(model.id for model in models) or 'nothing'}, which is "
+            f"none of targets={list(targets)}: name its model there, or take it off the list"
         )
     return served
 
@@ -201,3 +209,46 @@ async def run_together(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Res
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def ask_all(
+    config: ServerSettings,
+    targets: Mapping[str, str],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[int]],
+    cache: AnswerCache,
+    *,
+    limits: Limits,
+    description: str,
+) -> None:
+    """Have the servers of one target answer prompts greedily into a cache, each answer kept as it comes.
+
+    Args:
+        config: the servers.
+        targets: folder or hub name of every target that they serve, by name.
+        name: of the one that answers.
+        tokenizer: its tokenizer.
+        prompts: ids by key.
+        cache: what answers are added to.
+        limits: when an answer ends.
+        description: shown beside the progress bar.
+
+    Raises:
+        UserError: if a server refuses a prompt, or all have failed.
+    """
+
+    async def ask(pool: ServerPool, key: str, bar: tqdm) -> None:
+        reply = await pool.ask(prompts[key])
+        if isinstance(reply, Refusal):
+            raise UserError(f"servers: {name} refuses a prompt of {len(prompts[key])} tokens: {reply.reason}")
+        cache.add({key: reply})
+        bar.update()
+
+    async def run() -> None:
+        async with open_servers(config, targets) as found:
+            pool = ServerPool(found[name], tokenizer, limits, GREEDY, config.concurrency)
+            with tqdm(total=len(prompts), desc=description, unit="answer") as bar:
+                await run_together(ask(pool, key, bar) for key in prompts)
+
+    asyncio.run(run())

@@ -205,7 +205,7 @@ def test_a_server_is_known_by_the_models_it_lists(
 
 def test_a_server_of_no_target_and_a_target_of_no_server_are_refused(serve: Serve) -> None:
     stranger, big = serve(models=({"id": "stranger"},)), serve(models=({"id": "big-7b"},))
-    with pytest.raises(UserError, match=f"{stranger.url} serves stranger, which is none of regenerate.targets"):
+    with pytest.raises(UserError, match=f"{stranger.url} serves stranger, which is none of targets"):
         found_models([big, stranger], TARGETS)
     with pytest.raises(UserError, match="serves pypi:small"):
         found_models([big], TARGETS)
@@ -214,7 +214,7 @@ def test_a_server_of_no_target_and_a_target_of_no_server_are_refused(serve: Serv
 def test_a_server_that_does_not_answer_is_named_before_anything_is_asked(serve: Serve) -> None:
     good, dead = serve(), serve()
     dead.die()
-    with pytest.raises(UserError, match=f"regenerate.servers: {dead.url} does not list its models \\(Connection error"):
+    with pytest.raises(UserError, match=f"servers: {dead.url} does not list its models \\(Connection error"):
         found_models([good, dead], {"target": "target"}, max_retries=0)
     assert not good.requests
 
