@@ -26,7 +26,7 @@ MAX_COMPARISONS = 64  # rows of a bucket that its other rows are compared with
 BLOCK_ROWS = 1 << 16  # rows of signatures held in memory at a time: 16 MB
 MIN_WHOLE_WORDS = 5  # a benchmark's prompt as short as "Tell me a story" would be found everywhere
 
-_MARKS = {"system": "\x01", "user": "\x02"}
+_MARKS = {"system": "\x01", "user": "\x02", "tool": "\x03"}
 _NO_MARKS = str.maketrans(dict.fromkeys(_MARKS.values(), " "))
 # Thai, Lao, Burmese, Khmer, kana and Han are written without spaces: each character counts as a word.
 _SPACELESS = (
@@ -39,7 +39,7 @@ _BAND_WEIGHTS = np.random.RandomState(1).randint(1 << 62, size=NUM_HASHES, dtype
 
 
 def questions(messages: Sequence[Mapping[str, str]]) -> str:
-    """The text that identifies a chat: its system and user turns, each after a control character for its role."""
+    """The text that identifies a chat: all turns but the assistant's, each after a control character for its role."""
     asked = [m for m in messages if m["role"] != "assistant"]
     return "\n".join(f"{_MARKS[m['role']]}\n{m['content'].translate(_NO_MARKS)}" for m in asked)
 

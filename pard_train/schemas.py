@@ -32,6 +32,9 @@ ANSWERS = ("response", "completion", "output", "solution", "answer", "text")  # 
 SYSTEM_PROMPTS = ("system", "system_prompt")
 THOUGHTS = ("reasoning_content", "reasoning")  # the second is vLLM's newer name
 IDENTITIES = ("name", "tool_call_id")  # of messages; what else a message carries, templates do not read
+# Content may be given in typed parts: OpenAI's have their text under `text`, LLaMA-Factory's (version 1) under `value`.
+PARTS = {"text": "content", "reasoning": "reasoning_content", "tool_call": "tool_calls"}
+PART_TEXTS = ("text", "value")
 
 Message = dict[str, Any]
 
@@ -208,7 +211,9 @@ def _message(message: Any, origin: str) -> Message:
     """A message with the fields that templates read. Those with null are left out: columnar files have them all."""
     if not isinstance(message, Mapping):
         return {}
-    result = {"role": message.get("role"), "content": _text(message.get("content"), origin)}
+    if isinstance(message.get("content"), list):
+        message = {**message, "content": "", **_joined_parts(message["content"], origin)}
+    result = {"role": message.get("role"), "content": message.get("content")}
     result |= {key: message[key] for key in IDENTITIES if message.get(key) is not None}
     if thought := _first(message, THOUGHTS):
         result["reasoning_content"] = thought
@@ -219,14 +224,16 @@ def _message(message: Any, origin: str) -> Message:
     return result
 
 
-def _text(content: Any, origin: str) -> Any:
-    """Content given in parts is joined as vLLM joins it; anything else stays as it is."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise RowError(origin, f"content has a part that is not {{type: text, text: ...}}: {part!r:.80}")
-    return "\n".join(part["text"] for part in content)
+def _joined_parts(parts: list[Any], origin: str) -> dict[str, Any]:
+    """Fields of a message whose content is given in parts; texts are joined as vLLM joins them."""
+    found: dict[str, list[str]] = {}
+    for part in parts:
+        text = _first(part, PART_TEXTS) if isinstance(part, Mapping) else None
+        if not isinstance(text, str) or part.get("type") not in PARTS:
+            kinds = ", ".join(PARTS)
+            raise RowError(origin, f"content has a part that is not {{type: {kinds}; text: ...}}: {part!r:.80}")
+        found.setdefault(PARTS[part["type"]], []).append(text)
+    return {field: texts if field == "tool_calls" else "\n".join(texts) for field, texts in found.items()}
 
 
 def _tool_call(call: Any, origin: str) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def test_equal_words_in_other_roles_or_turns_are_other_questions() -> None:
         ask("", system="a b"),
         ask("a b", system=""),
         ask("user a b"),
+        [*ask("a")[:1], {"role": "tool", "content": "b"}],
         ask("a \x02 b"),
     ]
     found = [content_key(questions(chat)) for chat in chats]

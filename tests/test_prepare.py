@@ -127,10 +127,16 @@ def test_sources_of_many_schemas_become_one(tmp_path: Path) -> None:
     share = {"conversations": [{"from": "human", "value": question(2)}, {"from": "gpt", "value": "no"}]}
     (tmp_path / "share.jsonl").write_text(json.dumps(share) + "\n")
     (tmp_path / "plain.jsonl").write_text(json.dumps({"prompt": question(3)}) + "\n")
-    files = [tmp_path / name for name in ("alpaca.json", "share.jsonl", "plain.jsonl")]
+    turns = [("human", question(4)), ("function_call", '{"name": "f", "arguments": {}}'), ("observation", "3")]
+    tools = {"conversations": [{"from": speaker, "value": text} for speaker, text in turns], "tools": '[{"name": "f"}]'}
+    (tmp_path / "tools.jsonl").write_text(json.dumps(tools) + "\n")
+    files = [tmp_path / name for name in ("alpaca.json", "share.jsonl", "plain.jsonl", "tools.jsonl")]
     train, _ = prepare(config_of(*files, held_out_fraction=0.0), tmp_path / "prompts", seed=1)
-    assert sorted(asked(train)) == sorted(map(question, (1, 2, 3)))
-    assert {row["source"] for row in rows(train)} == {"alpaca", "share", "plain"}
+    assert sorted(asked(train)) == sorted(map(question, (1, 2, 3, 4)))
+    assert {row["source"] for row in rows(train)} == {"alpaca", "share", "plain", "tools"}
+    (with_tools,) = (row for row in rows(train) if row["source"] == "tools")
+    assert with_tools["messages"][2] == {"role": "tool", "content": "3"}
+    assert with_tools["tools"] == [{"type": "function", "function": {"name": "f"}}]
 
 
 def test_rows_that_are_set_aside_are_counted_and_others_are_kept(tmp_path: Path) -> None:

@@ -125,6 +125,15 @@ def test_parts_of_text_are_joined() -> None:
     assert chat_of({"messages": [{"role": "user", "content": parts}]}).messages[0]["content"] == "Hi\nthere"
 
 
+def test_typed_parts_of_llama_factory_become_content_thoughts_and_calls() -> None:
+    call = {"name": "search", "arguments": {"query": "cats"}}
+    parts = [("reasoning", "It sees."), ("text", "I look."), *[("tool_call", json.dumps(call))] * 2]
+    message = {"role": "assistant", "content": [{"type": kind, "value": text} for kind, text in parts]}
+    (_, read) = chat_of({"messages": [USER, {**message, "loss_weight": 1.0}]}).messages
+    calls = [{"type": "function", "function": call}] * 2
+    assert read == {"role": "assistant", "content": "I look.", "reasoning_content": "It sees.", "tool_calls": calls}
+
+
 def test_nulls_that_a_columnar_file_puts_in_leave_no_trace(tmp_path: Path) -> None:
     calls = {"role": "assistant", "content": "", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "{}"}}]}
     rows = [{"messages": [USER, ASSISTANT], "conversations": None}, {"messages": [USER, calls], "system": "Be brief."}]
