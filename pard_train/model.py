@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +105,13 @@ def load_causal_lm(
     revision: str | None = None,
     device_map: str | None = None,
 ) -> PreTrainedModel:
-    """A causal LM from safetensors. `dtype="auto"` keeps that of the checkpoint. Raises UserError."""
+    """A causal LM from safetensors. `dtype="auto"` keeps that of the checkpoint.
+
+    Raises:
+        UserError: if it cannot be loaded, or weights are missing (they would be random).
+    """
     with _explained(path, "model"):
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=attention,
@@ -115,7 +119,16 @@ def load_causal_lm(
             revision=revision,
             use_safetensors=True,
             device_map=device_map,
+            output_loading_info=True,
         )
+    check_complete(path, found["missing_keys"])
+    return model
+
+
+def check_complete(path: str, missing: Collection[str]) -> None:
+    """Refuse a model some of whose weights are nowhere. Raises UserError naming one of them."""
+    if missing:
+        raise UserError(f"{path}: {len(missing)} weights are missing, {min(missing)} among them: get the folder again")
 
 
 def mask_token_of(config: PretrainedConfig) -> int | None:
@@ -323,17 +336,28 @@ def write_model_folder(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=state_dict)
-    for name in TOKENIZER_FILES:
-        source = cached_file(
-            tokenizer_source,
-            name,
-            revision=revision,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        if source is not None:
-            shutil.copyfile(source, partial / name)
+    copy_tokenizer(tokenizer_source, partial, revision=revision)
     partial.rename(folder)
+
+
+def copy_tokenizer(source: str, folder: Path, *, revision: str | None = None) -> None:
+    """Copy the tokenizer files and chat template of a folder or hub model byte for byte."""
+    for name in TOKENIZER_FILES:
+        file = file_of(source, name, revision=revision)
+        if file is not None:
+            shutil.copyfile(file, folder / name)
+
+
+def file_of(path: str, name: str, *, revision: str | None = None) -> Path | None:
+    """A file of a folder or hub model, None if it has no such file."""
+    found = cached_file(
+        path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return None if found is None else Path(found)
 
 
 def check_same_tokenizer(
