@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,9 @@ def _is_benchmark(source: SourceConfig) -> bool:
 
 
 def _benchmark_rows(source: SourceConfig) -> list[dict[str, Any]]:
+    """The first question of every prompt: a follow-up can be asked only when the one before is answered."""
     prompts = load_benchmark(source.path.removeprefix(BENCHMARK_PREFIX), source.max_rows).prompts
-    return [{"messages": prompt} for prompt in prompts]
+    return [{"messages": list(prompt.turns[0])} for prompt in prompts]
 
 
 def _is_made(folder: Path, identity: dict[str, Any]) -> bool:
@@ -158,7 +160,10 @@ def _read_chats(source: SourceConfig, on_bad_row: OnBadRow) -> Iterator[dict[str
 def _measure(chats: datasets.Dataset, config: PrepareConfig, path: Path) -> datasets.Dataset:
     """What decides about a chat: its content key, its signature, and the benchmark it overlaps with."""
     benchmarks = [load_benchmark(source) for source in config.decontaminate]
-    prompts = {benchmark.name: [questions(p) for p in benchmark.prompts] for benchmark in benchmarks}
+    prompts = {
+        benchmark.name: [questions(list(chain.from_iterable(prompt.turns))) for prompt in benchmark.prompts]
+        for benchmark in benchmarks
+    }
     num_workers = min(config.num_workers or num_cores(), max(1, len(chats) // ROWS_PER_WORKER))
     return chats.map(
         _measure_batch,
