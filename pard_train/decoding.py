@@ -1,26 +1,33 @@
-"""Live speculative decoding: one draft forward, one target forward per step, greedy, with KV caches on both models.
+"""Live speculative decoding: one draft, one target forward pass per step, with keys and values of both models kept.
 
-Inference is the special case "one anchor, all depths" of the layout: accepted tokens, then K-1 mask tokens at
-consecutive positions under a plain causal mask. Output equals the target's own greedy text for any draft.
+Greedy output equals the target's own greedy text for any draft; sampled output has the target's distribution for any
+draft (`sampling.verify`). Texts that are decoded together advance at their own pace, and an answer that has ended is no
+longer read. Greedy means the arg max of the target's logits: a repetition penalty or a forced token in the target's
+generation config plays no part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.model import load_causal_lm, load_config, load_tokenizer, required_mask_token_of
+from pard_train.model import load_config
+from pard_train.proposers import Drafter, DraftStream, Proposal, Proposer, Task
+from pard_train.runner import Runner
+from pard_train.sampling import GREEDY, NO_TOKEN, Dice, Sampling, probabilities, verify
 
-# Legend: N new tokens, K draft tokens, V vocabulary.
+__all__ = ["Decoded", "Drafter", "Limits", "Step", "decode", "decode_batch", "end_ids_of", "num_leading_matches"]
+
+# Legend: B answers under way, K draft tokens, V vocabulary of the target.
 
 
 @dataclass(frozen=True)
 class Step:
-    """One target forward pass.
+    """One target forward pass, as one answer sees it.
 
     Attributes:
         tokens: what it emitted, up to the end of the turn or the length limit.
@@ -29,6 +36,23 @@ class Step:
 
     tokens: list[int]
     num_accepted: int
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One answer, step by step."""
+
+    steps: list[Step]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that was emitted."""
+        return [token for step in self.steps for token in step.tokens]
+
+    @property
+    def accepted(self) -> list[int]:
+        """Accepted draft tokens of each step."""
+        return [step.num_accepted for step in self.steps]
 
 
 @dataclass(frozen=True)
@@ -58,96 +82,143 @@ def end_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
-class Drafter:
-    """A draft model and what it may propose. Raises UserError for a model that is no draft model."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.mask_token_id = required_mask_token_of(model.config)
-
-    @classmethod
-    def load(cls, path: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Drafter:
-        """Load a draft folder. Raises UserError if it is not one."""
-        load_config(path, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        model = load_causal_lm(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        return cls(model.to(device).eval(), tokenizer)
-
-    def choose(self, logits: Tensor) -> Tensor:
-        """Arg max over what a tokenizer can say: never the mask token or a padded row. [..., V] -> int64 [...]."""
-        logits = logits[..., : len(self.tokenizer)]
-        if self.mask_token_id < logits.shape[-1]:
-            logits = logits.index_fill(-1, torch.tensor([self.mask_token_id], device=logits.device), -torch.inf)
-        return logits.argmax(dim=-1)
-
-
-class DraftStream:
-    """A drafter at work on one answer: keeps the keys and values of accepted text, forgets those of mask tokens."""
-
-    def __init__(self, drafter: Drafter):
-        self.drafter = drafter
-        self.cache = DynamicCache(config=drafter.model.config)
-
-    def propose(self, new_tokens: list[int], num_draft_tokens: int) -> list[int]:
-        """K draft tokens after the text so far, from one forward pass.
-
-        Args:
-            new_tokens: text since the last call, at least one token.
-            num_draft_tokens: K.
-        """
-        model = self.drafter.model
-        masks = [self.drafter.mask_token_id] * (num_draft_tokens - 1)
-        ids = torch.tensor([new_tokens + masks], device=model.device)  # [1, N + K - 1]
-        logits = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=num_draft_tokens).logits[0]
-        forget_last(self.cache, num_draft_tokens - 1)
-        return self.drafter.choose(logits).tolist()
-
-
-@torch.inference_mode()
 def decode(
-    target: PreTrainedModel,
+    target: PreTrainedModel | Runner,
     prompt_ids: list[int],
     limits: Limits,
     *,
-    drafter: Drafter | None = None,
+    drafter: Proposer | None = None,
     num_draft_tokens: int = 0,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[Step]:
-    """Greedy decoding, step by step; speculative with a drafter, plain without.
+    """Decode one answer, step by step; speculative with a drafter, plain without.
 
     The first step prefills the prompt and verifies the first draft in the same pass.
 
     Args:
-        target: model whose greedy text comes out.
-        prompt_ids: the rendered prompt.
+        target: model whose text comes out. Give a Runner if there are several prompts: making one takes time.
+        prompt_ids: the rendered prompt, at least one token.
         limits: when the answer ends.
-        drafter: proposes K tokens per step; None decodes one token at a time.
+        drafter: proposes up to K tokens per step; None decodes one token at a time.
         num_draft_tokens: K.
+        sampling: how tokens are chosen.
 
     Yields:
         One Step per target forward pass.
     """
-    cache = DynamicCache(config=target.config)
-    stream = DraftStream(drafter) if drafter is not None else None
-    output: list[int] = []
-    unread = draft_unread = prompt_ids  # text that the target, and the draft model, have not read yet
-    while not limits.is_over(output):
-        draft = stream.propose(draft_unread, num_draft_tokens) if stream is not None else []
-        ids = torch.tensor([unread + draft], device=target.device)
-        logits = target(ids, past_key_values=cache, use_cache=True, logits_to_keep=len(draft) + 1).logits[0]
-        own = logits.argmax(dim=-1).tolist()  # the target's choice after the text, and after each draft token
-        num_matched = num_leading_matches(draft, own)
-        forget_last(cache, len(draft) - num_matched)
-        tokens = limits.cut([*draft[:num_matched], own[num_matched]], len(output))
-        output += tokens
-        unread, draft_unread = tokens[-1:], tokens
-        yield Step(tokens, min(num_matched, len(tokens)))
+    for steps in _decode(target, [prompt_ids], limits, drafter, num_draft_tokens, sampling):
+        yield steps[0]
 
 
-def forget_last(cache: DynamicCache, num_tokens: int) -> None:
-    """Drop the keys and values of the last tokens read."""
-    if num_tokens:
-        cache.crop(-num_tokens)  # a negative number is what transformers 5.17 and 5.23 both take
+def decode_batch(
+    target: PreTrainedModel | Runner,
+    prompts: Sequence[list[int]],
+    limits: Limits,
+    *,
+    drafter: Proposer | None = None,
+    num_draft_tokens: int = 0,
+    sampling: Sampling = GREEDY,
+) -> list[Decoded]:
+    """Decode several answers side by side, as `decode` would decode each.
+
+    Each answer advances by what it accepts. Memory holds the keys and values of the longest text for every prompt.
+
+    Args:
+        target: model whose text comes out.
+        prompts: rendered prompts, all under way at once.
+        limits: when an answer ends.
+        drafter: proposes up to K tokens per step; None decodes one token at a time.
+        num_draft_tokens: K.
+        sampling: how tokens are chosen. A prompt's draws are its own, whatever is decoded beside it.
+
+    Returns:
+        Answers in the order of `prompts`.
+    """
+    answers: list[list[Step]] = [[] for _ in prompts]
+    if not prompts:
+        return []
+    for steps in _decode(target, prompts, limits, drafter, num_draft_tokens, sampling):
+        for row, step in steps.items():
+            answers[row].append(step)
+    return [Decoded(steps) for steps in answers]
+
+
+@torch.inference_mode()
+def _decode(
+    target: PreTrainedModel | Runner,
+    prompts: Sequence[list[int]],
+    limits: Limits,
+    drafter: Proposer | None,
+    num_draft_tokens: int,
+    sampling: Sampling,
+) -> Iterator[dict[int, Step]]:
+    """One step of every answer under way, by number of the prompt, per target forward pass."""
+    runner = target if isinstance(target, Runner) else Runner(target, is_packed=False)  # one answer repays no packing
+    dice = None if sampling.is_greedy else Dice(list(prompts), sampling)
+    num_slots = max(map(len, prompts)) + limits.max_new_tokens + num_draft_tokens
+    width = 1 + num_draft_tokens if drafter is not None else 1
+    reader = runner.start(len(prompts), num_slots, width=width, num_logits=width)
+    task = Task(len(prompts), num_slots, num_draft_tokens, sampling, dice)
+    stream: DraftStream = drafter.start(task) if drafter is not None else _NoDraft()
+    texts = [list(prompt) for prompt in prompts]
+    outputs: list[list[int]] = [[] for _ in prompts]
+    rows = [row for row, output in enumerate(outputs) if not limits.is_over(output)]
+    while rows:
+        running = [texts[row] for row in rows]
+        proposal = stream.propose(rows, running)
+        logits = reader.read(running, proposal.tokens)
+        emitted = _verify(logits, proposal, sampling, None if dice is None else dice.roll(rows, logits.shape[1]))
+        steps = {}
+        for row, (num_kept, tokens) in zip(rows, emitted, strict=True):
+            tokens = limits.cut(tokens, len(outputs[row]))
+            steps[row] = Step(tokens, min(num_kept, len(tokens)))
+            texts[row] += tokens
+            outputs[row] += tokens
+        yield steps
+        going_on = [i for i, row in enumerate(rows) if not limits.is_over(outputs[row])]
+        if going_on and len(going_on) < len(rows):
+            reader.keep(going_on)
+            stream.keep(going_on)
+        rows = [rows[i] for i in going_on]
+
+
+class _NoDraft:
+    """Plain decoding: the draft of no tokens."""
+
+    def propose(self, rows: list[int], texts: list[list[int]]) -> Proposal:
+        return Proposal([[] for _ in rows])
+
+    def keep(self, which: list[int]) -> None:
+        pass
+
+
+def _verify(
+    logits: Tensor, proposal: Proposal, sampling: Sampling, rolls: Tensor | None
+) -> list[tuple[int, list[int]]]:
+    """For every answer, the number of draft tokens kept, and these with the target's own token.
+
+    Args:
+        logits: [B, K + 1, V], aligned at the end.
+        proposal: draft tokens.
+        sampling: how tokens are chosen.
+        rolls: uniform numbers, float64 [B, K + 1]; None if greedy.
+    """
+    drafts = proposal.tokens
+    if rolls is None:
+        chosen = logits.argmax(dim=-1).tolist()  # after the text, and after each draft token
+        owns = [row[len(row) - len(draft) - 1 :] for row, draft in zip(chosen, drafts, strict=True)]
+        kept = [num_leading_matches(draft, own) for draft, own in zip(drafts, owns, strict=True)]
+        return [(n, [*draft[:n], own[n]]) for n, draft, own in zip(kept, drafts, owns, strict=True)]
+    most = max(map(len, drafts))
+    device = logits.device
+    lengths = torch.tensor([len(draft) for draft in drafts], device=device)
+    places = (torch.arange(most + 1, device=device) + (most - lengths)[:, None]).clamp(max=most)  # aligned at the start
+    probs = probabilities(logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), sampling)
+    padded = torch.tensor([draft + [NO_TOKEN] * (most - len(draft)) for draft in drafts], device=device)
+    draft_probs = None if proposal.probs is None else proposal.probs.to(device)
+    num_kept, own_tokens = verify(padded.long(), draft_probs, probs, rolls.to(device))
+    numbered = zip(num_kept.tolist(), drafts, own_tokens.tolist(), strict=True)
+    return [(n, [*draft[:n], own]) for n, draft, own in numbered]
 
 
 def num_leading_matches(draft: list[int], own: list[int]) -> int:

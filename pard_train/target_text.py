@@ -23,6 +23,7 @@ from pard_train.chat import ChatEncoder
 from pard_train.decoding import Limits
 from pard_train.errors import UserError
 from pard_train.run import fingerprint
+from pard_train.sampling import GREEDY, Sampling
 
 Messages = list[dict[str, Any]]
 
@@ -47,28 +48,6 @@ class Refusal:
     """A prompt that a server will not answer, and why."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: 0 takes the most likely one.
-        top_p: share of the probability that is drawn from.
-        seed: of the draws; with the prompt it decides them.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def seed_of(self, key: str) -> int:
-        """Seed of the answer to one prompt, whatever else is asked. 31 bits, which every engine takes."""
-        return int(hashlib.sha256(f"{self.seed} {key}".encode()).hexdigest()[:8], 16) >> 1
-
-
-GREEDY = Sampling()
 
 
 def model_fingerprint(path: str, revision: str | None = None) -> str:
