@@ -235,8 +235,9 @@ class ExportConfig:
     dtype: str = "bfloat16"
     # Largest weight file.
     max_shard_size: str = "5GB"
-    # acceptance.json of recipes/evaluate.py, for the model card.
+    # acceptance.json of recipes/evaluate.py, for the model card; and the draft's name in it where it has several.
     acceptance: Optional[str] = None
+    acceptance_draft: Optional[str] = None
     # Licence of the weights for the model card, such as apache-2.0; null takes the base model's card.
     licence: Optional[str] = None
     # Upload to this repository of the hub (NAMESPACE/NAME); the token comes from `hf auth login` or HF_TOKEN.

@@ -6,6 +6,7 @@ Like `config.py`, nothing here imports torch: a wrong setting is refused within 
 from __future__ import annotations
 
 import os
+import re
 
 from pard_train.config import (
     CompareConfig,
@@ -144,6 +145,10 @@ def validate_export(config: ExportConfig) -> None:
     _validate_dtype(config.dtype)
     if config.push_to_hub is not None and config.push_to_hub.count("/") != 1:
         raise UserError(f"push_to_hub={config.push_to_hub}: must be NAMESPACE/NAME of a repository on the hub")
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", config.max_shard_size):
+        raise UserError(f"max_shard_size={config.max_shard_size}: must be a size such as 5GB or 500MB")
+    if config.acceptance_draft is not None and config.acceptance is None:
+        raise UserError(f"acceptance_draft={config.acceptance_draft} names a draft in acceptance=..., which is not set")
 
 
 def validate_verify(config: VerifyConfig) -> None:

@@ -1,7 +1,7 @@
-"""Write a draft model as the plain Hugging Face folder that serving engines load.
+"""Write a draft model as the plain Hugging Face folders that serving engines load.
 
     python recipes/export.py checkpoint=outputs/my-draft/draft output_dir=outputs/my-draft/export \\
-        target=Qwen/Qwen2.5-7B-Instruct
+        targets=[Qwen/Qwen2.5-7B-Instruct,Qwen/Qwen2.5-1.5B-Instruct]
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from recipes.app import hydra_program
 
 
 def run(config: ExportConfig) -> None:
-    """Export and say where."""
-    from pard_train.export import export
+    """Export, say where, and upload if asked to."""
+    from pard_train.export import export, push_to_hub
 
-    print(f"exported and reloaded: {export(config)}")
+    folders = export(config)
+    for folder in folders:
+        print(f"exported and reloaded: {folder}")
+    if config.push_to_hub is not None:
+        for address in push_to_hub(folders, config):
+            print(f"uploaded: {address}")
 
 
 def main() -> None:
