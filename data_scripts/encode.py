@@ -13,9 +13,10 @@ from pathlib import Path
 
 from pard_train.chat import ChatEncoder
 from pard_train.config import TrainConfig
+from pard_train.encoding import encode_corpus
 from pard_train.model import load_tokenizer
 from pard_train.packages import local_model
-from pard_train.store import encode_corpus
+from pard_train.store import TokenStore
 from pard_train.validation import validate_encode
 from recipes.app import hydra_program
 
@@ -30,10 +31,12 @@ def run(config: TrainConfig) -> None:
         revision=config.model.revision,
     )
     folder = Path(config.output_dir) / TOKENS_FOLDER
-    store = encode_corpus(config.data, ChatEncoder(tokenizer, config.data.template_kwargs), folder)
-    manifest = store.manifest
-    print(f"{store.summary()}\nlength of a document in tokens: {manifest['document_length']}")
-    print(f"{manifest['tokens_per_second']:,} tokens/s\n{folder}")
+    encode_corpus(config.data, ChatEncoder(tokenizer, config.data.template_kwargs), folder)
+    store = TokenStore.open(folder)
+    speed = store.manifest["speed"]
+    print(f"{store.summary()}\nlength of a document in tokens: {store.manifest['document_length']}")
+    print("{tokens_per_second:,} tokens/s, {tokens_per_second_per_worker:,} for each of {workers}".format(**speed))
+    print(folder)
 
 
 if __name__ == "__main__":

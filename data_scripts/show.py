@@ -19,6 +19,7 @@ from rich.text import Text
 
 from pard_train.chat import ChatEncoder, Document
 from pard_train.config import DataConfig, TrainConfig
+from pard_train.encoding import source_of
 from pard_train.errors import RowError, UserError
 from pard_train.inspection import (
     check_taught,
@@ -36,7 +37,7 @@ from pard_train.layout import DrawKey
 from pard_train.model import Base, inspect_base
 from pard_train.rows import read_rows, stop
 from pard_train.schemas import to_chat
-from pard_train.store import is_store, open_store, source_of
+from pard_train.store import is_store, open_store
 from pard_train.validation import validate_draft, validate_encode, validate_show
 from recipes.app import hydra_program
 

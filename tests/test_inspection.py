@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from data_scripts.show import run
 from pard_train.chat import ChatEncoder, Document
 from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig, ShowConfig
+from pard_train.encoding import encode_corpus
 from pard_train.errors import RowError, UserError
 from pard_train.inspection import (
     HIDDEN,
@@ -42,7 +43,6 @@ from pard_train.inspection import (
 )
 from pard_train.layout import DrawKey, is_visible, sample_chain_lengths
 from pard_train.model import load_tokenizer
-from pard_train.store import encode_corpus
 
 ROOT = Path(__file__).parents[1]
 MASK = VOCABULARY + 5  # a spare row

@@ -15,10 +15,11 @@ from tiny import build_model
 
 from pard_train.chat import ChatEncoder
 from pard_train.config import DataConfig
+from pard_train.encoding import encode_corpus
 from pard_train.errors import UserError
 from pard_train.model import load_causal_lm, load_tokenizer
 from pard_train.scores import Scores, write_scores
-from pard_train.store import TokenStore, encode_corpus
+from pard_train.store import TokenStore
 
 ROOT = Path(__file__).parents[1]
 TOP_K = 5
@@ -28,7 +29,8 @@ TOP_K = 5
 def store(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, chats_file: Path) -> TokenStore:
     """Forty documents of one to three turns."""
     folder = tmp_path_factory.mktemp("scores") / "tokens"
-    return encode_corpus(DataConfig(source=str(chats_file)), ChatEncoder(load_tokenizer(str(base_folder))), folder)
+    encode_corpus(DataConfig(source=str(chats_file)), ChatEncoder(load_tokenizer(str(base_folder))), folder)
+    return TokenStore.open(folder)
 
 
 def check_against_direct_forward_passes(store: TokenStore, scores: Scores, target: torch.nn.Module) -> None:

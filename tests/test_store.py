@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import resource
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pard_train.chat import ChatEncoder, Document
 from pard_train.config import DataConfig, DraftConfig
+from pard_train.encoding import encode_corpus
 from pard_train.errors import UserError
 from pard_train.layout import slot_bounds, supervised_runs
-from pard_train.store import TokenStore, encode_corpus, open_store
+from pard_train.store import TokenStore, open_store
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat runs"}]}
 
@@ -42,10 +44,16 @@ def write(path: Path, rows: list[dict | str]) -> Path:
     return path
 
 
+def store_of(config: DataConfig, encoder: ChatEncoder, folder: Path) -> TokenStore:
+    """The store of a source."""
+    encode_corpus(config, encoder, folder)
+    return TokenStore.open(folder)
+
+
 def encode(path: Path, encoder: ChatEncoder, **settings: object) -> TokenStore:
     """The store of a file, in a folder beside it."""
     config = DataConfig(source=str(path), num_workers=1, **settings)
-    return encode_corpus(config, encoder, path.with_name(f"{path.stem}-tokens"))
+    return store_of(config, encoder, path.with_name(f"{path.stem}-tokens"))
 
 
 def same(one: Document, other: Document) -> bool:
@@ -57,7 +65,7 @@ def same(one: Document, other: Document) -> bool:
 def test_every_row_comes_back_as_the_document_it_was_encoded_to(
     chats_file: Path, encoder: ChatEncoder, tmp_path: Path
 ) -> None:
-    store = encode_corpus(DataConfig(source=str(chats_file)), encoder, tmp_path / "tokens")
+    store = store_of(DataConfig(source=str(chats_file)), encoder, tmp_path / "tokens")
     chats = [json.loads(line)["messages"] for line in chats_file.read_text().splitlines()]
     expected = [encoder.encode(c, origin=f"{chats_file}:{n}")[0] for n, c in enumerate(chats, start=1)]
     assert len(store) == len(expected) == 40
@@ -68,7 +76,7 @@ def test_every_row_comes_back_as_the_document_it_was_encoded_to(
 
 
 def test_counts_and_bounds_are_those_of_the_documents(chats_file: Path, encoder: ChatEncoder, tmp_path: Path) -> None:
-    store = encode_corpus(DataConfig(source=str(chats_file)), encoder, tmp_path / "tokens")
+    store = store_of(DataConfig(source=str(chats_file)), encoder, tmp_path / "tokens")
     documents = list(store)
     assert store.lengths().tolist() == [len(d.input_ids) for d in documents]
     assert store.num_supervised().tolist() == [int(d.loss_mask.sum()) for d in documents]
@@ -89,10 +97,21 @@ def test_counts_and_bounds_are_those_of_the_documents(chats_file: Path, encoder:
 
 def test_many_workers_write_what_one_writes(encoder: ChatEncoder, tmp_path: Path) -> None:
     path = write(tmp_path / "chats.jsonl", [chat(n % 7 + 1, n % 11 + 1) for n in range(1200)])
-    alone = encode_corpus(DataConfig(source=str(path), num_workers=1), encoder, tmp_path / "one")
-    together = encode_corpus(DataConfig(source=str(path), num_workers=2), encoder, tmp_path / "two")
+    alone = store_of(DataConfig(source=str(path), num_workers=1), encoder, tmp_path / "one")
+    together = store_of(DataConfig(source=str(path), num_workers=2), encoder, tmp_path / "two")
     assert len(alone) == 1200
     assert all(same(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_a_store_goes_to_another_process_without_its_tokens(encoder: ChatEncoder, tmp_path: Path) -> None:
+    store = encode(write(tmp_path / "chats.jsonl", [chat(n % 7 + 1, n % 11 + 1) for n in range(2500)]), encoder)
+    message = pickle.dumps(store)
+    assert len(message) < 500
+    again = pickle.loads(message)
+    assert len(again) == 2500
+    assert all(same(store[i], again[i]) for i in (0, 999, 1000, 2499))  # both sides of a block of Arrow's
+    assert same(store[-1], store[2499])
+    assert store[0].input_ids.flags.writeable  # torch.from_numpy wants it so
 
 
 def test_overlong_documents_stop_the_run_or_are_dropped_or_truncated(encoder: ChatEncoder, tmp_path: Path) -> None:
@@ -101,6 +120,7 @@ def test_overlong_documents_stop_the_run_or_are_dropped_or_truncated(encoder: Ch
     with pytest.raises(UserError, match=r"chats\.jsonl:2: \d+ tokens, but data\.max_length=40; raise"):
         encode(path, encoder, max_length=40)
     dropped = encode(path, encoder, max_length=40, overlong="drop")
+    assert dropped.manifest["counts"]["rendered"] == 3
     assert [len(d.input_ids) for d in dropped] == [len(full[0].input_ids)]
     assert (dropped.manifest["counts"]["dropped"], dropped.manifest["counts"]["truncated"]) == (2, 0)
     cut = encode(path.rename(tmp_path / "again.jsonl"), encoder, max_length=40, overlong="truncate")
@@ -148,7 +168,7 @@ def test_rows_that_are_set_aside_are_listed_with_their_reason_and_the_counts_add
     assert sorted(row["origin"] for row in rejects) == [f"{path}:{n}" for n in (2, 3, 4, 5)]
     assert all(row["reason"] and row["row"] for row in rejects)
     counts = store.manifest["counts"]
-    assert (counts["rows"], counts["rejected"], counts["documents"]) == (6, 4, 2)
+    assert (counts["rows"], counts["rejected"], counts["rendered"], counts["documents"]) == (6, 4, 2, 2)
 
 
 def test_a_source_that_teaches_nothing_is_an_error(tmp_path: Path, encoder: ChatEncoder) -> None:
