@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pard_train.acceptance import Acceptance, Trace, pool, walk, walk_as_vllm
+from pard_train.acceptance import (
+    Acceptance,
+    Trace,
+    group_traces,
+    length_bucket,
+    pool,
+    vllm_counts,
+    walk,
+    walk_as_vllm,
+)
 
 few_examples = settings(deadline=None, max_examples=60)
 LONGEST_DRAFT = 6
@@ -150,3 +159,80 @@ def test_tau_is_pooled_over_tokens_not_averaged_over_prompts() -> None:
 def test_no_step_at_all_is_an_error_rather_than_a_number(nothing: list[Trace]) -> None:
     with pytest.raises(ValueError, match="no decoding step"):
         pool(nothing, 4)
+
+
+def test_vllms_counters_agree_with_a_table_of_its_own_figures() -> None:
+    """Four drafts: 3, 0, 4 and 1 accepted. The last one runs past the six tokens that remain of the answer."""
+    matches = [7, 3, 0, 0, 0, 0, 9, 0, 0, 0, 0, 1]
+    assert vllm_counts(matches, 4) == (4, [3, 2, 2, 1])
+    assert walk_as_vllm(matches, 4) == (4, 8)
+    assert vllm_counts(matches, 4, 7) == (3, [2, 2, 2, 1])  # the answer has seven tokens, what follows is known
+    assert walk([*matches[:6], 9], 4).accepted == [4, 0, 1]  # ours clamps at the end
+    assert vllm_counts([3], 4) == (0, [0, 0, 0, 0])  # one token: the prefill said it
+
+
+@few_examples
+@given(traces, st.integers(1, 4))
+def test_turns_of_one_prompt_are_one_prompt(some: list[Trace], turns: int) -> None:
+    prompts = [str(i // turns) for i in range(len(some))]
+    result = pool(some, LONGEST_DRAFT, prompts=prompts)
+    merged = [
+        Trace([a for t in some[i : i + turns] for a in t.accepted], sum(t.num_tokens for t in some[i : i + turns]))
+        for i in range(0, len(some), turns)
+    ]
+    expected = pool(merged, LONGEST_DRAFT)
+    assert result.num_turns == len(some)
+    assert result.record() == {**expected.record(), "num_turns": len(some)}
+
+
+def test_turns_that_are_alike_within_a_prompt_do_not_narrow_the_interval() -> None:
+    """Ten prompts of which each says everything twice are ten observations, not twenty."""
+    once = [Trace([a], a + 1) for a in (0, 1, 2, 3, 4, 0, 1, 2, 3, 4)]
+    twice = [trace for trace in once for _ in range(2)]
+    prompts = [str(i // 2) for i in range(20)]
+    together, apart = pool(twice, 4, prompts=prompts), pool(twice, 4)
+    expected = pool(once, 4)
+    assert (together.tau_low, together.tau_high) == (expected.tau_low, expected.tau_high)
+    assert apart.tau_high - apart.tau_low < 0.9 * (together.tau_high - together.tau_low)
+
+
+@few_examples
+@given(traces, st.integers(1, 9))
+def test_every_division_into_groups_has_all_tokens_and_steps(some: list[Trace], width: int) -> None:
+    prompts = [str(i // 2) for i in range(len(some))]
+    names = {"category": ["ab"[i % 2] for i in range(len(some))], "turn": [str(i % 2 + 1) for i in range(len(some))]}
+    groups = group_traces(some, prompts=prompts, names=names, width=width)
+    whole = pool(some, LONGEST_DRAFT)
+    for by in ("category", "turn", "position"):
+        mine = [group for group in groups if group["by"] == by]
+        assert sum(group["num_tokens"] for group in mine) == whole.num_tokens
+        assert sum(group["num_steps"] for group in mine) == whole.num_steps
+        for group in mine:
+            assert group["tau"] == pytest.approx(group["num_tokens"] / group["num_steps"])
+            assert group["tau_low"] - 1e-9 <= group["tau"] <= group["tau_high"] + 1e-9
+    for name in set(names["category"]):
+        mine = [(t, p) for t, p, n in zip(some, prompts, names["category"], strict=True) if n == name]
+        alone = pool([t for t, _ in mine], LONGEST_DRAFT, prompts=[p for _, p in mine])
+        (group,) = [group for group in groups if (group["by"], group["name"]) == ("category", name)]
+        assert [group[key] for key in ("tau", "tau_low", "tau_high")] == [alone.tau, alone.tau_low, alone.tau_high]
+
+
+def test_a_step_belongs_to_the_place_where_it_starts() -> None:
+    trace = Trace([3, 0, 5], 11)  # steps start at tokens 0, 4 and 5
+    groups = group_traces([trace], prompts=["a"], names={}, width=5)
+    assert [(g["name"], g["num_tokens"], g["num_steps"]) for g in groups] == [("0-4", 5, 2), ("5-9", 6, 1)]
+    assert groups[0]["tau"] == 2.5
+
+
+def test_groups_stand_in_the_order_of_their_numbers_and_nameless_answers_are_in_none() -> None:
+    some = [Trace([0], 1)] * 4
+    lengths = [length_bucket(n) for n in (130, 64, 9, 1000)]
+    names = {"prompt_length": lengths, "category": ["", "writing", "coding", ""]}
+    groups = group_traces(some, prompts=list("abcd"), names=names)
+    assert [g["name"] for g in groups] == ["8-15", "64-127", "128-255", "512-1023", "coding", "writing", "0-63"]
+
+
+@given(st.integers(1, 100_000))
+def test_a_length_lies_in_its_bucket(length: int) -> None:
+    low, high = map(int, length_bucket(length).split("-"))
+    assert low <= length <= high == 2 * low - 1
