@@ -1,4 +1,4 @@
-"""The exceptions for mistakes that a user can mend."""
+"""The exceptions for what a user can mend, and for results that miss their threshold."""
 
 
 class UserError(ValueError):
@@ -22,3 +22,15 @@ class RowError(UserError):
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.reason}"
+
+
+class ThresholdError(Exception):
+    """A result below what was asked of it. Recipes print one line for each miss and exit with status 3.
+
+    Attributes:
+        misses: one line each.
+    """
+
+    def __init__(self, misses: list[str]):
+        super().__init__("; ".join(misses))
+        self.misses = misses

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard or Weights & Biases on request."""
+"""Where metrics and results go: metrics.jsonl always, TensorBoard or Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pard_train.config import TrainConfig
+from pard_train.config import LoggerConfig, TrainConfig
+from pard_train.records import Record, at_largest_k, distinct, flatten, label_of, measured
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -75,3 +76,45 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def log_evaluation(logger: LoggerConfig, name: str, document: dict[str, Any], page: Path | None) -> None:
+    """Put a result on the W&B dashboard if that is the chosen tracker: every record, tau by name, charts, the page.
+
+    Args:
+        logger: where to.
+        name: of the run, unless the settings name it.
+        document: acceptance.json.
+        page: report.html; the files of the run are written beside it.
+    """
+    if logger.report_to != "wandb":
+        return
+    import wandb
+
+    settings = {"project": logger.wandb_project, "name": logger.run_name or name, "mode": logger.wandb_mode}
+    with wandb.init(**settings, job_type="evaluation", dir=page and page.parent) as run:
+        rows = [flatten({k: v for k, v in r.items() if k != "groups"}) for r in document["records"]]
+        columns = distinct(column for row in rows for column in row)
+        table = wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
+        run.log({"eval/records": table} | _survival_charts(at_largest_k(measured(document))))
+        for r in at_largest_k(measured(document)):
+            run.summary[f"eval/tau/{r['target']}/{r['benchmark']}/{label_of(r)}"] = r["tau"]
+        if page:
+            run.log({"eval/report": wandb.Html(page.read_text(), inject=False)})
+
+
+def _survival_charts(records: list[Record]) -> dict[str, Any]:
+    """One chart for every target and benchmark, with one line for every draft."""
+    import wandb
+
+    charts = {}
+    for target, benchmark in distinct((r["target"], r["benchmark"]) for r in records):
+        mine = [r for r in records if (r["target"], r["benchmark"]) == (target, benchmark)]
+        charts[f"eval/survival/{target}/{benchmark}"] = wandb.plot.line_series(
+            xs=[list(range(1, len(r["survival"]) + 1)) for r in mine],
+            ys=[r["survival"] for r in mine],
+            keys=[label_of(r) for r in mine],
+            title=f"share of steps accepted: {benchmark} on {target}",
+            xname="draft position",
+        )
+    return charts

@@ -24,7 +24,7 @@ from pard_train.config import (
     TrainConfig,
     VerifyConfig,
 )
-from pard_train.errors import UserError
+from pard_train.errors import ThresholdError, UserError
 
 CONFIG_DIR = Path(__file__).parents[1] / "conf"  # beside recipes/ in a checkout and in site-packages alike
 
@@ -85,7 +85,8 @@ def _type_sources(composed: DictConfig) -> None:
 def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any], Any]) -> None:
     """Compose conf/NAME.yaml with the command line, validate it, and run.
 
-    Mistakes in settings or input print one line and exit with status 2; anything else keeps its traceback.
+    Mistakes in settings or input print one line and exit with status 2, results below their thresholds one line each
+    and exit with status 3; anything else keeps its traceback.
 
     Args:
         name: primary config, which lists its schema first in its defaults.
@@ -107,6 +108,10 @@ def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any
             run(config)
         except (UserError, OmegaConfBaseException) as error:
             _exit_with(error)
+        except ThresholdError as error:
+            for miss in error.misses:
+                print(f"{Path(sys.argv[0]).name}: below threshold: {miss}", file=sys.stderr)
+            sys.exit(3)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise

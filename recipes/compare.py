@@ -1,0 +1,32 @@
+"""Compare two or more results of recipes/evaluate.py; status 3 where a later one falls behind.
+
+    python recipes/compare.py results.main=outputs/main/evaluation results.mine=outputs/mine/evaluation \\
+        min_ratio=0.98 output_dir=outputs/comparison
+"""
+
+from __future__ import annotations
+
+from pard_train.config import CompareConfig
+from pard_train.errors import ThresholdError
+from pard_train.validation import validate_compare
+from recipes.app import hydra_program
+
+
+def run(config: CompareConfig) -> None:
+    """Compare, print the table, and check the ratios."""
+    from pard_train.comparison import compare, ratios_below, render_comparison
+
+    comparison = compare(config)
+    print(render_comparison(comparison))
+    print(f"written to {config.output_dir}")
+    if misses := ratios_below(comparison, config.min_ratio):
+        raise ThresholdError(misses)
+
+
+def main() -> None:
+    """Entry point of `pard-compare`."""
+    hydra_program("compare", validate_compare, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""Tables, CSV, thresholds, comparison and trackers say what the records say, and say it when something is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from records import document, predictions, samples
+
+from pard_train.comparison import compare, compare_documents, ratios_below, render_comparison
+from pard_train.config import CompareConfig, LoggerConfig
+from pard_train.errors import UserError
+from pard_train.records import flatten, label_of, pooled_tau, read_document
+from pard_train.report import render_report, tau_below, write_report
+from pard_train.tables import Table, comparison_table, tau_table, to_markdown
+from pard_train.trackers import log_evaluation
+
+ROOT = Path(__file__).parents[1]
+SMALL, LARGE = "Qwen2.5-7B-Instruct", "Qwen2.5-Coder-14B-Instruct"
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """The whole matrix; tests change copies of it only."""
+    return document()
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """Cells of the body of a Markdown table."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def greedy(whole: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
+    """Replayed records with these values."""
+    return [r for r in whole["records"] if r["mode"] == "replay" and all(r[k] == v for k, v in fields.items())]
+
+
+def test_the_report_fits_a_terminal_and_its_figures_are_those_of_the_records(whole: dict[str, Any]) -> None:
+    report = render_report(whole)
+    assert max(len(line) for line in report.splitlines()) <= 120
+    rows = rows_of(report.split(f"target {SMALL}")[1].split(f"target {LARGE}")[0])
+    for row in rows[:9]:
+        for k, cell in zip((1, 2, 4, 8, 12, 16), row[2:8], strict=True):
+            (record,) = greedy(whole, target=SMALL, benchmark=row[0], draft=row[1], num_draft_tokens=k)
+            assert cell == f"{record['tau']:.2f}"
+        assert row[8] == f"[{record['tau_low']:.2f}, {record['tau_high']:.2f}]"
+        assert row[9] == f"{record['vllm_tau']:.2f}"
+    pooled = greedy(whole, target=SMALL, draft="pard-0.5b", num_draft_tokens=16)
+    tokens, steps = (sum(r[name] for r in pooled) for name in ("num_tokens", "num_steps"))
+    drafts, accepted = (sum(r[name] for r in pooled) for name in ("vllm_drafts", "vllm_accepted"))
+    (row,) = (row for row in rows if row[:2] == ["all", "pard-0.5b"])
+    assert row[7:] == [f"{tokens / steps:.2f}", "", f"{1 + accepted / drafts:.2f}", "72"]
+
+
+def test_what_failed_stands_before_every_figure(whole: dict[str, Any]) -> None:
+    report = render_report(whole)
+    line = "target Qwen2.5-72B-Instruct, benchmark humaneval: CUDA out of memory."
+    assert report.index(line) < report.index("tau by number of draft tokens")
+    assert "Not measured" not in render_report({**whole, "failures": []})
+
+
+def test_live_rows_show_speed_and_whether_the_text_is_the_targets_own(whole: dict[str, Any]) -> None:
+    for target in (SMALL, LARGE):
+        rows = rows_of(
+            render_report(whole).split("## Measured speed")[1].split(f"target {target}")[1].split("target ")[0]
+        )
+        timed = [r for r in whole["records"] if r["mode"] == "live" and r["target"] == target]
+        for row, record in zip(rows, timed, strict=True):
+            assert row[:3] == [label_of(record), "humaneval", f"{record['speed']['speedup']:.2f}x"]
+            assert row[-1] == ("sampled" if record["temperature"] else "8 of 8")
+
+
+def test_a_matrix_too_long_for_a_screen_prints_pooled_rows_only(whole: dict[str, Any]) -> None:
+    many = {**whole, "records": [{**r, "target": f"{r['target']}-{i}"} for i in range(3) for r in whole["records"]]}
+    tables = render_report(many).split("## Measured speed")[0]
+    assert {row[0] for row in rows_of(tables)} >= {"all"}
+    assert "| humaneval" not in tables
+    assert "report.html" in tables
+
+
+def test_a_draft_that_lacks_a_benchmark_gets_no_pooled_figure(whole: dict[str, Any]) -> None:
+    records = greedy(whole, target=SMALL)
+    partial = [r for r in records if (r["draft"], r["benchmark"]) != ("untrained", "mt-bench")]
+    rows = {tuple(row[:2]): row for row in tau_table(SMALL, partial).rows}
+    assert set(rows["all", "untrained"][2:8]) == {"-"}
+    assert "-" not in rows["all", "pard-0.5b"][2:8]
+    largest = [r for r in partial if r["num_draft_tokens"] == 16]
+    assert comparison_table(SMALL, largest).rows[-1][:2] == ["all", "-"]
+
+
+def test_markdown_columns_line_up_and_a_pipe_in_a_name_stays_in_its_cell() -> None:
+    text = to_markdown(Table(["name", "n"], [["a|b\nc", "1"], ["long name", "12"]]))
+    assert text.splitlines() == [
+        "| name      |   n |",
+        "| --------- | --: |",
+        r"| a\|b c    |   1 |",
+        "| long name |  12 |",
+    ]
+
+
+def test_csv_has_one_row_per_record_and_every_field_of_it(whole: dict[str, Any], tmp_path: Path) -> None:
+    write_report(whole, tmp_path, predictions=predictions(whole), samples=samples(whole))
+    with (tmp_path / "acceptance.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(whole["records"])
+    for row, record in zip(rows, whole["records"], strict=True):
+        assert json.loads(row["survival"]) == record["survival"]
+        assert json.loads(row["histogram"]) == record["histogram"]
+        assert float(row["tau"]) == record["tau"]
+        assert row["made_by.command"] == "recipes/evaluate.py 'draft=outputs/my draft/export' " + (
+            "'targets=[Qwen/Qwen2.5-7B-Instruct]'"
+        )
+        assert row["made_by.versions.torch"] == "2.13.0"
+        assert row["speed.speedup"] == ("" if record["speed"] is None else str(record["speed"]["speedup"]))
+        flat = flatten({k: v for k, v in record.items() if k not in ("groups", "speed")})
+        assert {name: "" if value is None else str(value) for name, value in flat.items()}.items() <= row.items()
+    with (tmp_path / "groups.csv").open(newline="") as file:
+        groups = list(csv.DictReader(file))
+    assert len(groups) == sum(len(r["groups"]) for r in whole["records"])
+    assert (tmp_path / "acceptance.png").read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "report.md").read_text()
+    assert report.startswith(render_report(whole))
+    assert whole["records"][0]["draft_fingerprint"] in report
+
+
+def test_thresholds_name_every_miss_at_the_largest_k(whole: dict[str, Any]) -> None:
+    passing = {**whole, "failures": []}
+    taus = {(r["draft"], r["target"]): r["tau"] for r in greedy(whole, benchmark="gsm8k", num_draft_tokens=16)}
+    bar = sorted(taus.values())[2]
+    misses = tau_below(passing, {"gsm8k": bar})
+    expected = {pair: tau for pair, tau in taus.items() if tau < bar}
+    assert len(misses) == len(expected) == 2
+    for (draft, target), tau in expected.items():
+        assert f"gsm8k: draft {draft} on target {target}: tau {tau:.2f} at K=16 is below {bar:.2f}" in misses
+    pooled = pooled_tau(greedy(whole, draft="pard-0.5b", target=LARGE, num_draft_tokens=16))
+    assert not [m for m in tau_below(passing, {"all": pooled}) if f"draft pard-0.5b on target {LARGE}" in m]
+    assert [m for m in tau_below(passing, {"all": pooled + 1e-6}) if f"draft pard-0.5b on target {LARGE}" in m]
+
+
+def test_a_threshold_on_what_was_not_measured_is_a_miss(whole: dict[str, Any]) -> None:
+    assert tau_below(whole, {"math500": 1.0}) == ["math500: not measured, so tau is not known to be at least 1.00"]
+    (miss,) = tau_below(whole, {"humaneval": 1.0})
+    assert miss.startswith("humaneval: not measured: target Qwen2.5-72B-Instruct")
+    assert tau_below(whole, {"gsm8k": 1.0}) == []
+
+
+def test_labels_tell_methods_temperatures_and_engines_apart() -> None:
+    record = {"draft": "mine", "method": "pard", "mode": "replay", "temperature": 0.0}
+    assert label_of(record) == "mine"
+    assert label_of({**record, "mode": "engine"}) == "mine, in an engine"
+    assert label_of({**record, "mode": "live", "method": "draft", "temperature": 0.7}) == "mine, autoregressive, T=0.7"
+    assert label_of({**record, "mode": "live", "method": "ngram"}) == "prompt look-up"
+
+
+def test_a_file_that_is_no_result_of_ours_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not exist: give a folder that recipes/evaluate.py wrote"):
+        read_document(tmp_path)
+    path = tmp_path / "acceptance.json"
+    path.write_text("[]")
+    with pytest.raises(UserError, match="schema_version=None"):
+        read_document(path)
+    path.write_text('{"schema_version": 2}')
+    with pytest.raises(UserError, match="schema_version=2; this version reads 1"):
+        read_document(tmp_path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_document(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def results() -> tuple[dict[str, Any], dict[str, Any]]:
+    """A main result, and one of a better draft of another name."""
+    main, mine = document(drafts=["pard-0.5b"]), document(drafts=["pard-0.5b-dpace"])
+    return {**main, "failures": []}, {**mine, "failures": []}
+
+
+def test_rows_are_matched_by_what_they_measure_and_not_by_the_drafts_name() -> None:
+    main, mine = results()
+    comparison = compare_documents({"main": main, "mine": mine})
+    assert len(comparison.pairs) == len(main["records"])
+    for pair in comparison.pairs:
+        for name in ("target", "benchmark", "num_draft_tokens", "mode", "method", "temperature", "batch_size"):
+            assert pair.first[name] == pair.later[name]
+        assert pair.ratio == pair.later["tau"] / pair.first["tau"]
+        lowest_top = min(pair.first["tau_high"], pair.later["tau_high"])
+        assert pair.is_apart == (lowest_top < max(pair.first["tau_low"], pair.later["tau_low"]))
+    assert comparison.notes == comparison.missing == []
+    assert {pair.is_apart for pair in comparison.pairs} == {True, False}
+
+
+def test_several_drafts_are_matched_by_name_and_an_unknown_one_is_not_guessed() -> None:
+    both = document(drafts=["pard-0.5b", "pard-0.5b-dpace"], targets=[SMALL])
+    pairs = compare_documents({"a": both, "b": both}).pairs
+    assert pairs
+    assert all(pair.ratio == 1.0 and pair.first is pair.later for pair in pairs)
+    renamed = deepcopy(both)
+    for r in renamed["records"]:
+        r["draft"] = "other"
+    comparison = compare_documents({"a": both, "b": renamed})
+    assert not [p for p in comparison.pairs if p.later["mode"] == "replay"]
+    reason = f"b: not compared: humaneval on {SMALL}: draft other could stand beside any of pard-0.5b, pard-0.5b-dpace"
+    assert reason in comparison.notes
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("benchmark_fingerprint", "000000000000"),
+        ("target_fingerprint", "000000000000"),
+        ("max_new_tokens", 128),
+        ("dtype", "float32"),
+        ("template_kwargs", {"enable_thinking": False}),
+        ("system_prompt", "You are terse."),
+        ("num_prompts", 3),
+    ],
+)
+def test_unlike_rows_are_named_in_one_line_and_never_compared(field: str, value: Any) -> None:
+    main, mine = results()
+    for r in mine["records"]:
+        if (r["target"], r["benchmark"], r["mode"]) == (SMALL, "gsm8k", "replay"):
+            r[field] = value
+    comparison = compare_documents({"main": main, "mine": mine})
+    assert not [p for p in comparison.pairs if (p.later["target"], p.later["benchmark"]) == (SMALL, "gsm8k")]
+    (note,) = comparison.notes
+    assert note.startswith(f"mine: not compared: gsm8k on {SMALL}: {field} is {value!r}, not ")
+    assert note in render_comparison(comparison)
+    assert ratios_below(comparison, 0.1) == [f"mine: gsm8k on {SMALL}: not compared"]
+
+
+def test_ratios_below_name_every_row_that_falls_behind() -> None:
+    main, mine = results()
+    comparison = compare_documents({"main": mine, "mine": main})  # the worse one is the later
+    misses = ratios_below(comparison, 0.95)
+    behind = [p for p in comparison.pairs if p.ratio < 0.95]
+    assert 0 < len(misses) == len(behind) < len(comparison.pairs)
+    for miss, pair in zip(misses, behind, strict=True):
+        assert f"{pair.ratio:.3f} of {pair.first['tau']:.2f}, below 0.950" in miss
+    assert ratios_below(comparison, None) == []
+
+
+def test_a_benchmark_that_a_later_result_lost_is_a_note_and_a_miss() -> None:
+    main, mine = results()
+    mine["records"] = [r for r in mine["records"] if r["benchmark"] != "mt-bench"]
+    comparison = compare_documents({"main": main, "mine": mine})
+    assert f"mine: not compared: mt-bench on {SMALL}: this result has no such row" in comparison.notes
+    assert f"mine: mt-bench on {LARGE}: not compared" in ratios_below(comparison, 0.5)
+
+
+def test_nothing_comparable_is_an_error(tmp_path: Path) -> None:
+    main, mine = results()
+    for r in mine["records"]:
+        r["max_new_tokens"] = 1
+    for name, content in (("main", main), ("mine", mine)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    paths = {name: str(tmp_path / f"{name}.json") for name in ("main", "mine")}
+    with pytest.raises(UserError, match=r"nothing to compare: mine: not compared: humaneval on .* max_new_tokens is 1"):
+        compare(CompareConfig(paths, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_compare_program_exits_with_3_for_a_miss_2_for_bad_input_and_0_otherwise(tmp_path: Path) -> None:
+    main, mine = results()
+    for name, content in (("main", main), ("mine", mine)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "acceptance.json").write_text(json.dumps(content))
+
+    def run(first: str, later: str, *extra: str) -> subprocess.CompletedProcess[str]:
+        paths = [f"results.a={tmp_path / first}", f"results.b={tmp_path / later}", f"output_dir={tmp_path / 'out'}"]
+        command = [sys.executable, str(ROOT / "recipes" / "compare.py"), *paths, *extra]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    passed = run("main", "mine", "min_ratio=0.9")
+    assert passed.returncode == 0, passed.stderr
+    assert (tmp_path / "out" / "compare.md").read_text() in passed.stdout
+    assert (tmp_path / "out" / "compare.html").exists()
+    missed = run("mine", "main", "min_ratio=1.0")
+    assert missed.returncode == 3
+    misses = ratios_below(compare_documents({"a": mine, "b": main}), 1.0)
+    assert missed.stderr.splitlines() == [f"compare.py: below threshold: {miss}" for miss in misses]
+    assert "Traceback" not in missed.stderr
+    absent = run("main", "nowhere")
+    assert absent.returncode == 2
+    assert absent.stderr.startswith("compare.py: error: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights & Biases
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_offline_run_holds_table_summary_charts_and_page(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    page = tmp_path / "report.html"
+    page.write_text("<!doctype html><title>page</title>")
+    log_evaluation(LoggerConfig(report_to="wandb", wandb_mode="offline"), "evaluation", whole, page)
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    (log,) = run.glob("*.wandb")
+    content = log.read_bytes()
+    for name in (f"eval/tau/{SMALL}/humaneval/pard-0.5b", "eval/records", f"eval/survival/{LARGE}/gsm8k"):
+        assert name.encode() in content
+    (table,) = run.glob("files/media/table/eval/records*.json")
+    saved = json.loads(table.read_text())
+    assert len(saved["data"]) == len(whole["records"])
+    assert [row[saved["columns"].index("tau")] for row in saved["data"]] == [r["tau"] for r in whole["records"]]
+    (html,) = run.glob("files/media/html/eval/report*.html")
+    assert html.read_text() == page.read_text()
+    assert not [p for p in run.rglob("*") if p.is_file() and b"a" * 40 in p.read_bytes()]
+
+
+def test_nothing_of_wandb_is_imported_unless_it_is_the_chosen_tracker(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails from here on
+    page = tmp_path / "report.html"
+    log_evaluation(LoggerConfig(), "evaluation", whole, page)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ImportError):
+        log_evaluation(LoggerConfig(report_to="wandb"), "evaluation", whole, page)

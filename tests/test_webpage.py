@@ -1,0 +1,277 @@
+"""The page is one whole file: nothing to fetch, no script, every text escaped, every section there, usable anywhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html import escape, unescape
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from records import KS, document, predictions, samples
+
+from pard_train.charts import Axes, Point, Series, bar_chart, interval_chart, line_chart, nice_top, thinned
+from pard_train.comparison import compare_documents, render_comparison_page
+from pard_train.webpage import TEMPLATES, render_page
+
+VOID = {"meta", "br"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes, texts by the tag they stand in, and whether every tag is closed in order."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.texts.setdefault(self.open[-1], []).append(data)
+
+    def ids(self) -> list[str]:
+        """Anchors, in order."""
+        return [attributes["id"] or "" for _, attributes in self.tags if "id" in attributes]
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """The whole matrix."""
+    return document()
+
+
+@pytest.fixture(scope="module")
+def page(whole: dict[str, Any]) -> str:
+    """Its page."""
+    return render_page(whole, predictions(whole), samples(whole))
+
+
+def pages(page: str) -> list[str]:
+    """The page of a result and that of a comparison."""
+    main, mine = document(drafts=["pard-0.5b"]), document(drafts=["pard-0.5b-dpace"])
+    return [page, render_comparison_page(compare_documents({"main": main, "mine": mine}), ["mine: <b>below</b>"])]
+
+
+def test_the_pages_are_well_formed_fetch_nothing_and_run_nothing(page: str) -> None:
+    for text in pages(page):
+        outline = Outline(text)
+        assert outline.open == []
+        for tag, attributes in outline.tags:
+            assert tag not in ("script", "link", "img", "iframe", "object", "form", "base", "use", "image"), tag
+            assert not {"src", "srcset", "data", "action", "style"} & attributes.keys(), tag
+            assert (attributes.get("href") or "#").startswith("#")
+            assert not [name for name in attributes if name.startswith("on")]
+        assert not re.search(r"url\(|@import|https?://", text)
+        (policy,) = (a["content"] for _, a in outline.tags if "http-equiv" in a)
+        assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_every_section_is_there_and_every_link_leads_to_one(page: str) -> None:
+    outline = Outline(page)
+    ids = ["drafts", "k", "positions", "histogram", "speed", "prediction", "category", "turn", "prompt_length"]
+    assert outline.ids() == [*ids, "position", "answers", "numbers", "terms", "origin"]
+    links = [(attributes["href"] or "")[1:] for tag, attributes in outline.tags if tag == "a"]
+    assert len(links) > 9
+    assert set(links) <= set(outline.ids())
+
+
+def test_sections_without_content_are_left_out(whole: dict[str, Any]) -> None:
+    records = [r for r in whole["records"] if r["mode"] == "replay" and r["num_draft_tokens"] == 8]
+    records = [{**r, "groups": []} for r in records if (r["target"], r["benchmark"]) == (records[0]["target"], "gsm8k")]
+    outline = Outline(render_page({**whole, "records": records, "failures": []}, [], []))
+    assert outline.ids() == ["drafts", "positions", "histogram", "numbers", "terms", "origin"]
+    assert "Not measured" not in "".join(outline.texts["h2"])
+
+
+def test_a_result_of_sampled_runs_alone_has_a_page_too(whole: dict[str, Any]) -> None:
+    records = [r for r in whole["records"] if r["temperature"] > 0]
+    outline = Outline(render_page({**whole, "records": records}, [], []))
+    assert {"drafts", "positions", "histogram", "speed"} <= set(outline.ids())
+
+
+def test_what_models_and_users_wrote_is_text_and_nothing_else(whole: dict[str, Any]) -> None:
+    evil = "<script>alert(1)</script> & \"quotes\" 'x' </svg></style> \U0001f33a\n\n  two\tspaces"
+    changed = {
+        **whole,
+        "records": [{**r, "draft": evil, "target": evil, "benchmark": evil} for r in whole["records"][:6]],
+        "failures": [{"draft": evil, "target": evil, "benchmark": None, "reason": evil}],
+    }
+    for record in changed["records"]:
+        record["system_prompt"] = record["instruction"] = evil
+        record["groups"] = [{**group, "name": f"{group['name']} {evil}"} for group in record["groups"]]
+        record["made_by"] = {**record["made_by"], "command": ["evaluate.py", evil]}
+    sample = {**samples(whole)[0], "draft": evil, "target": evil, "prompt_id": evil, "question": evil}
+    sample["steps"] = [{"accepted": evil, "own": evil}]
+    prediction = {**predictions(whole)[0], "draft": evil, "target": evil}
+    text = render_page(changed, [prediction], [sample])
+    outline = Outline(text)
+    assert "<script" not in text
+    assert outline.open == []
+    assert evil in outline.texts["mark"]
+    for tag in ("div", "text", "title", "figcaption", "td", "b", "dd"):
+        assert any(evil.split("\n")[0] in piece for piece in outline.texts[tag]), tag
+    assert any("<script>alert(1)</script>" in piece for piece in outline.texts["pre"])
+
+
+def test_answers_are_shown_letter_by_letter_with_accepted_runs_marked(whole: dict[str, Any], page: str) -> None:
+    shown = re.findall(r'<div class="answer" dir="auto">(.*?)</div>', page, flags=re.DOTALL)
+    for html, sample in zip(shown, samples(whole), strict=True):
+        text = Outline(f"<div>{html}</div>").texts
+        assert text.get("mark", []) == [step["accepted"] for step in sample["steps"] if step["accepted"]]
+        plain = unescape(re.sub(r"</?mark>", "", html))
+        assert plain == "".join(step["accepted"] + step["own"] for step in sample["steps"])
+
+
+def test_failures_stand_before_every_figure(page: str) -> None:
+    assert page.index("Tried to allocate 2.00 GiB &lt;tag&gt; &amp; more") < page.index("<svg")
+    assert page.index('role="alert"') < page.index("<svg")
+
+
+def test_models_versions_and_the_command_are_on_the_page(whole: dict[str, Any], page: str) -> None:
+    pieces = [piece for texts in Outline(page).texts.values() for piece in texts]
+    record = whole["records"][0]
+    for kind in ("draft", "target", "benchmark"):
+        assert record[f"{kind}_fingerprint"] in pieces
+    for value in (*record["made_by"]["versions"].values(), record["made_by"]["git"]["commit"]):
+        assert value in pieces
+    assert "recipes/evaluate.py 'draft=outputs/my draft/export' 'targets=[Qwen/Qwen2.5-7B-Instruct]'" in pieces
+
+
+def test_both_conventions_stand_side_by_side_in_every_row(whole: dict[str, Any], page: str) -> None:
+    numbers = page[page.index('id="numbers"') : page.index('id="terms"')]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", numbers)[1:]]
+    assert len(rows) == len(whole["records"])
+    for row, r in zip(rows, whole["records"], strict=True):
+        assert row[5] == f"{r['tau']:.2f} [{r['tau_low']:.2f}, {r['tau_high']:.2f}]"
+        assert row[6] == (f"{r['vllm_tau']:.2f}" if "vllm_tau" in r else "-")
+
+
+def test_the_recommended_k_of_every_prediction_is_ringed_and_named(whole: dict[str, Any], page: str) -> None:
+    section = page[page.index('id="prediction"') : page.index('id="category"')]
+    assert section.count('class="ring ') == len(predictions(whole))
+    for p in predictions(whole):
+        assert f"{p['recommended_num_draft_tokens']} for {p['draft']}" in section
+
+
+def test_more_panels_than_fit_are_folded_away(whole: dict[str, Any]) -> None:
+    many = {**whole, "records": [{**r, "target": f"{r['target']}-{i}"} for i in range(2) for r in whole["records"]]}
+    text = render_page(many, [], [])
+    section = text[text.index('id="positions"') : text.index('id="histogram"')]
+    assert section.split("<details>")[0].count("<figure>") == 6
+    assert section.split("<details>")[1].count("<figure>") == 6
+    assert "<summary>6 more</summary>" in section
+
+
+def test_both_colour_schemes_define_the_same_colours_with_enough_contrast() -> None:
+    css = (TEMPLATES / "page.css").read_text()
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)
+    )
+    assert light.keys() == dark.keys()
+    for scheme in (light, dark):
+        for name, ratio in [("text", 7), ("muted", 4.5), *((f"c{slot}", 3) for slot in range(8))]:
+            assert contrast(scheme[name], scheme["card"]) >= ratio, (name, scheme[name])
+        assert contrast(scheme["run-text"], scheme["run"]) >= 7
+        assert contrast(scheme["alert"], scheme["alert-card"]) >= 4.5
+    assert "text-decoration: underline" in css[css.index("\nmark {") :]  # colour is not the only cue
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of WCAG 2.2."""
+    values = sorted((luminance(one), luminance(other)))
+    return (values[1] + 0.05) / (values[0] + 0.05)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2.2."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_charts_points_lie_where_their_values_are() -> None:
+    series = Series("mine", 0, [Point(1, 1.0, 0.8, 1.2, "low"), Point(3, 3.0, 2.5, 3.5), Point(2, 2.0, 1.9, 2.1)])
+    root = ElementTree.fromstring(line_chart("a chart", [series], Axes("K", "tau", 0.0, 4.0, [1, 2, 3], baseline=1.0)))
+    assert root.get("aria-label") == "a chart"
+    xs, ys = ([float(c.get(name) or "") for c in root.iter("circle")] for name in ("cx", "cy"))
+    assert xs[1] - xs[2] == pytest.approx(xs[2] - xs[0], abs=0.2)
+    assert ys[0] - ys[2] == pytest.approx(ys[2] - ys[1], abs=0.2)
+    (baseline,) = (line for line in root.iter("line") if line.get("class") == "baseline")
+    assert float(baseline.get("y1") or "") == pytest.approx(ys[0], abs=0.2)
+    assert [t.text for t in root.iter("title")] == ["mine: low", "mine: ", "mine: "]
+
+
+def test_bars_are_as_high_as_their_values_and_do_not_overlap() -> None:
+    series = [Series("a", 0, [Point(0, 0.5), Point(1, 0.25)]), Series("b", 1, [Point(0, 0.1), Point(1, 0.9)])]
+    root = ElementTree.fromstring(bar_chart("bars", series, Axes("n", "share", 0.0, 1.0, [0, 1])))
+    bars = list(root.iter("rect"))
+    heights = [float(bar.get("height") or "") for bar in bars]
+    assert [h / heights[0] for h in heights] == pytest.approx([1.0, 0.5, 0.2, 1.8], abs=0.01)
+    spans = sorted((float(bar.get("x") or ""), float(bar.get("width") or "")) for bar in bars)
+    assert all(left + width <= right + 0.2 for (left, width), (right, _) in pairwise(spans))
+
+
+def test_an_interval_chart_prints_the_value_of_every_row_in_order() -> None:
+    series = [Series("a", 0, [Point(0, 1.5, 1.2, 1.8), Point(1, 2.5, 2.2, 2.8)]), Series("b", 1, [Point(1, 2.0)])]
+    axes = Axes("", "tau", 1.0, 3.0, baseline=1.0)
+    root = ElementTree.fromstring(interval_chart("rows", ["first", "second"], series, axes))
+    texts = [(float(t.get("y") or ""), t.text) for t in root.iter("text") if t.get("class") in ("name", "value")]
+    assert [text for _, text in sorted(texts)] == ["first", "1.50", "second", "2.50", "2.00"]
+    whiskers = [line for line in root.iter("line") if (line.get("class") or "").startswith("whisker")]
+    assert len(whiskers) == 2
+    widths = [float(w.get("x2") or "") - float(w.get("x1") or "") for w in whiskers]
+    assert widths[0] == pytest.approx(widths[1], abs=0.2) and widths[0] > 50
+
+
+def test_every_draft_keeps_its_colour_and_marker_on_the_whole_page(page: str) -> None:
+    slots: dict[str, set[str]] = {}
+    for css, note in re.findall(r'class="mark (s\d)"[^>]*><title>([^:<]+):', page):
+        slots.setdefault(note, set()).add(css)
+    assert all(len(found) == 1 for found in slots.values())
+    assert len(slots) == len({next(iter(found)) for found in slots.values()})
+    assert {"untrained", "pard-0.5b", "pard-0.5b-dpace"} < slots.keys()
+
+
+def test_axes_hold_their_values_and_ticks_stay_apart() -> None:
+    for value in (1.01, 1.9, 3.7, 5.0, 16.2):
+        assert nice_top(value, 1.0) >= value
+    assert thinned(KS) == list(KS)
+    assert thinned(range(1, 17)) == [1, 3, 5, 7, 9, 11, 13, 15]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_lays_the_page_out_within_a_phones_width(page: str, tmp_path: Path) -> None:
+    file = tmp_path / "phone.html"
+    frame = f'<iframe id="phone" style="width: 360px; border: 0" srcdoc="{escape(page)}"></iframe>'
+    measure = "const page = phone.contentDocument.documentElement; document.title = page.scrollWidth - page.clientWidth"
+    file.write_text(f"<!doctype html><title></title>{frame}<script>onload = () => {{ {measure} }}</script>")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    options += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    result = subprocess.run([str(CHROMIUM), *options, f"file://{file}"], capture_output=True, text=True, timeout=120)
+    assert re.search(r"<title>(-?\d+)</title>", result.stdout).group(1) == "0", result.stderr[-500:]
