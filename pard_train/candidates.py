@@ -45,7 +45,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-# Legend: N tokens of text, K draft tokens, V vocabulary. The batch is always 1.
+# N tokens of text  K draft tokens  V vocabulary; the batch is always 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ class Ending:
 
     Attributes:
         max_length: in tokens, the prompt included.
-        end_ids: every id that ends it.
         others: the criteria that must be asked.
     """
 
@@ -99,11 +98,12 @@ class Ending:
     @classmethod
     def of(cls, criteria: StoppingCriteriaList) -> Ending:
         """Sort the criteria of a call."""
-        known = (MaxLengthCriteria, EosTokenCriteria)
         return cls(
             min(criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)),
             frozenset(i for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()),
-            StoppingCriteriaList(criterion for criterion in criteria if not isinstance(criterion, known)),
+            StoppingCriteriaList(
+                criterion for criterion in criteria if not isinstance(criterion, MaxLengthCriteria | EosTokenCriteria)
+            ),
         )
 
     def cut(self, text: Tensor, draft: list[int]) -> list[int]:
