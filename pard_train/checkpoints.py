@@ -83,7 +83,8 @@ def find_checkpoint(path: str) -> Checkpoint:
     shards, has_safetensors = _shards_of(folder), any(folder.glob("*.safetensors"))
     if shards is None and not has_safetensors:
         others = [p.name for p in sorted(folder.glob("*.bin")) if p.name.startswith("pytorch_model")]
-        reason = f"{others[0]} runs code when it is read; convert it to safetensors" if others else "it has no weights"
+        refusal = f"{', '.join(others)} can carry code and is not read: convert it to safetensors"
+        reason = refusal if others else "it has no weights"
         raise UserError(f"checkpoint={path}: {reason}")
     is_numbered = folder.name.removeprefix("checkpoint-").isdecimal()
     if run is not None and is_numbered and not (folder / SEAL_FILE).exists():

@@ -1,0 +1,288 @@
+"""An exported folder says what its checkpoint says, in the form that engines read, for every target it is meant for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import build_model, build_tokenizer, experiment
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+
+from pard_train.config import DraftConfig, ExportConfig, ModelConfig
+from pard_train.errors import UserError
+from pard_train.export import (
+    check_login,
+    export,
+    family_end_ids,
+    older_keys,
+    pad_vocabulary,
+    plan_export,
+    public_address,
+)
+from pard_train.model import inspect_base, load_config, write_initial_draft
+from pard_train.trainer import train
+from pard_train.validation import validate_export
+
+MASK = 300  # the first spare row of the tiny tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(base_folder: Path, chats_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short training run with a checkpoint of its last step."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(experiment(base_folder, chats_file, folder, max_steps=4, learning_rate=3e-3, save_steps=4))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def targets(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Targets of the family by their vocabulary rows; one has fewer than the draft."""
+    root = tmp_path_factory.mktemp("targets")
+    folders = {num_rows: root / f"target-{num_rows}" for num_rows in (304, 320, 352)}
+    for num_rows, folder in folders.items():
+        build_model("qwen2", seed=num_rows, num_rows=num_rows).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+def keys_of(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON file of a folder."""
+    return json.loads((folder / name).read_text())
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    """What a model says of a few tokens, the mask token among them."""
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(
+            torch.tensor([[5, 9, 250, MASK, MASK]])
+        ).logits
+
+
+def test_an_export_pads_to_the_target_reloads_and_drafts_the_same(
+    run: Path, targets: dict[int, Path], base_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    settings = ExportConfig(str(run / "draft"), str(folder), targets=[str(targets[352])], dtype="float32")
+    assert export(settings) == [folder]
+    padded, own = logits_of(folder), logits_of(run / "draft")
+    assert padded.shape[-1] == keys_of(folder)["vocab_size"] == 352
+    torch.testing.assert_close(padded[..., :320], own, atol=0, rtol=0)
+    assert (padded[..., 320:] == own[..., MASK, None]).all()
+    config = keys_of(folder)
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
+    assert config["pard_token"] == config["mask_token_id"] == MASK
+    assert config["spd_type"] == "pard"
+    assert config["pard_num_draft_tokens"] == 4
+    assert config["use_cache"] is True
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (base_folder / name).read_bytes(), name
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_targets_of_equal_size_share_a_folder_and_others_have_their_own(
+    run: Path, targets: dict[int, Path], tmp_path: Path
+) -> None:
+    names = [str(targets[rows]) for rows in (352, 320, 352)]
+    folders = export(ExportConfig(str(run / "draft"), str(tmp_path / "export"), targets=names, dtype="float32"))
+    assert folders == [tmp_path / "export" / "vocab-320", tmp_path / "export" / "vocab-352"]
+    small, large = map(logits_of, folders)
+    assert (small.shape[-1], large.shape[-1]) == (320, 352)
+    torch.testing.assert_close(large[..., :320], small, atol=0, rtol=0)
+    shared = tmp_path / "shared"
+    assert export(ExportConfig(str(run / "draft"), str(shared), targets=[names[0], names[2]])) == [shared]
+
+
+def test_a_checkpoint_of_the_same_step_gives_the_export_of_the_draft_byte_for_byte(run: Path, tmp_path: Path) -> None:
+    export(ExportConfig(str(run / "draft"), str(tmp_path / "draft")))
+    export(ExportConfig(str(run / "checkpoint-4"), str(tmp_path / "checkpoint")))
+    files = {path.name for path in (tmp_path / "draft").iterdir()}
+    assert files == {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    for name in files - {"README.md", "config.json"}:
+        assert (tmp_path / "draft" / name).read_bytes() == (tmp_path / "checkpoint" / name).read_bytes(), name
+    assert keys_of(tmp_path / "draft") == keys_of(tmp_path / "checkpoint")
+    assert {weight.dtype for weight in load_file(tmp_path / "draft" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_weights_are_cut_into_files_of_the_size_asked_for_and_stay_tied(
+    tied: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    build_model("llama", seed=1, tied=tied).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    write_initial_draft(inspect_base(ModelConfig(path=str(base)), DraftConfig()), 8, tmp_path / "init")
+    target = tmp_path / "target"
+    build_model("llama", seed=2, num_rows=400).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    settings = ExportConfig(str(tmp_path / "init"), str(tmp_path / "export"), targets=[str(target)])
+    settings.max_shard_size, settings.dtype = "100KB", "float32"
+    export(settings)
+    files = sorted((tmp_path / "export").glob("model-*.safetensors"))
+    assert len(files) > 3
+    names = [name for file in files for name in load_file(file)]
+    assert ("lm_head.weight" in names) == (not tied)  # a tied weight is written once
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert len(model.lm_head.weight) == len(model.model.embed_tokens.weight) == 400
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["random", "all logits negative", "nearly equal rows"])
+def test_padding_never_changes_what_is_drafted(kind: str, dtype: torch.dtype) -> None:
+    model = build_model("llama", seed=3, tied=False)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(500, 64, generator=generator)
+    with torch.no_grad():
+        head = model.lm_head.weight
+        if kind == "all logits negative":  # a zero row would win
+            hidden = hidden.abs()
+            head.copy_(-head.abs() - 0.01)
+        if kind == "nearly equal rows":  # their mean would win: rounding lifts each of its entries to the upper value
+            hidden = hidden.abs()
+            is_upper = torch.rand(320, 64, generator=generator) < 0.6
+            head.copy_(1 + torch.finfo(dtype).eps * is_upper)
+    model, hidden = model.to(dtype), hidden.to(dtype)
+    with torch.no_grad():
+        before = model.lm_head(hidden)
+        pad_vocabulary(model, 352, MASK)
+        after = model.lm_head(hidden)
+    assert torch.equal(after[:, :320], before)
+    assert (after[:, 320:].amax(dim=-1) <= before.amax(dim=-1)).all()
+    assert torch.equal(after.argmax(dim=-1), before.argmax(dim=-1))
+    if kind != "nearly equal rows":  # no ties, so the winner does not hang on who comes first among equals
+        is_other = before.argmax(dim=-1) != MASK
+        assert (after[is_other, 320:].amax(dim=-1) < before[is_other].amax(dim=-1)).all()
+
+
+def test_no_end_of_turn_of_the_family_is_lost() -> None:
+    tokenizer = build_tokenizer()  # ends turns with <|im_end|>, id 2
+    tokenizer.eos_token = "<|endoftext|>"
+    config = AutoConfig.for_model("qwen2", vocab_size=320, eos_token_id=7)
+    assert family_end_ids({"eos_token_id": [9, 8]}, config, tokenizer) == [9, 8, 7, 0, 2]
+    assert family_end_ids({"eos_token_id": 2}, config, tokenizer) == [2, 7, 0]
+    tokenizer.chat_template = None
+    config.eos_token_id = None
+    assert family_end_ids({}, config, tokenizer) == [0]
+
+
+def test_the_generation_config_is_that_of_the_base_with_every_end(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    write_initial_draft(inspect_base(ModelConfig(path=str(base_folder)), DraftConfig()), 8, tmp_path / "init")
+    file = tmp_path / "init" / "generation_config.json"
+    file.write_text('{"eos_token_id": [7, 2], "temperature": 0.7, "top_p": 0.8}')  # sampling values, do_sample left out
+    export(ExportConfig(str(tmp_path / "init"), str(tmp_path / "export")))
+    assert keys_of(tmp_path / "export", file.name) == {"eos_token_id": [7, 2], "temperature": 0.7, "top_p": 0.8}
+    file.unlink()
+    export(ExportConfig(str(tmp_path / "init"), str(tmp_path / "without")))
+    assert GenerationConfig.from_pretrained(tmp_path / "without").eos_token_id == [2]
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"rope_type": "default", "rope_theta": 1000000.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+    ids=["plain", "llama3"],
+)
+def test_the_keys_of_older_engines_say_what_the_newer_keys_say(rotary: dict[str, Any], tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=320, rope_parameters=dict(rotary), dtype="bfloat16", architectures=["LlamaForCausalLM"]
+    )
+    config.save_pretrained(tmp_path)
+    written = keys_of(tmp_path)
+    both = written | older_keys(written)
+    assert both["rope_theta"] == rotary["rope_theta"]
+    only_older = {key: value for key, value in both.items() if key not in ("rope_parameters", "dtype")}
+    for keys in (both, only_older):
+        (tmp_path / "config.json").write_text(json.dumps(keys))
+        again = load_config(str(tmp_path))
+        assert again.rope_parameters == rotary
+        assert again.dtype == torch.bfloat16
+
+
+def test_what_cannot_work_is_said_before_weights_are_read_and_leaves_nothing(
+    run: Path, targets: dict[int, Path], base_folder: Path, tmp_path: Path
+) -> None:
+    draft, output = tmp_path / "draft", tmp_path / "export"
+    draft.mkdir()
+    for path in (run / "draft").iterdir():
+        (draft / path.name).write_bytes(path.read_bytes())
+    (draft / "model.safetensors").write_bytes(b"torn")
+    other = tmp_path / "other"
+    build_model("qwen2", seed=8).save_pretrained(other)
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(other)
+    mistakes = {
+        "has 304 vocabulary rows, the draft 320": ExportConfig(str(draft), str(output), targets=[str(targets[304])]),
+        "different tokenizers: 1 entries differ": ExportConfig(str(draft), str(output), targets=[str(other)]),
+        "is not a parallel draft model": ExportConfig(str(base_folder), str(output)),
+        "the hub does not know you": ExportConfig(str(draft), str(output), push_to_hub="me/draft"),
+        "cannot be read": ExportConfig(str(draft), str(output), acceptance=str(tmp_path / "none.json")),
+        "the model cannot be loaded": ExportConfig(str(draft), str(output)),  # all else is fine: now the weights
+    }
+    for reason, settings in mistakes.items():
+        with pytest.raises(UserError, match=reason):
+            export(settings)
+        assert not list(tmp_path.glob("export*"))
+
+
+def test_a_folder_that_is_taken_is_left_alone_and_an_empty_one_is_used(run: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    assert export(ExportConfig(str(run / "draft"), str(taken))) == [taken]
+    before = {path.name: path.stat().st_mtime_ns for path in taken.iterdir()}
+    with pytest.raises(UserError, match="already exists"):
+        export(ExportConfig(str(run / "draft"), str(taken)))
+    assert {path.name: path.stat().st_mtime_ns for path in taken.iterdir()} == before
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(run: Path, tmp_path: Path) -> None:
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    for path in (run / "draft").iterdir():
+        (draft / path.name).write_bytes(path.read_bytes())
+    huge = keys_of(draft) | {"intermediate_size": 10**12}
+    (draft / "config.json").write_text(json.dumps(huge))
+    with pytest.raises(UserError, match=r"GB are free and .* GB needed"):
+        plan_export(ExportConfig(str(draft), str(tmp_path / "deep" / "export")))
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"max_shard_size": "5 gigabytes"}, "max_shard_size=5 gigabytes: must be a size such as 5GB"),
+        ({"push_to_hub": "draft"}, "must be NAMESPACE/NAME"),
+        ({"dtype": "int8"}, "allowed are float32, bfloat16, float16"),
+        ({"acceptance_draft": "after"}, "names a draft in acceptance=..., which is not set"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        validate_export(ExportConfig("draft", "export", **settings))
+
+
+def test_each_vocabulary_size_has_a_repository_of_its_own() -> None:
+    root = Path("out/export")
+    assert public_address("me/draft", root, root) == "me/draft"
+    assert public_address("me/draft", root / "vocab-352", root) == "me/draft-vocab-352"
+    assert public_address(None, root / "vocab-352", root) == "out/export/vocab-352"
+
+
+def test_nobody_is_asked_for_a_token_and_the_refusal_says_where_one_goes() -> None:
+    with pytest.raises(UserError, match=r"run `hf auth login`, or set HF_TOKEN"):
+        check_login()
