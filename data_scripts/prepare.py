@@ -14,6 +14,7 @@ rejects.jsonl if rows were set aside; and manifest.json with the count of rows a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain
@@ -22,13 +23,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
 from pard_train.benchmarks import load_benchmark
 from pard_train.config import PrepareConfig, SourceConfig, TrainConfig
 from pard_train.dedupe import (
+    NUM_HASHES,
     Contamination,
     content_key,
     first_of_each,
@@ -53,8 +54,9 @@ BENCHMARK_PREFIX = "benchmark:"
 ROWS_PER_WORKER = 2000  # fewer are not worth a process
 
 # Fates of a row, in the order in which they are decided; the first that applies counts.
-TRAIN, HELD_OUT, NOT_DRAWN, DUPLICATE, NEAR_DUPLICATE = "train", "held_out", "not_drawn", "duplicate", "near_duplicate"
-CONTAMINATED = "contaminated:"
+DUPLICATE, NEAR_DUPLICATE, CONTAMINATED = "duplicate", "near_duplicate", "contaminated"
+HELD_OUT, NOT_DRAWN, TRAIN = "held_out", "not_drawn", "train"
+FATES = (DUPLICATE, NEAR_DUPLICATE, CONTAMINATED, HELD_OUT, NOT_DRAWN, TRAIN)
 
 _CHATS = datasets.Features({"chat": datasets.Value("string"), "source": datasets.Value("string")})
 _MEASURES = datasets.Features(
@@ -87,12 +89,13 @@ def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, li
             chats, rejected = _read_sources(config, partial)
             measured = _measure(chats, config, partial / "measured.arrow")
             order = shuffled(_column(measured, "key"), seed)
-            fates = _decide(measured, order, config)
+            fates = _decide(measured, order, config, partial)
             counts = _write_chats(measured, fates, order, partial)
-            for scratch in partial.glob("*.arrow"):
+            for scratch in [*partial.glob("*.arrow"), *partial.glob("*.npy")]:
                 scratch.unlink()
-            counts = {name: counts.get(name, {"read": 0}) | {"rejected": rejected[name]} for name in config.sources}
-            write_json(partial / MANIFEST_FILE, {"identity": identity, "counts": counts, "made_by": provenance()})
+            counts = {name: _with_rejected(counts.get(name, {}), rejected[name]) for name in config.sources}
+            manifest = {"identity": identity, "counts": counts, "files": _file_versions(partial)}
+            write_json(partial / MANIFEST_FILE, {**manifest, "made_by": provenance()})
     return folder / TRAIN_FILE, sorted((folder / HELD_OUT_FOLDER).glob("*.jsonl"))
 
 
@@ -102,6 +105,17 @@ def _versions(config: PrepareConfig) -> dict[str, str]:
         name: fingerprint(_benchmark_rows(source)) if _is_benchmark(source) else source_version(source)
         for name, source in config.sources.items()
     }
+
+
+def _with_rejected(fates: dict[str, int], rejected: int) -> dict[str, int]:
+    """All counts of a source: `read` is the sum of the others."""
+    return {"read": rejected + sum(fates.values()), "rejected": rejected, **fates}
+
+
+def _file_versions(folder: Path) -> dict[str, str]:
+    """Content hash of every file of prompts, as later steps name what they read."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jsonl"))
+    return {name: source_version(SourceConfig(path=str(folder / name))) for name in files}
 
 
 def _is_benchmark(source: SourceConfig) -> bool:
@@ -190,7 +204,7 @@ def _measure_batch(batch: dict[str, list], contamination: Contamination, has_sig
     }
 
 
-def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig) -> np.ndarray:
+def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig, folder: Path) -> np.ndarray:
     """Fate of every row, an array of str [N]. `order` is a permutation of the rows."""
     keys = _column(measured, "key")
     fates = np.full(len(measured), TRAIN, dtype=object)
@@ -198,14 +212,26 @@ def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig
     fates[~is_left] = DUPLICATE
     if config.near_duplicates < 1:
         left = np.flatnonzero(is_left)
-        signatures = pc.list_flatten(measured.data.column("signature")).to_numpy().reshape(len(measured), -1)
-        fates[left[near_duplicates(signatures[left], config.near_duplicates)]] = NEAR_DUPLICATE
-    benchmark = _column(measured, "benchmark")
+        signatures = _signatures(measured, is_left, folder / "signatures.npy")
+        fates[left[near_duplicates(signatures, config.near_duplicates)]] = NEAR_DUPLICATE
+    benchmark = _names(measured, "benchmark")
     is_contaminated = (fates == TRAIN) & (benchmark != "")
-    fates[is_contaminated] = CONTAMINATED + benchmark[is_contaminated]
+    fates[is_contaminated] = f"{CONTAMINATED}:" + benchmark[is_contaminated]
     fates[(fates == TRAIN) & is_held_out(keys, config.held_out_fraction)] = HELD_OUT
-    fates[_not_drawn(fates, _column(measured, "source"), order, config)] = NOT_DRAWN
+    fates[_not_drawn(fates, _names(measured, "source"), order, config)] = NOT_DRAWN
     return fates
+
+
+def _signatures(measured: datasets.Dataset, is_wanted: np.ndarray, path: Path) -> np.ndarray:
+    """Signatures of the rows wanted, uint32 [M, NUM_HASHES], in a file: they are 256 bytes a row, the rest 100."""
+    shape = (int(is_wanted.sum()), NUM_HASHES)
+    signatures = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint32, shape=shape)
+    row = place = 0
+    for chunk in measured.data.column("signature").chunks:
+        wanted = chunk.flatten().to_numpy().reshape(-1, NUM_HASHES)[is_wanted[row : row + len(chunk)]]
+        signatures[place : place + len(wanted)] = wanted
+        row, place = row + len(chunk), place + len(wanted)
+    return signatures
 
 
 def _not_drawn(fates: np.ndarray, sources: np.ndarray, order: np.ndarray, config: PrepareConfig) -> np.ndarray:
@@ -231,21 +257,25 @@ def mix(weights: dict[str, float | None], available: dict[str, int], num_rows: i
     scale = min((available[name] / share for name, share in shares.items() if share), default=0.0)
     if num_rows:
         scale = min(scale, num_rows / max(sum(shares.values()), 1e-9))
-    return {name: int(scale * share + 1e-9) for name, share in shares.items()}
+    exact = {name: scale * share for name, share in shares.items()}
+    rows = {name: int(number + 1e-9) for name, number in exact.items()}
+    num_left = int(sum(exact.values()) + 1e-9) - sum(rows.values())  # by rounding down; they go to the largest rests
+    for name in sorted(rows, key=lambda name: rows[name] - exact[name])[:num_left]:
+        rows[name] += 1
+    return rows
 
 
 def _write_chats(
     measured: datasets.Dataset, fates: np.ndarray, order: np.ndarray, folder: Path
 ) -> dict[str, dict[str, int]]:
     """Write the files; count rows by source and fate."""
-    sources = _column(measured, "source")
+    sources = _names(measured, "source")
     counts = {}
     (folder / HELD_OUT_FOLDER).mkdir()
     for name in sorted(set(sources)):
-        values, numbers = np.unique(fates[sources == name], return_counts=True)
-        counts[name] = {"read": int((sources == name).sum())} | dict(
-            zip(values.tolist(), numbers.tolist(), strict=True)
-        )
+        number_of = Counter(fates[sources == name].tolist())
+        by_step = sorted(number_of.items(), key=lambda item: FATES.index(item[0].split(":")[0]))
+        counts[name] = dict(by_step)
         held_out = order[((sources == name) & (fates == HELD_OUT))[order]]
         _write_rows(measured, held_out, folder / HELD_OUT_FOLDER / f"{name}.jsonl")
     train = order[(fates == TRAIN)[order]]
@@ -259,7 +289,9 @@ def _write_rows(measured: datasets.Dataset, rows: np.ndarray, path: Path) -> Non
     if not len(rows):
         return
     with path.open("w", encoding="utf-8") as file:
-        for row in tqdm(measured.select(rows), desc=f"write {path.name}", unit=" rows"):
+        for row in tqdm(
+            measured.select_columns(["chat", "source", "key"]).select(rows), desc=f"write {path.name}", unit=" rows"
+        ):
             chat = json.loads(row["chat"]) | {"id": f"{row['key']:016x}", "source": row["source"]}
             file.write(json.dumps(chat, ensure_ascii=False) + "\n")
 
@@ -268,12 +300,20 @@ def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
     return dataset.data.column(name).to_numpy()
 
 
+def _names(dataset: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of few different texts, str objects [N]: each text is in memory once."""
+    codes = dataset.data.column(name).combine_chunks().dictionary_encode()
+    return codes.dictionary.to_numpy(zero_copy_only=False)[codes.indices.to_numpy()]
+
+
 def run(config: TrainConfig) -> None:
     """Write the prompts of an experiment and say what became of the rows."""
     folder = Path(config.output_dir) / PROMPTS_FOLDER
     train, held_out = prepare(config.prepare, folder, seed=config.seed)
-    for name, counts in read_json(folder / MANIFEST_FILE)["counts"].items():
-        print(f"{name}: " + ", ".join(f"{number:,} {fate}" for fate, number in counts.items()))
+    counts = read_json(folder / MANIFEST_FILE)["counts"]
+    for name, number_of in counts.items():
+        print(f"{name}: " + ", ".join(f"{number:,} {fate}" for fate, number in number_of.items()))
+    print(f"{sum(number_of.get(TRAIN, 0) for number_of in counts.values()):,} rows to train on")
     print("\n".join(map(str, [train, *held_out])))
 
 

@@ -32,12 +32,12 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from pard_train.chat import ChatEncoder
-from pard_train.config import RegenerateConfig, TrainConfig
+from pard_train.config import RegenerateConfig, SourceConfig, TrainConfig
 from pard_train.decoding import Limits, end_ids_of
 from pard_train.errors import UserError
 from pard_train.model import DTYPES, default_device, load_causal_lm, load_tokenizer
 from pard_train.packages import local_model
-from pard_train.rows import read_jsonl
+from pard_train.rows import read_jsonl, source_version
 from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
 from pard_train.schemas import check_messages
 from pard_train.servers import NoServerLeftError, Server, ServerPool, open_servers, run_together
@@ -185,11 +185,14 @@ def write_answers(
     speed = {"new_tokens": num_tokens, "tokens_per_second": num_tokens / (time.time() - start)}
     if process.is_main_process:
         manifest = {
+            "prompts": {"path": str(prompts_file), "version": source_version(SourceConfig(path=str(prompts_file)))},
             "targets": {target.name: target.fingerprint for target in writers},
             **backend,
             **{name: getattr(config, name) for name in ("temperature", "top_p", "max_new_tokens")},
             "seed": seed,
+            "template_kwargs": template_kwargs,
             "counts": {**_assemble(prompts_file, writers, folder), **speed},
+            "files": {ANSWERS_FILE: source_version(SourceConfig(path=str(folder / ANSWERS_FILE)))},
             "made_by": provenance(),
         }
         write_json(folder / MANIFEST_FILE, manifest)

@@ -17,7 +17,7 @@ from data_scripts.encode import TOKENS_FOLDER
 from pard_train.config import TrainConfig
 from pard_train.model import DTYPES, check_same_tokenizer, default_device, load_causal_lm, load_tokenizer
 from pard_train.packages import local_model
-from pard_train.run import MANIFEST_FILE, fingerprint, provenance, write_json
+from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
 from pard_train.scores import Scores, write_scores
 from pard_train.store import TokenStore
 from pard_train.target_text import model_fingerprint
@@ -52,13 +52,21 @@ def score(config: TrainConfig) -> Path:
     )
     if state.is_main_process:
         counts = {"documents": len(store), "tokens": int(scores.first[-1]), "bytes_per_token": 2 + 6 * settings.top_k}
-        write_json(folder / MANIFEST_FILE, {"identity": identity, "counts": counts, "made_by": provenance()})
+        made_of = {"identity": identity, "target": path, "tokens": store.manifest["identity"]}
+        write_json(folder / MANIFEST_FILE, {**made_of, "counts": counts, "made_by": provenance()})
     return folder
 
 
 def run(config: TrainConfig) -> None:
-    """Score, and say where."""
-    print(score(config))
+    """Score, and say how much and where."""
+    folder = score(config)
+    if PartialState().is_main_process:
+        print(
+            "{tokens:,} supervised tokens of {documents:,} documents, {bytes_per_token} bytes each".format(
+                **read_json(folder / MANIFEST_FILE)["counts"]
+            )
+        )
+        print(folder)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ class ChatEncoder:
                 "or put chat_template.jinja beside its tokenizer"
             )
         self.turn_suffix = self._find_turn_suffix()
+        self.end_token = self._find_end_token()
         self.end_of_turn = self._find_end_of_turn()
         self._check_pieces()
 
@@ -158,6 +159,8 @@ class ChatEncoder:
         else:
             answer = text[len(prompt) : len(text) - len(self.turn_suffix)]
         _check_nothing_lost(answer, message)
+        if self.end_token and self.end_token in answer:
+            raise UserError(f"an answer holds {self.end_token}, which ends a turn: end it there, or remove the row")
         return _cut_answer(answer, message) if is_cut else answer + self.end_of_turn
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -176,11 +179,16 @@ class ChatEncoder:
             )
         return suffix
 
-    def _find_end_of_turn(self) -> str:
-        """The suffix up to its first special token; all of it if there is none."""
+    def _find_end_token(self) -> str | None:
+        """The special token that comes first after an answer, None if there is none."""
         special = self.tokenizer.all_special_tokens + [str(t) for t in self.tokenizer.added_tokens_decoder.values()]
-        ends = [self.turn_suffix.index(token) + len(token) for token in special if token in self.turn_suffix]
-        return self.turn_suffix[: min(ends)] if ends else self.turn_suffix
+        found = [token for token in special if token in self.turn_suffix]
+        return min(found, key=lambda token: self.turn_suffix.index(token) + len(token), default=None)
+
+    def _find_end_of_turn(self) -> str:
+        """The suffix up to the token that ends a turn; all of it if there is none."""
+        before, token, _ = self.turn_suffix.partition(self.end_token or "\0")
+        return before + token
 
     def _check_pieces(self) -> None:
         texts = self.pieces(_PROBE, origin="a first try")[0].texts

@@ -63,7 +63,7 @@ def is_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
 
 def shuffled(keys: np.ndarray, seed: int) -> np.ndarray:
     """Rows in an order that follows from their keys and a seed, and is independent of `is_held_out`: int64 [N]."""
-    ranks = np.array([content_key(f"{seed} {key}") for key in keys.tolist()], dtype=np.uint64)
+    ranks = np.fromiter((content_key(f"{seed} {key}") for key in keys), dtype=np.uint64, count=len(keys))
     return np.argsort(ranks, kind="stable")
 
 

@@ -109,7 +109,7 @@ def _fault(message: Mapping[str, Any], before: str | None) -> str | None:
     if role == "assistant" and before not in ("user", "tool"):
         return "is an answer without a user's message before it"
     if role == "assistant" and not (content.strip() or thought.strip() or calls):
-        return "is an empty answer: remove the row or have it written again"
+        return "is an empty answer: remove the answer, so that a target can write one, or the row"
     return None
 
 

@@ -273,6 +273,13 @@ def test_a_bad_conversation_is_refused_by_its_origin(messages: Messages, reason:
     assert reason in error.value.reason
 
 
+def test_an_answer_that_would_end_its_turn_halfway_is_refused() -> None:
+    encoder = encoder_of(CHATML)
+    assert encoder.encode(chat("a <|im_end|> b", "the cat"), origin="x")  # what is asked teaches nothing
+    with pytest.raises(RowError, match=r"^x: an answer holds <\|im_end\|>, which ends a turn"):
+        encoder.encode(chat("Hi", "the cat<|im_end|>\n<|im_start|>user\nwhy", "and", "the dog"), origin="x")
+
+
 @pytest.mark.parametrize(
     "template, reason",
     [

@@ -14,6 +14,7 @@ import pytest
 from data_scripts.prepare import mix, prepare
 from pard_train.config import PrepareConfig, SourceConfig
 from pard_train.errors import UserError
+from pard_train.rows import source_version
 
 ROOT = Path(__file__).parents[1]
 CODE = "from typing import List\n\n\ndef has_close_elements(numbers: List[float], threshold: float) -> bool:\n"
@@ -66,6 +67,9 @@ def test_every_row_has_one_fate_and_the_counts_add_up(tmp_path: Path) -> None:
     assert not set(asked(train)) & set(asked(held_out[0]))
     assert set(asked(train)) | set(asked(held_out[0])) <= set(texts)  # of equal questions the first stays
     assert {row["source"] for row in rows(train)} == {"a"}
+    files = json.loads((tmp_path / "prompts" / "manifest.json").read_text())["files"]
+    assert files == {name: source_version(SourceConfig(path=str(tmp_path / "prompts" / name))) for name in files}
+    assert set(files) == {"train.jsonl", "held_out/a.jsonl"}
     assert len({row["id"] for row in rows(train)}) == 30
 
 
@@ -122,6 +126,14 @@ def test_a_mix_never_takes_more_than_there_is_and_keeps_its_shares() -> None:
     assert mix({"a": 1.0, "b": 1.0}, {"a": 0, "b": 9}, 0) == {"a": 0, "b": 0}
 
 
+def test_a_mix_takes_just_as_many_rows_as_are_wanted() -> None:
+    assert mix({"a": None, "b": None, "c": None}, {"a": 50, "b": 30, "c": 20}, 7) == {"a": 4, "b": 2, "c": 1}
+    for number in range(1, 101):
+        rows = mix({"a": 1.0, "b": 2.0, "c": 4.0}, {"a": 40, "b": 80, "c": 120}, number)
+        assert sum(rows.values()) == number
+        assert all(abs(rows[name] - number * share / 7) < 1 for name, share in (("a", 1), ("b", 2), ("c", 4)))
+
+
 def test_sources_of_many_schemas_become_one(tmp_path: Path) -> None:
     (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": question(1), "input": "", "output": "yes"}]))
     share = {"conversations": [{"from": "human", "value": question(2)}, {"from": "gpt", "value": "no"}]}
@@ -145,9 +157,8 @@ def test_rows_that_are_set_aside_are_counted_and_others_are_kept(tmp_path: Path)
     with pytest.raises(UserError, match=r"a\.jsonl:6: "):
         prepare(config_of(path), tmp_path / "prompts", seed=1)
     assert not (tmp_path / "prompts").exists()
-    prepare(config_of(path, bad_rows="set_aside"), tmp_path / "prompts", seed=1)
-    assert counts_of(tmp_path / "prompts")["a"]["read"] == 5
-    assert counts_of(tmp_path / "prompts")["a"]["rejected"] == 2
+    prepare(config_of(path, bad_rows="set_aside", held_out_fraction=0.0), tmp_path / "prompts", seed=1)
+    assert counts_of(tmp_path / "prompts")["a"] == {"read": 7, "rejected": 2, "train": 5}
     assert [row["origin"] for row in rows(tmp_path / "prompts" / "rejects.jsonl")] == [f"{path}:6", f"{path}:7"]
 
 

@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from data_scripts.regenerate import Written, write_answers
 from pard_train.chat import ChatEncoder
-from pard_train.config import RegenerateConfig
+from pard_train.config import RegenerateConfig, SourceConfig
 from pard_train.decoding import Limits, decode
 from pard_train.errors import UserError
 from pard_train.packages import unpack_smollm2
+from pard_train.rows import source_version
 from pard_train.target_text import prompt_key
 
 SETTINGS = {"max_new_tokens": 24, "batch_size": 3, "dtype": "float32", "concurrency": 4, "max_retries": 0}
@@ -108,6 +109,11 @@ def expected(row: Row, encoder: ChatEncoder, reply: Reply) -> tuple[list[dict[st
     return answered, "stop"
 
 
+def version_of(path: Path) -> str:
+    """Hash of a file's contents, as data.source of data_scripts/encode.py has it."""
+    return source_version(SourceConfig(path=str(path)))
+
+
 def test_every_conversation_is_answered_as_told_in_order_and_the_counts_add_up(
     serve: Serve, tokenizer: PreTrainedTokenizerBase, base_folder: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +138,8 @@ def test_every_conversation_is_answered_as_told_in_order_and_the_counts_add_up(
     assert counts["answers"] == sum(m["role"] == "assistant" for _, messages, _ in ours for m in messages)
     assert f"{len(rows)} rows -> {counts['answered']} conversations" in written.summary()
     assert written.manifest["servers"] == {str(base_folder): {server.url: "target"}}
+    assert written.manifest["prompts"] == {"path": str(prompts), "version": version_of(prompts)}
+    assert written.manifest["files"] == {"answers.jsonl": version_of(written.path)}
     assert len(server.prompts) == len(set(server.prompts))  # a question that many conversations share is asked once
 
 
