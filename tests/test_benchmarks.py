@@ -161,6 +161,24 @@ def test_the_named_benchmarks_are_the_ones_whose_results_are_published() -> None
     }
 
 
+def test_the_docs_name_every_benchmark_with_its_size_licence_and_exact_instruction() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    cells = [[cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| `")]
+    rows = {row[0].strip("| `"): row[1:] for row in cells if len(row) == 6}
+    assert {name: (row[0], row[3]) for name, row in rows.items()} == {
+        name: (str(recipe.num_prompts), recipe.licence) for name, recipe in NAMED.items()
+    }
+    assert [row[2].startswith(("package", "generated")) for row in rows.values()] == [
+        recipe.source.is_offline for recipe in NAMED.values()
+    ]
+    instructions = {row[0].strip("| `"): row[1].removesuffix(" |").strip("`") for row in cells if len(row) == 2}
+    assert instructions == {
+        name: recipe.instruction.replace("\n", r"\n")
+        for name, recipe in NAMED.items()
+        if recipe.instruction != "{question}"
+    }
+
+
 @pytest.mark.parametrize("name", OUT_OF_REACH)
 def test_a_benchmark_of_the_hub_without_the_hub_names_it_and_what_there_is_instead(name: str) -> None:
     """The tests run with HF_HUB_OFFLINE=1."""
