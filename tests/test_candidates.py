@@ -23,7 +23,7 @@ from transformers import (
 from transformers import __version__ as transformers_version
 
 from pard_train import candidates
-from pard_train.candidates import Draft, generate, write_custom_generate
+from pard_train.candidates import Draft, Ending, PardCandidates, generate, write_custom_generate
 from pard_train.chat import ChatEncoder
 from pard_train.decoding import Drafter, Limits, decode
 from pard_train.model import add_mask_token, set_draft_keys
@@ -128,6 +128,17 @@ def test_every_length_limit_is_kept_to_the_token(tokenizer: PreTrainedTokenizerB
             assert torch.equal(
                 generate(target, prompt, draft_model=draft, do_sample=False, eos_token_id=None, **limit), own
             )
+
+
+def test_candidates_leave_the_last_token_of_a_text_to_the_target() -> None:
+    ending = Ending(12, frozenset({7}), StoppingCriteriaList([StopsAtMultiplesOf(11, 3)]))
+    text = torch.tensor([[1, 5, 9]])
+    assert ending.cut(text, [4, 7, 8]) == [4]
+    assert ending.cut(text, [4, 22, 7]) == [4]
+    assert ending.cut(text, [4, 8, 6]) == [4, 8, 6]
+    draft = Draft(build_draft("qwen2", noise=0.0), MASK, VOCABULARY)
+    proposed, _ = PardCandidates(draft, 20, Ending(12, frozenset(), StoppingCriteriaList()), None).get_candidates(text)
+    assert proposed.shape[1] == 11
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])
