@@ -19,10 +19,10 @@ from pard_train.chat import ChatEncoder
 from pard_train.compatibility import Model
 from pard_train.config import EvaluateConfig
 from pard_train.decoding import Limits, end_ids_of
-from pard_train.errors import UserError
 from pard_train.model import DTYPES, default_device, load_causal_lm
 from pard_train.packages import local_model
 from pard_train.run import fingerprint
+from pard_train.runner import Runner
 from pard_train.servers import ask_all
 from pard_train.store import encoder_identity
 from pard_train.target_text import Answer, AnswerCache, answer_text, greedy_answers, model_fingerprint, prompt_key
@@ -58,7 +58,7 @@ class Case:
     """What one target answered to one benchmark.
 
     Attributes:
-        target: name as the user gave it.
+        target: its label.
         benchmark: the prompts.
         turns: every answer, conversation by conversation.
         limits: when an answer ends.
@@ -78,22 +78,26 @@ class Target:
     Args:
         model: its config and tokenizer.
         config: dtype, device map and chat template arguments.
+
+    Attributes:
+        label: short name for tables and files.
     """
 
     def __init__(self, model: Model, config: EvaluateConfig):
-        self.name, self.path, self.tokenizer = model.name, model.path, model.tokenizer
+        self.model, self.label = model, short_name(model.name, config.targets)
         self.encoder = ChatEncoder(model.tokenizer, config.template_kwargs)
         self.end_ids = end_ids_of(model.path, model.tokenizer)
         self.fingerprint = model_fingerprint(model.path)
         self._config = config
         self._weights: PreTrainedModel | None = None
+        self._runner: Runner | None = None
 
     def weights(self) -> PreTrainedModel:
         """The model on its device or devices."""
         if self._weights is None:
             config = self._config
             model = load_causal_lm(
-                self.path,
+                self.model.path,
                 dtype=DTYPES[config.dtype],
                 trust_remote_code=config.trust_remote_code,
                 device_map=config.device_map,
@@ -101,10 +105,25 @@ class Target:
             self._weights = (model if config.device_map else model.to(default_device())).eval()
         return self._weights
 
+    def runner(self) -> Runner:
+        """The model made ready for live decoding."""
+        self._runner = self._runner or Runner(self.weights())
+        return self._runner
+
     def unload(self) -> None:
         """Free its memory."""
-        self._weights = None
+        self._weights = self._runner = None
         gc.collect()
+
+
+def short_name(path: str, among: Sequence[str]) -> str:
+    """Last part of a model's path, or all of it where another model's ends alike.
+
+    >>> [short_name(path, ["a/x", "b/x", "b/y"]) for path in ("a/x", "b/y")]
+    ['a/x', 'y']
+    """
+    last = Path(path).name.removeprefix("pypi:")
+    return path if sum(Path(other).name.removeprefix("pypi:") == last for other in among) > 1 else last
 
 
 def write_case(target: Target, benchmark: Benchmark, config: EvaluateConfig, folder: Path) -> Case:
@@ -121,9 +140,9 @@ def write_case(target: Target, benchmark: Benchmark, config: EvaluateConfig, fol
     """
     limits = Limits(config.max_new_tokens, target.end_ids)
     identity = case_identity(target, benchmark, config)
-    name = f"{Path(target.path).name}-{benchmark.name}-{fingerprint(identity)}.jsonl"
+    name = f"{target.label.replace('/', '--')}-{benchmark.name}-{fingerprint(identity)}.jsonl"
     cache = folder / TARGET_TEXT_FOLDER / name
-    description = f"{Path(target.path).name} answers {benchmark.name}"
+    description = f"{target.label} answers {benchmark.name}"
 
     def write(prompts: list[list[int]]) -> list[Answer]:
         if config.servers:
@@ -138,7 +157,7 @@ def write_case(target: Target, benchmark: Benchmark, config: EvaluateConfig, fol
         )
 
     turns = answer_turns(benchmark.prompts, target.encoder, limits, write, system_prompt=config.system_prompt)
-    return Case(target.name, benchmark, turns, limits, identity)
+    return Case(target.label, benchmark, turns, limits, identity)
 
 
 def case_identity(target: Target, benchmark: Benchmark, config: EvaluateConfig) -> dict[str, Any]:
@@ -212,6 +231,13 @@ def _ask_servers(
         missing = {key: prompt for prompt in prompts if (key := prompt_key(prompt)) not in known}
         if missing:
             ask_all(
-                config, targets, target.name, target.tokenizer, missing, known, limits=limits, description=description
+                config,
+                targets,
+                target.model.name,
+                target.model.tokenizer,
+                missing,
+                known,
+                limits=limits,
+                description=description,
             )
         return [known[prompt_key(prompt)] for prompt in prompts]

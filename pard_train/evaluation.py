@@ -1,141 +1,134 @@
-"""Evaluation: drafts x targets x benchmarks -> acceptance.json, report.md and a picture.
+"""Evaluation: drafts x targets x benchmarks x K x temperature -> acceptance.json, tables and a page.
 
 Each target writes its greedy text once; replay then gives every draft's exact acceptance for every K from that cache.
-Live runs decode a few prompts for real, with both models, for speed and as proof that the output is unchanged.
+Live runs decode some prompts for real: for speed, for sampling, and as proof that the output is unchanged. The same
+command goes on where it was stopped, and a target that fails leaves the others alone.
 """
 
 from __future__ import annotations
 
-import gc
 import json
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
-
-from pard_train.acceptance import Trace, pool, walk, walk_as_vllm
-from pard_train.benchmarks import check_benchmark, load_benchmark
-from pard_train.chat import ChatEncoder
+from pard_train.benchmarks import Benchmark, check_benchmark, load_benchmark
+from pard_train.cases import Target, longest_text, write_case
+from pard_train.compatibility import OK, Model, check_pair, require
 from pard_train.config import EvaluateConfig
-from pard_train.decoding import Drafter, Limits, decode, end_ids_of
 from pard_train.errors import UserError
-from pard_train.model import (
-    DTYPES,
-    check_same_tokenizer,
-    default_device,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    required_mask_token_of,
+from pard_train.matrix import Matrix
+from pard_train.measurement import (
+    Draft,
+    live_records,
+    measure_steps,
+    predict_speedup,
+    replay_case,
+    replay_records,
+    sample_answers,
 )
-from pard_train.packages import local_model
-from pard_train.replay import replay
+from pard_train.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document
 from pard_train.report import write_report
 from pard_train.run import CONFIG_FILE, RUN_FILE, provenance, read_json, write_json
-from pard_train.target_text import Answer, fingerprint, greedy_answers, model_fingerprint
 
-ACCEPTANCE_FILE = "acceptance.json"
-TARGET_TEXT_FOLDER = "target_text"
-
-
-@dataclass
-class Case:
-    """What one target answered to one benchmark.
-
-    Attributes:
-        prompts: rendered prompts as ids.
-        answers: the target's greedy answers, in the same order.
-        limits: when an answer ends.
-    """
-
-    target: str
-    benchmark: str
-    prompts: list[list[int]]
-    answers: list[Answer]
-    limits: Limits
+PREDICTIONS_FILE = "predictions.json"
+SAMPLES_FILE = "samples.json"
 
 
-class Target:
-    """A target model that is loaded when something needs its weights, and only then."""
-
-    def __init__(self, path: str, config: EvaluateConfig):
-        self.path = path
-        self.config = config
-        load_config(path, trust_remote_code=config.trust_remote_code)
-        self.tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-        self._model: PreTrainedModel | None = None
-
-    def model(self) -> PreTrainedModel:
-        """The model on the device."""
-        if self._model is None:
-            trust = self.config.trust_remote_code
-            model = load_causal_lm(self.path, dtype=DTYPES[self.config.dtype], trust_remote_code=trust)
-            self._model = model.to(default_device()).eval()
-        return self._model
-
-    def unload(self) -> None:
-        """Free its memory."""
-        self._model = None
-        gc.collect()
-
-
-def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
+def evaluate(config: EvaluateConfig) -> Document:
     """Measure every draft on every target and benchmark.
 
     Args:
         config: validated.
 
     Returns:
-        The records of acceptance.json.
+        What acceptance.json holds (docs/acceptance.md).
 
     Raises:
-        UserError: for a model, benchmark or tokenizer pair that does not fit, before any target writes a token.
+        UserError: for a model, benchmark or pair that does not fit, before any target writes a token; or if nothing
+            could be measured.
     """
     folder = Path(config.output_dir or "")
-    drafts = dict(config.drafts) if config.draft is None else {Path(config.draft).name: config.draft}
+    benchmarks = load_benchmarks(config)
+    targets = [load_target(name, config) for name in config.targets]
+    drafts = [load_draft(name, path, config) for name, path in _named_drafts(config).items()]
+    for draft in drafts:
+        for target in targets:
+            check_fit(draft.model, target, benchmarks, config)
     _claim_output(folder, config)
-    for benchmark in config.benchmarks:
-        check_benchmark(benchmark)
-    targets = [Target(local_model(path), config) for path in config.targets]
-    for path in drafts.values():
-        check_draft(path, targets, trust_remote_code=config.trust_remote_code)
-    cases = [case for target in targets for case in _target_cases(target, config, folder)]
-    records = []
-    for name, path in drafts.items():
-        drafter = _load_drafter(path, config)
-        for case in cases:
-            records += replay_records(name, drafter, case, config.num_draft_tokens)
-    for target in targets if config.live_prompts else []:
-        for name, path in drafts.items():
-            drafter = _load_drafter(path, config)
-            mine = [case for case in cases if case.target == target.path]
-            records += [live_record(name, drafter, target.model(), case, config) for case in mine]
+
+    matrix, cases, records, latencies = Matrix(folder), [], [], []
+    for target in targets:
+        for benchmark in benchmarks:
+            with matrix.surviving(target=target.label, benchmark=benchmark.name):
+                cases.append(write_case(target, benchmark, config, folder))
+        if config.live_prompts:
+            mine = [case for case in cases if case.target == target.label]
+            records += [record for case in mine for record in live_records(matrix, drafts, target, case, config)]
+            latencies += measure_steps(matrix, drafts, target, mine, config)
         target.unload()
-    write_json(folder / ACCEPTANCE_FILE, records)
-    write_report(records, folder)
-    return records
+    samples = []
+    for draft in drafts:
+        for case in cases:
+            with matrix.surviving(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
+                matches, made_by = replay_case(matrix, draft, case, config)
+                records += replay_records(draft, case, matches, config, made_by)
+                samples += sample_answers(draft, case, matches, config)
+        draft.unload()
+    if not records:
+        raise UserError(f"nothing could be measured; the first failure: {matrix.failures[0]['reason']}")
+    document = {"schema_version": SCHEMA_VERSION, "records": records, "failures": matrix.failures}
+    predictions = [predict_speedup(records, *latency) for latency in latencies]
+    for name, content in ((ACCEPTANCE_FILE, document), (PREDICTIONS_FILE, predictions), (SAMPLES_FILE, samples)):
+        write_json(folder / name, content)
+    write_report(document, folder, predictions=predictions, samples=samples)
+    return document
 
 
-def _load_drafter(path: str, config: EvaluateConfig) -> Drafter:
-    trust = config.trust_remote_code
-    return Drafter.load(path, dtype=DTYPES[config.dtype], device=default_device(), trust_remote_code=trust)
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured, checked before anything expensive
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_records(config: EvaluateConfig) -> list[dict[str, Any]] | None:
-    """Records of this very evaluation, if it has been finished; None otherwise."""
-    folder = Path(config.output_dir or "")
-    if not (folder / ACCEPTANCE_FILE).exists() or read_json(folder / CONFIG_FILE) != _settings(config):
-        return None
-    return read_json(folder / ACCEPTANCE_FILE)
+def load_benchmarks(config: EvaluateConfig) -> list[Benchmark]:
+    """Every benchmark. Raises UserError if one does not exist, before any is read, or if two have one name."""
+    for source in config.benchmarks:
+        check_benchmark(source)
+    benchmarks = [load_benchmark(source, config.max_prompts) for source in config.benchmarks]
+    by_name: dict[str, str] = {}
+    for benchmark, source in zip(benchmarks, config.benchmarks, strict=True):
+        if other := by_name.get(benchmark.name):
+            raise UserError(
+                f"benchmarks {other} and {source} are both called {benchmark.name}: rename one of the files"
+            )
+        by_name[benchmark.name] = source
+    return benchmarks
 
 
-def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    """What decides the result, as JSON."""
-    return json.loads(json.dumps(asdict(config)))
+def load_target(name: str, config: EvaluateConfig) -> Target:
+    """Config and tokenizer of a target. Raises UserError."""
+    return Target(Model.load(name, trust_remote_code=config.trust_remote_code), config)
+
+
+def load_draft(name: str, path: str, config: EvaluateConfig) -> Draft:
+    """Config and tokenizer of a draft. Raises UserError."""
+    return Draft(name, Model.load(path, trust_remote_code=config.trust_remote_code), config)
+
+
+def check_fit(draft: Model, target: Target, benchmarks: Sequence[Benchmark], config: EvaluateConfig) -> None:
+    """Print what an engine or a user may stumble over. Raises UserError where a pair cannot work at all."""
+    longest = max(longest_text(benchmark.prompts, target.encoder, config.max_new_tokens) for benchmark in benchmarks)
+    num_tokens = longest + max(*config.num_draft_tokens, config.live_num_draft_tokens)
+    findings = check_pair(draft, target.model, num_tokens=num_tokens, dtype=config.dtype)
+    require(findings)
+    for finding in findings:
+        if finding.level != OK:
+            print(f"draft {draft.name}, target {target.label}: {finding}")
+
+
+def _named_drafts(config: EvaluateConfig) -> dict[str, str]:
+    return dict(config.drafts) if config.draft is None else {Path(config.draft).name: config.draft}
 
 
 def _claim_output(folder: Path, config: EvaluateConfig) -> None:
@@ -148,97 +141,16 @@ def _claim_output(folder: Path, config: EvaluateConfig) -> None:
     write_json(folder / RUN_FILE, provenance())
 
 
-def check_draft(path: str, targets: list[Target], *, trust_remote_code: bool = False) -> None:
-    """Check that a draft folder is one, and speaks the ids of every target. Raises UserError."""
-    required_mask_token_of(load_config(path, trust_remote_code=trust_remote_code))
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    for target in targets:
-        check_same_tokenizer(tokenizer, target.tokenizer, path, target.path)
+def _settings(config: EvaluateConfig) -> dict[str, Any]:
+    """What decides the result, as JSON."""
+    free = ("logger", "fail_below", "concurrency", "timeout", "max_retries", "servers", "device_map")
+    return {name: value for name, value in json.loads(json.dumps(asdict(config))).items() if name not in free}
 
 
-def _target_cases(target: Target, config: EvaluateConfig, folder: Path) -> Iterator[Case]:
-    """The target's cached greedy text on every benchmark."""
-    encoder = ChatEncoder(target.tokenizer, config.template_kwargs)
-    weights = model_fingerprint(target.path)
-    name, end_ids = Path(target.path).name, end_ids_of(target.path, target.tokenizer)
-    for source in config.benchmarks:
-        benchmark = load_benchmark(source, config.max_prompts)
-        prompts = [encoder.encode_prompt(messages) for messages in benchmark.prompts]
-        limits = Limits(config.max_new_tokens, end_ids)
-        key = fingerprint([weights, prompts, config.max_new_tokens, sorted(end_ids), config.dtype])
-        answers = greedy_answers(
-            target.model,
-            prompts,
-            limits=limits,
-            batch_size=config.batch_size,
-            cache=folder / TARGET_TEXT_FOLDER / f"{name}-{benchmark.name}-{key}.jsonl",
-            description=f"{name} answers {benchmark.name}",
-        )
-        yield Case(target.path, benchmark.name, prompts, answers, limits)
-    target.unload()  # one target at a time is in memory
-
-
-def replay_records(name: str, drafter: Drafter, case: Case, num_draft_tokens: list[int]) -> list[dict[str, Any]]:
-    """One record per K, all from one replay of the case.
-
-    Args:
-        name: of the draft, for tables.
-        drafter: draft model.
-        case: what the target answered.
-        num_draft_tokens: values of K.
-    """
-    pairs = list(zip(case.prompts, case.answers, strict=True))
-    progress = tqdm(pairs, desc=f"replay {name} on {case.benchmark}", unit="prompt")
-    matches = [replay(drafter, prompt, answer.ids, max(num_draft_tokens)).tolist() for prompt, answer in progress]
-    records = []
-    for k in sorted(set(num_draft_tokens)):
-        acceptance = pool([walk(m, k) for m in matches], k)
-        drafts, accepted = (sum(column) for column in zip(*(walk_as_vllm(m, k) for m in matches), strict=True))
-        records.append(
-            _head(name, case, "replay")
-            | acceptance.record()
-            | {"vllm_drafts": drafts, "vllm_accepted": accepted, "vllm_tau": 1 + accepted / drafts if drafts else None}
-        )
-    return records
-
-
-def live_record(
-    name: str, drafter: Drafter, target: PreTrainedModel, case: Case, config: EvaluateConfig
-) -> dict[str, Any]:
-    """Decode the first prompts of a case live, plainly and speculatively in turns, and compare the texts.
-
-    Wall-clock includes the prefill. The plain text is decoded with the same loop and cache.
-    """
-    k = config.live_num_draft_tokens
-    traces, seconds, ar_seconds, num_equal = [], 0.0, 0.0, 0
-    prompts = case.prompts[: config.live_prompts]
-    for prompt in tqdm(prompts, desc=f"live {name} on {case.benchmark}", unit="prompt"):
-        start = time.perf_counter()
-        plain = [token for step in decode(target, prompt, case.limits) for token in step.tokens]
-        middle = time.perf_counter()
-        steps = list(decode(target, prompt, case.limits, drafter=drafter, num_draft_tokens=k))
-        seconds, ar_seconds = seconds + time.perf_counter() - middle, ar_seconds + middle - start
-        tokens = [token for step in steps for token in step.tokens]
-        num_equal += tokens == plain
-        traces.append(Trace([step.num_accepted for step in steps], len(tokens)))
-    acceptance = pool(traces, k)
-    return (
-        _head(name, case, "live")
-        | acceptance.record()
-        | {
-            "tokens_per_second": acceptance.num_tokens / seconds,
-            "ar_tokens_per_second": acceptance.num_tokens / ar_seconds,
-            "num_equal_texts": num_equal,
-        }
-    )
-
-
-def _head(name: str, case: Case, mode: str) -> dict[str, Any]:
-    return {
-        "draft": name,
-        "target": Path(case.target).name,
-        "benchmark": case.benchmark,
-        "mode": mode,
-        "temperature": 0.0,
-        "max_new_tokens": case.limits.max_new_tokens,
-    }
+def read_document(config: EvaluateConfig) -> Document | None:
+    """The result of this very evaluation if it was finished without a failure; None otherwise."""
+    folder = Path(config.output_dir or "")
+    if not (folder / ACCEPTANCE_FILE).exists() or read_json(folder / CONFIG_FILE) != _settings(config):
+        return None
+    document = read_json(folder / ACCEPTANCE_FILE)
+    return None if document["failures"] else document

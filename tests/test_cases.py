@@ -1,0 +1,125 @@
+"""What a target answers to a benchmark: turn by turn, cached under everything that decides it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import FakeServer
+from tiny import conversations
+from transformers import PreTrainedTokenizerBase
+
+from pard_train.benchmarks import Benchmark, load_benchmark
+from pard_train.cases import Target, answer_turns, longest_text, write_case
+from pard_train.chat import ChatEncoder
+from pard_train.compatibility import Model
+from pard_train.config import EvaluateConfig
+from pard_train.decoding import Limits
+from pard_train.target_text import Answer, answer_text
+
+LIMITS = Limits(12, frozenset({2}))
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
+    """Two conversations of two turns and three of one."""
+    path = tmp_path_factory.mktemp("prompts") / "questions.jsonl"
+    texts = [chat[0]["content"] for chat in conversations(7, seed=4)]
+    rows: list[dict[str, Any]] = [{"turns": texts[:2]}, {"turns": texts[2:4]}, *({"prompt": t} for t in texts[4:])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_benchmark(str(path))
+
+
+def settings(base: Path, **changes: Any) -> EvaluateConfig:
+    """Answers of at most 12 tokens."""
+    return EvaluateConfig(targets=[str(base)], max_new_tokens=12, batch_size=4, **changes)
+
+
+def open_target(base: Path, config: EvaluateConfig) -> Target:
+    """The base model as a target."""
+    return Target(Model.load(str(base)), config)
+
+
+def test_a_second_turn_is_asked_after_the_targets_own_answer_to_the_first(
+    tokenizer: PreTrainedTokenizerBase, benchmark: Benchmark
+) -> None:
+    encoder, waves = ChatEncoder(tokenizer), []
+
+    def write(prompts: list[list[int]]) -> list[Answer]:
+        waves.append(len(prompts))
+        return [Answer([*tokenizer(f"answer {len(prompt)}")["input_ids"], 2], False) for prompt in prompts]
+
+    turns = answer_turns(benchmark.prompts, encoder, LIMITS, write)
+    assert waves == [5, 2]
+    assert [turn.number for turn in turns] == [0, 1, 0, 1, 0, 0, 0]
+    first, second = turns[:2]
+    messages = [
+        *benchmark.prompts[0].turns[0],
+        {"role": "assistant", "content": answer_text(first.answer, encoder, LIMITS)},
+        *benchmark.prompts[0].turns[1],
+    ]
+    assert second.prompt_ids == encoder.encode_prompt(messages)
+    assert second.question == benchmark.prompts[0].turns[1][-1]["content"]
+
+
+def test_a_system_prompt_stands_before_every_conversation_that_has_none(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "hi"}]
+    path.write_text(json.dumps({"messages": own}) + "\n" + json.dumps({"prompt": "hi"}) + "\n")
+    prompts, encoder = load_benchmark(str(path)).prompts, ChatEncoder(tokenizer)
+    turns = answer_turns(prompts, encoder, LIMITS, lambda ids: [Answer([5, 2], False) for _ in ids], system_prompt="be")
+    systems = [tokenizer.decode(turn.prompt_ids).split("\n")[1] for turn in turns]
+    assert systems == ["mine<|im_end|>", "be<|im_end|>"]
+
+
+def test_the_longest_text_is_never_below_what_a_target_can_write(base_folder: Path, benchmark: Benchmark) -> None:
+    target = open_target(base_folder, settings(base_folder))
+    turns = answer_turns(
+        benchmark.prompts, target.encoder, LIMITS, lambda ids: [Answer(list(range(40, 52)), True) for _ in ids]
+    )
+    longest = max(len(turn.prompt_ids) + len(turn.answer.ids) for turn in turns)
+    assert longest <= longest_text(benchmark.prompts, target.encoder, 12) < longest + 40
+
+
+def test_a_case_is_read_from_the_cache_and_anything_that_decides_the_text_gives_another_file(
+    base_folder: Path, benchmark: Benchmark, tmp_path: Path
+) -> None:
+    config = settings(base_folder)
+    case = write_case(open_target(base_folder, config), benchmark, config, tmp_path)
+    assert [len(turn.answer.ids) <= 12 for turn in case.turns] == [True] * 7
+
+    again = open_target(base_folder, config)
+    again.weights = None  # type: ignore[assignment]  # calling it would fail: all answers are there
+    assert write_case(again, benchmark, config, tmp_path) == case
+
+    for changes in (
+        {"max_new_tokens": 13},
+        {"system_prompt": "x"},
+        {"template_kwargs": {"a": 1}},
+        {"dtype": "bfloat16"},
+    ):
+        other = replace(config, **changes)
+        write_case(open_target(base_folder, other), benchmark, other, tmp_path)
+    assert len(list((tmp_path / "target_text").iterdir())) == 5
+
+
+def test_servers_write_what_generation_in_this_process_writes(
+    base_folder: Path, benchmark: Benchmark, tmp_path: Path
+) -> None:
+    here = settings(base_folder)
+    own = write_case(open_target(base_folder, here), benchmark, here, tmp_path / "here")
+    by_prompt = {tuple(turn.prompt_ids): turn.answer for turn in own.turns}
+
+    def reply(prompt: list[int]) -> dict[str, Any]:
+        answer = by_prompt[tuple(prompt)]
+        return {"text": "", "token_ids": answer.ids, "finish_reason": "length" if answer.is_cut else "stop"}
+
+    with FakeServer(reply) as server:
+        there = replace(here, servers=[server.url])
+        case = write_case(open_target(base_folder, there), benchmark, there, tmp_path / "there")
+    assert case.turns == own.turns

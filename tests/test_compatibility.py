@@ -1,0 +1,95 @@
+"""What must and what should agree between a draft and a target is found before weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import build_model
+from transformers import PreTrainedTokenizerBase
+
+from pard_train.compatibility import ERROR, OK, WARNING, Finding, Model, check_pair, require
+from pard_train.config import DraftConfig, ModelConfig
+from pard_train.errors import UserError
+from pard_train.model import inspect_base, write_initial_draft
+
+
+@pytest.fixture(scope="module")
+def draft_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained draft of the base model."""
+    folder = tmp_path_factory.mktemp("drafts") / "draft"
+    write_initial_draft(inspect_base(ModelConfig(path=str(base_folder)), DraftConfig()), 8, folder)
+    return folder
+
+
+def altered(folder: Path, to: Path, file: str, **changes: Any) -> Path:
+    """A copy of a model folder with other values in one of its JSON files."""
+    shutil.copytree(folder, to)
+    content = json.loads((to / file).read_text()) if (to / file).exists() else {}
+    (to / file).write_text(json.dumps(content | changes))
+    return to
+
+
+def find(draft: Path, target: Path, num_tokens: int = 100, dtype: str = "float32") -> dict[str, Finding]:
+    """Findings by subject."""
+    findings = check_pair(Model.load(str(draft)), Model.load(str(target)), num_tokens=num_tokens, dtype=dtype)
+    return {finding.subject: finding for finding in findings}
+
+
+def test_a_draft_and_its_own_base_agree_in_everything(draft_folder: Path, base_folder: Path) -> None:
+    findings = find(draft_folder, base_folder)
+    assert {finding.level for finding in findings.values()} == {OK}
+    assert len(findings) == 8
+    require(list(findings.values()))
+
+
+def test_a_model_that_is_no_draft_is_an_error(base_folder: Path) -> None:
+    findings = find(base_folder, base_folder)
+    assert findings["mask token"].level == ERROR
+    with pytest.raises(UserError, match="mask token: .* is not a parallel draft model"):
+        require(list(findings.values()))
+
+
+def test_vocabularies_of_other_sizes_are_a_warning_that_names_the_export(
+    draft_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    build_model("qwen2", seed=1, num_rows=352).save_pretrained(tmp_path / "larger")
+    tokenizer.save_pretrained(tmp_path / "larger")
+    finding = find(draft_folder, tmp_path / "larger")["vocabulary rows"]
+    assert finding.level == WARNING
+    assert "draft 320, target 352" in finding.text
+    assert f"targets=[{tmp_path / 'larger'}]" in finding.text
+
+
+def test_an_end_of_turn_that_the_draft_does_not_know_is_a_warning(
+    draft_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    target = altered(base_folder, tmp_path / "target", "generation_config.json", eos_token_id=[2, 7])
+    finding = find(draft_folder, target)["end of turn"]
+    assert finding.level == WARNING
+    assert "[2, 7]" in finding.text
+
+
+def test_another_chat_template_is_a_warning(draft_folder: Path, base_folder: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(base_folder, tmp_path / "target")
+    template = target / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# #}")
+    assert find(draft_folder, target)["chat template"].level == WARNING
+
+
+def test_a_text_longer_than_a_models_positions_is_an_error(draft_folder: Path, base_folder: Path) -> None:
+    assert find(draft_folder, base_folder, num_tokens=2048)[f"context of {draft_folder}"].level == OK
+    finding = find(draft_folder, base_folder, num_tokens=2049)[f"context of {draft_folder}"]
+    assert finding.level == ERROR
+    assert "2048 positions" in finding.text
+
+
+def test_another_dtype_than_the_stored_one_is_a_warning_unless_it_is_float32(
+    draft_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    target = altered(base_folder, tmp_path / "target", "config.json", dtype="bfloat16")
+    assert find(draft_folder, target)["dtype"].level == OK
+    assert find(draft_folder, target, dtype="bfloat16")["dtype"].level == WARNING
