@@ -99,11 +99,9 @@ class Ending:
     def of(cls, criteria: StoppingCriteriaList) -> Ending:
         """Sort the criteria of a call."""
         return cls(
-            min(criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)),
+            min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)),
             frozenset(i for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()),
-            StoppingCriteriaList(
-                criterion for criterion in criteria if not isinstance(criterion, MaxLengthCriteria | EosTokenCriteria)
-            ),
+            StoppingCriteriaList(c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)),
         )
 
     def cut(self, text: Tensor, draft: list[int]) -> list[int]:
