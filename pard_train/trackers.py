@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,11 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line."""
+        """Append one line. Names that begin with `eval_` begin with `eval/`, as the trackers show them."""
         if state.is_world_process_zero:
+            named = {re.sub("^eval_", "eval/", name): value for name, value in (logs or {}).items()}
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **named}) + "\n")
 
 
 def log_evaluation(logger: LoggerConfig, name: str, document: dict[str, Any], page: Path | None) -> None:

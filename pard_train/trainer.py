@@ -53,15 +53,11 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
         UserError: for bad data, a base that cannot draft, or an output folder that is taken.
     """
     output_dir, settings = Path(config.output_dir), training_settings(config)
-    is_first = int(os.environ.get("RANK", 0)) == 0
-    # The number of processes decides what a step is made of, so a resumed run must have as many.
-    identity = dataclasses.asdict(config) | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
-    if is_first:
-        check_run(output_dir, identity, resume=config.resume)
+    check_output(config)
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
-    if is_first:  # the other ranks wait below for this one to join them
-        claim_run(output_dir, identity)
+    if _is_first():  # the other ranks wait below for this one to join them
+        claim_run(output_dir, _identity(config))
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), which takes all ranks.
     arguments = TrainingArguments(**settings)
@@ -73,9 +69,26 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store)
     for callback in callbacks:
+        if isinstance(callback, UsesTrainer):
+            callback.trainer = trainer
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.write_draft(output_dir / DRAFT_FOLDER)
+
+
+def check_output(config: TrainConfig) -> None:
+    """Check that the run may write to its output folder. Raises UserError if another run stands there."""
+    if _is_first():
+        check_run(Path(config.output_dir), _identity(config), resume=config.resume)
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What a run is made with. The number of processes decides what a step is made of, so a resumed run has as many."""
+    return dataclasses.asdict(config) | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
 
 
 def training_settings(config: TrainConfig) -> dict[str, Any]:
@@ -234,6 +247,12 @@ class PardTrainer(Trainer):
             write_model_folder(model, self.initial, folder, state_dict=state)
         self.accelerator.wait_for_everyone()
         return folder
+
+
+class UsesTrainer(TrainerCallback):
+    """A callback that works with the trainer itself, which `train` gives it."""
+
+    trainer: PardTrainer
 
 
 class DataEpoch(TrainerCallback):
