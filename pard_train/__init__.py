@@ -1,11 +1,11 @@
 """pard_train: train parallel draft models (PARD, arXiv 2504.18583) and measure what they accept.
 
 Modules are nouns. Data walks one way, and so do imports; in one way: errors, config, layout, validation, run,
-attention, objective, rows, schemas, dedupe, chat, packages, encoding, store, packing, model, inspection, trackers,
-trainer, checkpoints, card, export, sampling, runner, proposers, decoding, acceptance,
-chain_memory, chains, replay, estimate, target_text, servers, scores,
-benchmarks, compatibility, cases, speed, report, webpage, matrix, evaluation, monitor, candidates, vllm_engine,
-transformers_engine, verification, terminal.
+attention, objective, rows, schemas, dedupe, chat, packages, encoding, store, packing, model, inspection,
+records, tables, charts, sections, webpage, report, comparison, trackers, trainer, checkpoints, card, export,
+sampling, runner, proposers, decoding, acceptance, chain_memory, chains, replay, estimate, target_text, servers, scores,
+benchmarks, compatibility, cases, speed, matrix, measurement, evaluation, monitor,
+candidates, tensorrt_llm, vllm_engine, transformers_engine, verification, terminal.
 """
 
 __version__ = "0.1.0"

@@ -29,7 +29,7 @@ PACKAGES = ("pard_train", "torch", "transformers", "datasets", "accelerate", "de
 
 # What may change when a run is continued; everything else decides the result.
 FREE_KEYS = (
-    *("resume", "logger", "evaluate", "prepare", "regenerate", "score", "show"),
+    *("resume", "logger", "evaluate", "prepare", "regenerate", "score", "show", "monitor"),
     *("data.num_workers", "data.cache_dir", "trainer.logging_steps", "trainer.save_steps"),
 )
 

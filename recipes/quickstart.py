@@ -36,9 +36,11 @@ def run(config: TrainConfig) -> None:
     """Run the steps in order."""
     from data_scripts.prepare import PROMPTS_FOLDER, prepare
     from data_scripts.regenerate import ANSWERS_FOLDER, write_answers
-    from pard_train.evaluation import evaluate, read_records
+    from pard_train.candidates import write_custom_generate
+    from pard_train.evaluation import evaluate, read_document
     from pard_train.export import export
-    from pard_train.report import render_report
+    from pard_train.monitor import build_monitor
+    from pard_train.report import PAGE_FILE, render_report
     from pard_train.run import CONFIG_FILE
     from pard_train.trainer import DRAFT_FOLDER, INITIAL_FOLDER, train
 
@@ -64,25 +66,33 @@ def run(config: TrainConfig) -> None:
 
     step(3, "training: adapt the draft model")
     train_dir = root / "train"
-    training = replace(config, data=replace(config.data, source=str(answers.path)), output_dir=str(train_dir))
-    if not (train_dir / DRAFT_FOLDER).exists():
-        train(replace(training, resume=(train_dir / CONFIG_FILE).exists()))
-
-    step(4, "export: write the folder that engines load, and load it again")
-    if not (root / "export").exists():
-        export(ExportConfig(checkpoint=str(train_dir / DRAFT_FOLDER), output_dir=str(root / "export")))
-
-    step(5, "evaluation: acceptance on held-out prompts, before and after")
     evaluation = replace(
         config.evaluate,
-        drafts={"before": str(train_dir / INITIAL_FOLDER), "after": str(root / "export")},
         targets=config.evaluate.targets or targets,
         benchmarks=config.evaluate.benchmarks or [str(path) for path in held_out],
-        output_dir=str(root / "evaluation"),
     )
-    records = read_records(evaluation) or evaluate(evaluation)
-    print("\n" + render_report(records))
-    print(f"done in {(time.time() - started) / 60:.1f} min; everything is in {root}")
+    training = replace(
+        config,
+        data=replace(config.data, source=str(answers.path)),
+        evaluate=evaluation,
+        output_dir=str(train_dir),
+        resume=(train_dir / CONFIG_FILE).exists(),
+    )
+    if not (train_dir / DRAFT_FOLDER).exists():
+        train(training, build_monitor(training))
+
+    step(4, "export: write the folder that engines load, and load it again")
+    export_dir = root / "export"
+    if not export_dir.exists():
+        for folder in export(ExportConfig(checkpoint=str(train_dir / DRAFT_FOLDER), output_dir=str(export_dir))):
+            write_custom_generate(folder)
+
+    step(5, "evaluation: acceptance on held-out prompts, before and after")
+    drafts = {"before": str(train_dir / INITIAL_FOLDER), "after": str(export_dir)}
+    evaluation = replace(evaluation, drafts=drafts, output_dir=str(root / "evaluation"))
+    document = read_document(evaluation) or evaluate(evaluation)
+    print("\n" + render_report(document))
+    print(f"done in {(time.time() - started) / 60:.1f} min; open {root / 'evaluation' / PAGE_FILE} in a browser")
 
 
 def main() -> None:

@@ -14,9 +14,10 @@ from recipes.app import hydra_program
 
 def run(config: TrainConfig) -> None:
     """Train, and say what to do next."""
+    from pard_train.monitor import build_monitor
     from pard_train.trainer import train
 
-    draft = train(config)
+    draft = train(config, build_monitor(config))
     print(f"draft model: {draft}\nnext: python recipes/export.py checkpoint={draft} output_dir={draft.parent}/export")
 
 
