@@ -117,7 +117,7 @@ def plan_export(config: ExportConfig) -> Plan:
     sizes = _sizes(config, model_config.vocab_size, tokenizer)
     _check_disk(root, model_config, sizes, DTYPES[config.dtype].itemsize)
     if config.push_to_hub is not None:
-        check_login()
+        check_access(config.push_to_hub)
     return Plan(checkpoint, model_config, tokenizer, mask_token_id, sizes, _card(config, checkpoint, model_config))
 
 
@@ -247,15 +247,22 @@ def check_reload(folder: Path, model: PreTrainedModel, plan: Plan) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_login() -> None:
-    """Ask the hub who we are. The token is the library's own affair. Raises UserError."""
+def check_access(repository: str) -> None:
+    """Ask the hub who we are, and whether the repository may be ours. The token is the library's own affair.
+
+    Raises:
+        UserError: if the hub is out of reach, does not know us, or the namespace is somebody else's.
+    """
     try:
-        HfApi().whoami()
+        me = HfApi().whoami()
     except (OSError, HTTPError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"push_to_hub: the hub does not know you ({reason}): run `hf auth login`, or set HF_TOKEN"
+            f"push_to_hub={repository}: the hub does not know you ({reason}): run `hf auth login`, or set HF_TOKEN"
         ) from error
+    allowed = [me["name"], *(organization["name"] for organization in me.get("orgs", []))]
+    if repository.split("/")[0] not in allowed:
+        raise UserError(f"push_to_hub={repository}: the namespaces you may write to are {', '.join(allowed)}")
 
 
 def public_address(repository: str | None, folder: Path, root: Path) -> str:
@@ -270,10 +277,19 @@ def push_to_hub(folders: Sequence[Path], config: ExportConfig) -> list[str]:
 
     Returns:
         Addresses of the repositories.
+
+    Raises:
+        UserError: if the hub refuses.
     """
     api, addresses = HfApi(), []
     for folder in folders:
         name = public_address(config.push_to_hub, folder, Path(config.output_dir))
-        addresses.append(str(api.create_repo(name, private=config.private, exist_ok=True)))
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export by pard_train")
+        try:
+            addresses.append(str(api.create_repo(name, private=config.private, exist_ok=True)))
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export by pard_train")
+        except (OSError, HTTPError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{name}: {reason}; {folder} is whole: upload it with `hf upload {name} {folder}`"
+            ) from error
     return addresses

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.export import (
-    check_login,
+    check_access,
     export,
     family_end_ids,
     older_keys,
@@ -283,6 +289,77 @@ def test_each_vocabulary_size_has_a_repository_of_its_own() -> None:
     assert public_address(None, root / "vocab-352", root) == "out/export/vocab-352"
 
 
-def test_nobody_is_asked_for_a_token_and_the_refusal_says_where_one_goes() -> None:
-    with pytest.raises(UserError, match=r"run `hf auth login`, or set HF_TOKEN"):
-        check_login()
+def test_who_is_not_logged_in_is_told_how() -> None:
+    with pytest.raises(UserError, match=r"push_to_hub=me/draft: .* run `hf auth login`, or set HF_TOKEN"):
+        check_access("me/draft")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as an upload of small files asks for. It keeps what it was asked."""
+
+    asked: ClassVar[list[tuple[str, bytes]]] = []
+
+    def do_GET(self) -> None:
+        """Who the token belongs to."""
+        self.asked.append((self.path, b""))
+        self.answer({"name": "me", "orgs": [{"name": "us"}], "sha": "0" * 40, "siblings": []})
+
+    def do_POST(self) -> None:
+        """A new repository, how each file is to be sent, and the commit."""
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.asked.append((self.path, body))
+        address = f"http://{self.headers['host']}/us/draft"
+        if "/preupload/" in self.path:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            self.answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]})
+        else:
+            self.answer({"url": address, "commitUrl": f"{address}/commit/1", "commitOid": "1" * 40, "success": True})
+
+    def answer(self, content: dict[str, Any]) -> None:
+        """Send JSON."""
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_an_upload_asks_who_we_are_first_and_then_sends_the_whole_folder(run: Path, tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
+    folder = tmp_path / "export"
+    code = f"""
+from pard_train.config import ExportConfig
+from pard_train.errors import UserError
+from recipes.export import run
+settings = dict(checkpoint={str(run / "draft")!r}, output_dir={str(folder)!r})
+try:
+    run(ExportConfig(**settings, push_to_hub="others/draft"))
+except UserError as error:
+    print(error)
+run(ExportConfig(**settings, push_to_hub="us/draft"))
+"""
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, env={**os.environ, **hub}, capture_output=True, text=True, timeout=120)
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "push_to_hub=others/draft: the namespaces you may write to are me, us\n" in done.stdout
+    assert f"uploaded: {hub['HF_ENDPOINT']}/us/draft\n" in done.stdout
+    assert "hf_secret" not in done.stdout + done.stderr
+    paths = [path for path, _ in Hub.asked if not path.endswith("agent-harnesses")]
+    assert paths[:3] == ["/api/whoami-v2", "/api/whoami-v2", "/api/repos/create"]
+    created = json.loads(next(body for path, body in Hub.asked if path == "/api/repos/create"))
+    assert (created["organization"], created["name"]) == ("us", "draft")
+    assert created.get("private") is True or created.get("visibility") == "private"
+    (commit,) = [body for path, body in Hub.asked if "/commit/" in path]
+    sent = {row["value"]["path"]: row["value"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"}
+    assert sent.keys() == {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert {"README.md", "model.safetensors", "custom_generate/generate.py"} <= sent.keys()
+    for name, file in sent.items():
+        assert base64.b64decode(file["content"]) == (folder / name).read_bytes()
