@@ -154,7 +154,7 @@ def _decode(
 ) -> Iterator[dict[int, Step]]:
     """One step of every answer under way, by number of the prompt, per target forward pass."""
     runner = target if isinstance(target, Runner) else Runner(target, is_packed=False)  # one answer repays no packing
-    dice = None if sampling.is_greedy else Dice(list(prompts), sampling)
+    dice = None if sampling.is_greedy else Dice(prompts, sampling)
     num_slots = max(map(len, prompts)) + limits.max_new_tokens + num_draft_tokens
     width = 1 + num_draft_tokens if drafter is not None else 1
     reader = runner.start(len(prompts), num_slots, width=width, num_logits=width)

@@ -27,8 +27,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 ATTENTION = "pard_slots"
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
+MAX_SHAPES = 64  # that all compiled runners of a process may have together; one more is an error, not a slow step
 PACKED_ROWS = 8  # rows of input that the arrangement of packed weights is chosen for; it serves any number
-SLOT_BLOCK = 64  # slots of a row are a multiple of this
 
 
 class PackedLinear(nn.Module):
@@ -167,8 +167,9 @@ class Runner:
     Args:
         model: Llama, Qwen2 or Qwen3 style causal LM.
         is_packed: keep a second, arranged copy of the weights of its linear layers; None does so where `can_pack`.
-        is_compiled: run steps through `torch.compile` with graph capture (mode reduce-overhead). Every shape compiles
-            once, which takes from seconds to minutes; one reader at a time may be at work.
+        is_compiled: run steps through `torch.compile` with graph capture (mode reduce-overhead). Every batch size, K
+            and power of two of slots compiles once, which takes from seconds to minutes. One reader at a time may be
+            at work, because all of them share the captured buffers.
     """
 
     def __init__(self, model: PreTrainedModel, *, is_packed: bool | None = None, is_compiled: bool = False):
@@ -182,7 +183,8 @@ class Runner:
             if type(module) is nn.Linear:
                 self.model.set_submodule(name, PackedLinear(module))
         self.is_packed, self.is_compiled = is_packed, is_compiled
-        self._step = torch.compile(self._forward, mode="reduce-overhead", dynamic=False) if is_compiled else None
+        compiled = torch.compile(self._forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
+        self._step = compiled if is_compiled else None
         self._slots: Slots | None = None  # of a compiled runner: captured graphs know their address
 
     def start(self, num_rows: int, num_slots: int, *, width: int, num_logits: int) -> Reader:
@@ -194,12 +196,11 @@ class Runner:
             width: most tokens that a step after the first has to read; a compiled runner always reads that many.
             num_logits: most logits asked of such a step.
         """
-        num_slots = -(-num_slots // SLOT_BLOCK) * SLOT_BLOCK
-        slots = Slots(num_rows, num_slots, is_fixed=self.is_compiled)
-        if self.is_compiled:
-            if self._slots is None or (self._slots.num_rows, self._slots.num_slots) != (num_rows, num_slots):
-                self._slots = slots
-            slots = self._slots
+        if not self.is_compiled:
+            return Reader(self, Slots(num_rows, num_slots, is_fixed=False), width=width, num_logits=num_logits)
+        slots = self._slots
+        if slots is None or slots.num_rows != num_rows or slots.num_slots < num_slots:
+            self._slots = slots = Slots(num_rows, 1 << (num_slots - 1).bit_length(), is_fixed=True)
         return Reader(self, slots, width=width, num_logits=num_logits)
 
     def forward(self, ids: Tensor, positions: Tensor, reading: Reading, num_logits: int) -> Tensor:
@@ -216,7 +217,8 @@ class Runner:
         """One captured forward pass over all rows."""
         assert self._step is not None
         torch.compiler.cudagraph_mark_step_begin()
-        return self._step(slots, ids, positions, num_logits)
+        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+            return self._step(slots, ids, positions, num_logits)
 
 
 class Reader:
@@ -245,13 +247,15 @@ class Reader:
         whole = [text + extra for text, extra in zip(texts, extras, strict=True)]
         unread = [len(ids) - self._num_read(row, ids) for row, ids in zip(self._rows, whole, strict=True)]
         num_new = max(wanted, *unread)
-        if num_new > self.width or min(map(len, whole)) < num_new:
+        lengths = set(map(len, whole))
+        is_step = num_new <= self.width and num_new <= min(lengths)
+        if self.runner.is_compiled and is_step and min(map(len, self._held)) >= self.width <= min(lengths):
+            logits = self._read_captured(dict(zip(self._rows, whole, strict=True)))[:, -wanted:]
+        elif not self.runner.is_compiled and (is_step or lengths == {num_new}):
+            logits = self._read_rows(0, whole, num_new, wanted)
+        else:
             rows = zip(self._rows, whole, unread, strict=True)
             logits = torch.cat([self._read_row(row, ids, max(wanted, num), wanted) for row, ids, num in rows])
-        elif self.runner.is_compiled:
-            logits = self._read_captured(dict(zip(self._rows, whole, strict=True)))[:, -wanted:]
-        else:
-            logits = self._read_rows(0, whole, num_new, wanted)
         for row, text, ids in zip(self._rows, texts, whole, strict=True):
             self._held[row], self._num_text[row] = ids, len(text)
         return logits

@@ -13,9 +13,12 @@ that what a prompt gets depends neither on the batch nor on the order of prompts
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Legend: B rows, K draft tokens, V vocabulary of the target, W <= V vocabulary that a draft speaks.
@@ -51,11 +54,18 @@ GREEDY = Sampling()
 
 
 class Dice:
-    """A stream of uniform numbers for each of B answers, decided by the seed and the answer's prompt alone."""
+    """A stream of uniform numbers for each of B answers, decided by the seed and the answer's prompt alone.
 
-    def __init__(self, prompts: list[list[int]], sampling: Sampling):
-        seeds = [sampling.seed_of(str(prompt)) for prompt in prompts]
-        self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    Where a prompt is asked several times, each asking has a stream of its own.
+    """
+
+    def __init__(self, prompts: Sequence[list[int]], sampling: Sampling):
+        times_asked: Counter[str] = Counter()
+        self._streams = []
+        for prompt in map(str, prompts):
+            seed = sampling.seed_of(f"{times_asked[prompt]} {prompt}")
+            self._streams.append(torch.Generator().manual_seed(seed))
+            times_asked[prompt] += 1
 
     def roll(self, rows: list[int], num_rolls: int) -> Tensor:
         """The next numbers of some answers: float64 [rows, num_rolls], each in [0, 1)."""
@@ -140,5 +150,5 @@ def _beyond_draft(own: Tensor, refused: Tensor, draft_probs: Tensor | None, num_
         return own.scatter(-1, refused[:, None], 0.0)
     rows = torch.arange(len(own), device=own.device)
     rest = own.clone()
-    rest[:, : draft_probs.shape[-1]] -= draft_probs[rows, num_kept.clamp(max=draft_probs.shape[1] - 1)]
+    rest[:, : draft_probs.shape[-1]] -= F.pad(draft_probs, (0, 0, 0, 1))[rows, num_kept]
     return rest.clamp(min=0.0)

@@ -1,7 +1,9 @@
-"""Live decoding is lossless, and replay says what it does, step by step."""
+"""Live decoding is lossless, alone and in company, whoever drafts; and replay says what it does, step by step."""
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.acceptance import walk, walk_as_vllm
 from pard_train.chat import ChatEncoder
-from pard_train.decoding import Drafter, Limits, Step, decode
+from pard_train.decoding import Limits, Step, decode, decode_batch
 from pard_train.model import add_mask_token, set_draft_keys
+from pard_train.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter, Task
 from pard_train.replay import replay
+from pard_train.runner import PackedLinear, Runner, can_pack
+from pard_train.sampling import GREEDY, Sampling, probabilities
 
 MAX_K = 6
 
@@ -123,3 +128,237 @@ def test_a_drafter_never_proposes_its_mask_token_or_a_padded_row(tokenizer: PreT
 def test_a_model_without_a_mask_token_is_no_drafter(base_folder: Path) -> None:
     with pytest.raises(ValueError, match="not a parallel draft model"):
         Drafter.load(str(base_folder), dtype=torch.float32, device=torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other proposers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def proposers(drafter: Drafter) -> list[Proposer]:
+    """One of each kind."""
+    return [drafter, SequentialDrafter(drafter), PromptLookup()]
+
+
+def greedy(model: PreTrainedModel, ids: list[int], number: int, drafter: Drafter) -> list[int]:
+    """What a draft model says next, one token at a time, without any cache."""
+    said: list[int] = []
+    for _ in range(number):
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids + said]), use_cache=False).logits[0, -1]
+        said.append(drafter.choose(logits).item())
+    return said
+
+
+def test_the_sequential_draft_is_the_draft_models_own_greedy_text(
+    family: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    target = build_model(family, seed=0)
+    drafter = build_drafter(perturbed(target, family, noise=0.05), tokenizer)
+    num_accepted = 0
+    for prompt in prompts(tokenizer, 2):
+        steps = list(
+            decode(target, prompt, Limits(24, frozenset()), drafter=SequentialDrafter(drafter), num_draft_tokens=3)
+        )
+        text, answer = list(prompt), texts(steps)
+        for step in steps[:-1]:  # the last one may be cut
+            draft = greedy(drafter.model, text, 3, drafter)
+            rest = answer[len(text) - len(prompt) :]
+            matched = next((i for i, pair in enumerate(zip(draft, rest, strict=False)) if pair[0] != pair[1]), 3)
+            assert step.num_accepted == matched
+            text += step.tokens
+            num_accepted += matched
+    assert num_accepted > 0
+
+
+def look_up(text: list[int], num_draft_tokens: int) -> list[int]:
+    """Prompt look-up by search: the last earlier place of the longest end of the text, of at most three tokens."""
+    for size in (3, 2, 1):
+        for place in range(len(text) - 1, size - 1, -1):
+            if len(text) > size and text[place - size : place] == text[-size:]:
+                return text[place : place + num_draft_tokens]
+    return []
+
+
+def test_prompt_look_up_follows_the_longest_recent_match() -> None:
+    assert look_up([1, 2, 3, 1, 2, 4, 1, 2], 2) == [4, 1]
+    draw = random.Random(0)
+    for _ in range(50):
+        streams = PromptLookup().start(Task(2, 99, 4, GREEDY, None))
+        growing: list[list[int]] = [[], []]
+        for _ in range(8):
+            for text in growing:
+                text += draw.choices(range(4), k=draw.randint(1, 5))
+            proposal = streams.propose([0, 1], [list(text) for text in growing])
+            assert proposal.tokens == [look_up(text, 4) for text in growing]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Side by side
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_answers_decoded_together_are_those_decoded_alone_step_for_step(
+    family: str, k: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    target = build_model(family, seed=0)
+    drafter = build_drafter(perturbed(target, family, noise=0.02), tokenizer)
+    limits = Limits(25, frozenset(range(40, 50)))  # answers end at different times
+    asked = [*prompts(tokenizer, 5), [7], [11, 12]]  # and some prompts are shorter than a draft
+    plain = [list(decode(target, prompt, limits)) for prompt in asked]
+    assert len({len(steps) for steps in plain}) > 2
+    assert [answer.steps for answer in decode_batch(target, asked, limits)] == plain
+    for proposer in proposers(drafter):
+        alone = [list(decode(target, p, limits, drafter=proposer, num_draft_tokens=k)) for p in asked]
+        together = decode_batch(target, asked, limits, drafter=proposer, num_draft_tokens=k)
+        assert [answer.steps for answer in together] == alone
+        assert [answer.tokens for answer in together] == [texts(steps) for steps in plain]
+        assert [answer.accepted for answer in together] == [[step.num_accepted for step in steps] for steps in alone]
+
+
+def test_nothing_is_decoded_of_no_prompts_and_of_no_room() -> None:
+    target = build_model("llama", seed=0)
+    assert decode_batch(target, [], Limits(5, frozenset())) == []
+    assert [answer.tokens for answer in decode_batch(target, [[1], [2, 3]], Limits(0, frozenset()))] == [[], []]
+
+
+def test_a_repetition_penalty_of_the_generation_config_plays_no_part(tokenizer: PreTrainedTokenizerBase) -> None:
+    target = build_model("qwen2", seed=0)
+    prompt, limits = prompts(tokenizer, 1)[0], Limits(20, frozenset())
+    own = texts(list(decode(target, prompt, limits)))
+    target.generation_config.repetition_penalty = 1.5
+    ids = torch.tensor([prompt])
+    penalised = target.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert penalised[0, len(prompt) :].tolist() != own
+    drafter = build_drafter(perturbed(target, "qwen2", noise=0.02), tokenizer)
+    assert texts(list(decode(target, prompt, limits, drafter=drafter, num_draft_tokens=4))) == own
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a temperature
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def next_probs(target: PreTrainedModel, text: list[int], sampling: Sampling) -> dict[int, float]:
+    """Probability of every token that may follow, from the target alone."""
+    with torch.inference_mode():
+        probs = probabilities(target(torch.tensor([text]), use_cache=False).logits[0, -1], sampling)
+    return {token: probs[token].item() for token in probs.nonzero().flatten().tolist()}
+
+
+def exact_pairs(target: PreTrainedModel, prompt: list[int], sampling: Sampling) -> dict[tuple[int, int], float]:
+    """Probability of every pair of first tokens."""
+    first = next_probs(target, prompt, sampling)
+    return {(x, y): p * q for x, p in first.items() for y, q in next_probs(target, [*prompt, x], sampling).items()}
+
+
+@pytest.mark.parametrize("way", ["plain", "most likely", "sampled", "sequential", "look-up"])
+def test_sampled_text_has_the_targets_distribution_whoever_drafts(way: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    sampling, number = Sampling(1.3, 0.6, seed=5), 2000
+    target = build_model("llama", seed=0)
+    drafter = build_drafter(perturbed(target, "llama", noise=0.05), tokenizer)
+    drafter.is_sampled = way in ("sampled", "sequential")
+    ways = {"plain": None, "sequential": SequentialDrafter(drafter), "look-up": PromptLookup()}
+    repeating = [[a, token, a] for a in range(5, 15) for token in range(20, 50)]  # look-up proposes the token again
+    prompt = max(repeating, key=lambda text: next_probs(target, text, sampling).get(text[1], 0.0))
+    found = decode_batch(
+        target,
+        [prompt] * number,
+        Limits(2, frozenset()),
+        drafter=ways.get(way, drafter),
+        num_draft_tokens=2,
+        sampling=sampling,
+    )
+    assert way == "plain" or 0 < sum(sum(answer.accepted) for answer in found) < 2 * number
+    expected = exact_pairs(target, prompt, sampling)
+    counts = Counter(tuple(answer.tokens) for answer in found)
+    assert counts.keys() <= expected.keys()  # nothing outside the nucleus
+    rare = [pair for pair, p in expected.items() if p * number < 8]
+    cells = [(counts[pair], p * number) for pair, p in expected.items() if pair not in rare]
+    cells.append((sum(counts[pair] for pair in rare), sum(expected[pair] for pair in rare) * number))
+    chi_square = sum((seen - mean) ** 2 / mean for seen, mean in cells if mean > 0)
+    freedom = len(cells) - 1
+    assert freedom > 5
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
+
+
+def test_sampled_answers_are_the_same_alone_and_in_company(tokenizer: PreTrainedTokenizerBase) -> None:
+    target = build_model("qwen3", seed=0)
+    drafter = build_drafter(perturbed(target, "qwen3", noise=0.05), tokenizer)
+    sampling, limits, asked = Sampling(0.8, 0.9, seed=1), Limits(15, frozenset(range(40, 50))), prompts(tokenizer, 4)
+    for is_sampled in (False, True):
+        drafter.is_sampled = is_sampled
+        together = decode_batch(target, asked, limits, drafter=drafter, num_draft_tokens=3, sampling=sampling)
+        for prompt, answer in zip(asked, together, strict=True):
+            alone = list(decode(target, prompt, limits, drafter=drafter, num_draft_tokens=3, sampling=sampling))
+            assert alone == answer.steps
+    assert together != decode_batch(target, asked, limits, sampling=Sampling(0.8, 0.9, seed=2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runner
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_reader(runner: Runner, model: PreTrainedModel, *, seed: int) -> None:
+    """Read texts as they grow, with extra tokens that come true in part; compare with passes without a cache."""
+    draw = random.Random(seed)
+
+    def tokens(least: int, most: int) -> list[int]:
+        return draw.choices(range(300), k=draw.randint(least, most))
+
+    number = draw.randint(1, 4)
+    reader = runner.start(number, 120, width=6, num_logits=4)
+    grown, extras = [tokens(1, 12) for _ in range(number)], [tokens(0, 3) for _ in range(number)]
+    for _ in range(8):
+        logits = reader.read(grown, extras)
+        for row, text, extra in zip(logits, grown, extras, strict=True):
+            with torch.inference_mode():
+                expected = model(torch.tensor([text + extra]), use_cache=False).logits[0]
+            wanted = min(len(row), len(text) + len(extra))
+            assert torch.allclose(row[-wanted:], expected[-wanted:], atol=1e-4, rtol=1e-4)
+        if len(grown) > 1 and draw.random() < 0.3:
+            which = sorted(draw.sample(range(len(grown)), len(grown) - 1))
+            reader.keep(which)
+            grown, extras = [grown[i] for i in which], [extras[i] for i in which]
+        grown = [text + extra[: draw.randint(0, 3)] + tokens(1, 1) for text, extra in zip(grown, extras, strict=True)]
+        extras = [tokens(0, 3) for _ in grown]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_reading_what_is_new_gives_the_logits_of_reading_everything(family: str, is_packed: bool) -> None:
+    model = build_model(family, seed=0)
+    if is_packed and not can_pack(model.lm_head.weight):
+        pytest.skip("no oneDNN on this machine")
+    runner = Runner(model, is_packed=is_packed)
+    assert is_packed == any(isinstance(module, PackedLinear) for module in runner.model.modules())
+    for seed in range(8):
+        check_reader(runner, model, seed=seed)
+
+
+def test_a_runner_leaves_the_model_as_it_was_and_shares_its_weights() -> None:
+    model = build_model("llama", seed=0)
+    runner = Runner(model, is_packed=False)
+    assert model.config._attn_implementation == "sdpa"
+    theirs = dict(runner.model.named_parameters())
+    assert all(theirs[name] is parameter for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "is_captured", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["static shapes", "compiled"]
+)
+def test_a_compiled_runner_reads_and_decodes_the_same(is_captured: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    target = build_model("llama", seed=0)
+    drafter = build_drafter(perturbed(target, "llama", noise=0.02), tokenizer)
+    limits = Limits(25, frozenset(range(40, 50)))
+    asked = [*prompts(tokenizer, 3), [7], [11, 12]]
+    expected = decode_batch(target, asked, limits, drafter=drafter, num_draft_tokens=3)
+    drafter.runner = Runner(drafter.model, is_compiled=True)
+    with torch.compiler.set_stance("default" if is_captured else "force_eager"):
+        runner = Runner(target, is_compiled=True)
+        for _ in range(2):  # what the first time left in the slots is not seen the second time
+            assert decode_batch(runner, asked, limits, drafter=drafter, num_draft_tokens=3) == expected
+        if not is_captured:
+            for seed in range(8):
+                check_reader(runner, target, seed=seed)
