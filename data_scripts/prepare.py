@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
-from pard_train.benchmarks import load_benchmark
+from pard_train.benchmarks import Benchmark, load_benchmark
 from pard_train.config import PrepareConfig, SourceConfig, TrainConfig
 from pard_train.dedupe import (
     NUM_HASHES,
@@ -87,15 +87,23 @@ def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, li
     if not _is_made(folder, identity):
         with new_folder(folder) as partial:
             chats, rejected = _read_sources(config, partial)
-            measured = _measure(chats, config, partial / "measured.arrow")
+            benchmarks = [load_benchmark(source) for source in config.decontaminate]
+            contamination = contamination_by(benchmarks, config.overlap_words)
+            measured = _measure(chats, config, contamination, partial / "measured.arrow")
             order = shuffled(_column(measured, "key"), seed)
             fates = _decide(measured, order, config, partial)
             counts = _write_chats(measured, fates, order, partial)
             for scratch in [*partial.glob("*.arrow"), *partial.glob("*.npy")]:
                 scratch.unlink()
             counts = {name: _with_rejected(counts.get(name, {}), rejected[name]) for name in config.sources}
-            manifest = {"identity": identity, "counts": counts, "files": _file_versions(partial)}
-            write_json(partial / MANIFEST_FILE, {**manifest, "made_by": provenance()})
+            manifest = {
+                "identity": identity,
+                "benchmarks": {b.name: {"prompts": len(b.prompts), "version": b.fingerprint} for b in benchmarks},
+                "counts": counts,
+                "files": _file_versions(partial),
+                "made_by": provenance(),
+            }
+            write_json(partial / MANIFEST_FILE, manifest)
     return folder / TRAIN_FILE, sorted((folder / HELD_OUT_FOLDER).glob("*.jsonl"))
 
 
@@ -171,19 +179,25 @@ def _read_chats(source: SourceConfig, on_bad_row: OnBadRow) -> Iterator[dict[str
             yield {key: value for key, value in kept.items() if value is not None} | {"origin": origin}
 
 
-def _measure(chats: datasets.Dataset, config: PrepareConfig, path: Path) -> datasets.Dataset:
-    """What decides about a chat: its content key, its signature, and the benchmark it overlaps with."""
-    benchmarks = [load_benchmark(source) for source in config.decontaminate]
+def contamination_by(benchmarks: Sequence[Benchmark], overlap_words: int) -> Contamination:
+    """Finds pieces of the prompts of benchmarks: of all their turns."""
     prompts = {
         benchmark.name: [questions(list(chain.from_iterable(prompt.turns))) for prompt in benchmark.prompts]
         for benchmark in benchmarks
     }
+    return Contamination(prompts, overlap_words)
+
+
+def _measure(
+    chats: datasets.Dataset, config: PrepareConfig, contamination: Contamination, path: Path
+) -> datasets.Dataset:
+    """What decides about a chat: its content key, its signature, and the benchmark it overlaps with."""
     num_workers = min(config.num_workers or num_cores(), max(1, len(chats) // ROWS_PER_WORKER))
     return chats.map(
         _measure_batch,
         batched=True,
         fn_kwargs={
-            "contamination": Contamination(prompts, config.overlap_words),
+            "contamination": contamination,
             "has_signature": config.near_duplicates < 1,
         },
         features=_MEASURES,
