@@ -248,6 +248,12 @@ def test_an_interval_chart_prints_the_value_of_every_row_in_order() -> None:
     assert widths[0] == pytest.approx(widths[1], abs=0.2) and widths[0] > 50
 
 
+def test_a_breakdown_into_a_single_group_is_not_drawn(page: str) -> None:
+    section = page[page.index('id="category"') : page.index('id="turn"')]
+    captions = re.findall(r"<figcaption>(\S+) on", section)
+    assert captions == ["mt-bench", "mt-bench"]  # the only benchmark with several categories, on both targets
+
+
 def test_every_draft_keeps_its_colour_and_marker_on_the_whole_page(page: str) -> None:
     slots: dict[str, set[str]] = {}
     for css, note in re.findall(r'class="mark (s\d)"[^>]*><title>([^:<]+):', page):
