@@ -197,6 +197,8 @@ def write_folder(model: PreTrainedModel, plan: Plan, folder: Path, *, max_shard_
     home = plan.checkpoint.home
     model.generation_config = GenerationConfig()  # the real one is written below, as it was but for its ends
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for weights in folder.glob("*.safetensors"):  # which its library lets nobody but us read
+        weights.chmod((folder / "config.json").stat().st_mode)
     copy_tokenizer(home, folder)
     source = file_of(home, GENERATION_CONFIG_FILE)
     generation = read_json(source) if source is not None else {}

@@ -86,6 +86,7 @@ def test_an_export_pads_to_the_target_reloads_and_drafts_the_same(
     assert config["use_cache"] is True
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (base_folder / name).read_bytes(), name
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever reads one file reads all
     assert not list(tmp_path.glob("*.partial*"))
 
 
