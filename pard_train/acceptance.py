@@ -161,7 +161,7 @@ def pool(traces: Sequence[Trace], num_draft_tokens: int, *, prompts: Sequence[st
         ValueError: if there is no step to count.
     """
     items = [(trace.num_tokens, len(trace.accepted)) for trace in traces]
-    counts = _counts_per_prompt(items, prompts if prompts is not None else range(len(traces)))
+    counts = counts_per_prompt(items, prompts if prompts is not None else range(len(traces)))
     num_tokens, num_steps = counts.sum(axis=0)
     if num_steps == 0:
         raise ValueError("no decoding step to count")
@@ -191,7 +191,7 @@ def tau_interval(counts: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _counts_per_prompt(items: Sequence[tuple[float, float]], prompts: Sequence[Any]) -> np.ndarray:
+def counts_per_prompt(items: Sequence[tuple[float, float]], prompts: Sequence[Any]) -> np.ndarray:
     """(tokens, steps) of some items, summed by prompt: [P, 2]."""
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     counts = np.zeros((len(numbers), 2))
@@ -256,7 +256,7 @@ def _groups(by: str, items: Sequence[tuple[str, str, tuple[int, int]]]) -> list[
     rows = []
     for name in sorted({name for name, _, _ in items} - {""}, key=_natural_order):
         mine = [(prompt, counts) for group, prompt, counts in items if group == name]
-        counts = _counts_per_prompt([c for _, c in mine], [prompt for prompt, _ in mine])
+        counts = counts_per_prompt([c for _, c in mine], [prompt for prompt, _ in mine])
         num_tokens, num_steps = (int(total) for total in counts.sum(axis=0))
         if num_steps:
             low, high = tau_interval(counts)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pard_train.chain_memory import Block, Memory, chain_attention
-from pard_train.decoding import Drafter
 from pard_train.layout import SlotLayout, is_visible
+from pard_train.proposers import Drafter
 
 # Legend: L tokens of a text that are read, A anchors whose chains go on, R rows of a forward pass, Q rows of a block,
 #         P text tokens that a block sees.

@@ -27,11 +27,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from pard_train.acceptance import walk
 from pard_train.cases import Case, write_case
 from pard_train.config import MonitorConfig, TrainConfig
-from pard_train.decoding import Drafter
 from pard_train.errors import UserError
 from pard_train.evaluation import load_benchmarks, load_target
 from pard_train.model import DTYPES, check_same_tokenizer, load_tokenizer
 from pard_train.packages import cache_folder, local_model
+from pard_train.proposers import Drafter
 from pard_train.replay import replay_all
 from pard_train.run import read_json, write_json
 from pard_train.trainer import PardTrainer, UsesTrainer, check_output

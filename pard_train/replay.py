@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pard_train.chains import PackedChains, Pair, pack_texts
-from pard_train.decoding import Drafter
+from pard_train.proposers import Drafter
 
 # Legend: N tokens of an answer, A anchors whose chains still match, V vocabulary.
 
