@@ -238,15 +238,13 @@ def measure_latencies(
 def read_seconds(runner: Runner, text: list[int], num_new: int, num_logits: int, *, batch_size: int) -> float:
     """Median seconds of a forward pass that reads `num_new` tokens after `text`, for as many texts as the batch has."""
     reader = runner.start(batch_size, len(text) + num_new, width=num_new, num_logits=num_logits)
-    extras = text[:1] * (num_logits - 1)
-    reader.read([text] * batch_size, [[]] * batch_size, num_logits=1)
-
-    def read() -> None:
-        logits = reader.read([text + text[:1] * (num_new - len(extras))] * batch_size, [extras] * batch_size)
-        logits[:, -1, 0].tolist()  # waits for the device
+    texts, nothing, new = ([ids] * batch_size for ids in (text, [], text[:1] * num_new))
 
     def forget() -> None:
-        reader.read([text] * batch_size, [[]] * batch_size, num_logits=1)
+        reader.read(texts, nothing, num_logits=1)
+
+    def read() -> None:
+        reader.read(texts, new, num_logits=num_logits)[:, -1, 0].tolist()  # waits for the device
 
     return median_seconds(read, before=forget)
 
