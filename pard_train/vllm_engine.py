@@ -38,7 +38,7 @@ ENVIRONMENT = {
 # What a failing engine says, and what to do about it.
 REMEDIES = (
     ("No module named 'vllm'", "make an environment with launch/vllm_cpu.sh and give engine_python=VENV/bin/python"),
-    ("same vocabulary size", "export the draft again with target=TARGET, which pads its vocabulary"),
+    ("same vocabulary size", "export the draft again with targets=[TARGET], which pads its vocabulary"),
     ("For parallel drafting, the draft model config must have", "export the draft with recipes/export.py"),
     ("parallel_drafting", "this vLLM does not know parallel_drafting: install 0.16 or newer"),
     ("index out of range", "pard_token and mask_token_id must be below vocab_size: export the draft again"),
@@ -333,7 +333,7 @@ def main(request_path: str, result_path: str) -> int:
         result = asdict(work(request))
     except Exception as error:
         traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
+        result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]}
     partial = Path(result_path + ".partial")
     partial.write_text(json.dumps(result))
     partial.replace(result_path)

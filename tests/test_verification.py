@@ -607,7 +607,7 @@ def test_what_vllm_refuses_is_told_with_the_remedy(
     model.save_pretrained(long)
     bare = write_odd_draft(served[1], tmp_path / "bare", pard_token=None, mask_token_id=None)
     refusals = {
-        r"same vocabulary size.*; export the draft again with target": long,
+        r"same vocabulary size.*; export the draft again with targets=": long,
         r"must have .*`mask_token_id`.*; export the draft with recipes/export.py": bare,
     }
     for message, draft in refusals.items():
