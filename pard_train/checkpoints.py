@@ -97,7 +97,8 @@ def find_checkpoint(path: str) -> Checkpoint:
 
 def _is_run(folder: Path) -> bool:
     """Whether recipes/train.py wrote here."""
-    return (folder / RUN_FILE).is_file() and "trainer" in read_json(folder / CONFIG_FILE)
+    has_files = (folder / RUN_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+    return has_files and "trainer" in read_json(folder / CONFIG_FILE)
 
 
 def _shards_of(folder: Path) -> Path | None:
