@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 NICE = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])  # round numbers for an axis
-NUM_SLOTS = 8  # colours in templates/page.css
+NUM_SLOTS = 8  # colours in templates/page.css; with five shapes, forty drafts look different
 WIDTH, HEIGHT = 360, 232  # units of a panel; the page shows one at 0.85 to 1.4 times this size
 LEFT, RIGHT, TOP, BOTTOM = 40, 14, 26, 38
 ROW_LABEL, ROW_LINE, ROW_GAP = 18, 17, 8  # heights in an interval chart
@@ -24,6 +24,7 @@ SHAPES = (  # corners in units of MARKER; the first is a circle
     ((-1, -1), (1, -1), (1, 1), (-1, 1)),
     ((0, -1.3), (1.2, 0.9), (-1.2, 0.9)),
     ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
+    ((-1.2, -0.9), (1.2, -0.9), (0, 1.3)),
 )
 
 

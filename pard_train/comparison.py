@@ -22,7 +22,7 @@ COMPARISON_FILE = "compare.md"
 COMPARISON_PAGE = "compare.html"
 MEANING = "tau [95% interval] of each result; ratio is the later one's tau over the first one's."
 # What names a measurement, and what must be equal besides for two of them to be comparable.
-KEY = ("target", "benchmark", "num_draft_tokens", "mode", "temperature", "method", "batch_size")
+KEY = ("target", "benchmark", "num_draft_tokens", "mode", "estimated", "temperature", "method", "batch_size")
 SAME = (
     *("target_fingerprint", "benchmark_fingerprint", "num_prompts", "max_new_tokens", "dtype", "top_p"),
     *("system_prompt", "template_kwargs", "instruction"),
@@ -112,7 +112,7 @@ def _pair_up(old: list[Record], new: list[Record]) -> tuple[list[tuple[Record, R
     """(pairs, why the rest has none)."""
     pairs, reasons = [], []
     for record in new:
-        same_key = [r for r in old if all(r[name] == record[name] for name in KEY)]
+        same_key = [r for r in old if all(r.get(name) == record.get(name) for name in KEY)]
         candidates = [r for r in same_key if r["draft"] == record["draft"]] or same_key
         where = f"{record['benchmark']} on {record['target']}"
         if not candidates:
@@ -153,7 +153,7 @@ def _row_name(record: Record) -> str:
 
 def _how(record: Record) -> str:
     """Mode, and what differs from greedy PARD decoding one answer at a time."""
-    parts = [record["mode"], record["method"] if record["method"] != "pard" else ""]
+    parts = [record["mode"], record.get("estimated", ""), record["method"] if record["method"] != "pard" else ""]
     parts += [f"T={record['temperature']:g}" if record["temperature"] else ""]
     parts += [f"batch {record['batch_size']}" if (record["batch_size"] or 1) > 1 else ""]
     return ", ".join(part for part in parts if part)
@@ -178,12 +178,12 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 def _pair_row(pair: Pair, *, with_draft: bool) -> list[str]:
     draft = f"{pair.later['draft']}, " if with_draft else ""
-    speeds = [record["speed"] for record in (pair.first, pair.later)]
+    speeds = [record.get("speed") for record in (pair.first, pair.later)]
     return [
         *(pair.later["benchmark"], draft + _how(pair.later), str(pair.later["num_draft_tokens"])),
         *(f"{pair.ratio:.3f}", with_interval(pair.first), with_interval(pair.later)),
         "apart" if pair.is_apart else "overlap",
-        " to ".join(f"{speed['speedup']:.2f}x" for speed in speeds) if all(speeds) else NONE,
+        " to ".join(f"{speed['speedup']:.2f}x" if speed else NONE for speed in speeds) if any(speeds) else NONE,
     ]
 
 

@@ -30,6 +30,7 @@ TERMS = {
     "K": "Draft tokens proposed per step, all of them in one forward pass of the draft model.",
     "survival": "Share of steps in which the draft token at a position is accepted, and so all before it.",
     "replay": "Exact acceptance under greedy decoding, from the target's cached text.",
+    "estimate": "Expected acceptance under sampling, from the target's cached probabilities; no text is sampled.",
     "live": "Both models decode, with caches; this gives speed, and shows that the text is the target's own.",
     "speed-up": "Tokens per second with the draft over tokens per second of the target alone, on the same prompts, "
     "prefill included, the two taking turns.",
@@ -72,7 +73,8 @@ def label_of(record: Record) -> str:
     name = "prompt look-up" if record["method"] == "ngram" else record["draft"]
     parts = [name, {"draft": "autoregressive"}.get(record["method"])]
     parts += ["in an engine" if record["mode"] == "engine" else None]
-    parts += [f"T={record['temperature']:g}" if record["temperature"] else None]
+    how = f" ({record['estimated']})" if record["mode"] == "estimate" else ""
+    parts += [f"T={record['temperature']:g}{how}" if record["temperature"] else None]
     return ", ".join(part for part in parts if part)
 
 
@@ -90,6 +92,11 @@ def measured(document: Document) -> list[Record]:
 def live(document: Document) -> list[Record]:
     """The records with a clock."""
     return [r for r in document["records"] if r.get("speed")]
+
+
+def groups_of(record: Record, by: str | None = None) -> list[dict[str, Any]]:
+    """The breakdown of a record, or the groups of one kind; an estimate has none."""
+    return [g for g in record.get("groups", ()) if by in (None, g["by"])]
 
 
 def at_largest_k(records: list[Record]) -> list[Record]:

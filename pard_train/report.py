@@ -16,12 +16,13 @@ from pard_train.records import (
     at_largest_k,
     distinct,
     flatten,
+    groups_of,
     label_of,
     live,
     measured,
     pooled_tau,
 )
-from pard_train.tables import group_table, model_table, record_table, speed_table, tau_table, to_markdown
+from pard_train.tables import Table, group_table, model_table, record_table, speed_table, tau_table, to_markdown
 from pard_train.webpage import render_page
 
 REPORT_FILE = "report.md"
@@ -30,7 +31,7 @@ PICTURE_FILE = "acceptance.png"
 TABLE_FILE = "acceptance.csv"
 GROUPS_FILE = "groups.csv"
 MOST_ROWS = 40  # of the report in the terminal; a longer one shows the pooled rows only
-WIDTH = 118  # columns of its text
+WIDTH = 120  # columns of its text and, as far as names allow, its tables
 NAME_FIELDS = ("draft", "target", "benchmark", "mode", "method", "temperature", "batch_size", "num_draft_tokens")
 
 
@@ -53,7 +54,7 @@ def write_report(
     (folder / REPORT_FILE).write_text(f"{render_report(document)}\n{picture}\n{render_details(document)}")
     (folder / PAGE_FILE).write_text(render_page(document, list(predictions), list(samples)))
     write_csv([{k: v for k, v in r.items() if k != "groups"} for r in document["records"]], folder / TABLE_FILE)
-    groups = [{**{k: r[k] for k in NAME_FIELDS}, **g} for r in document["records"] for g in r["groups"]]
+    groups = [{**{k: r[k] for k in NAME_FIELDS}, **g} for r in document["records"] for g in groups_of(r)]
     write_csv(groups, folder / GROUPS_FILE)
     draw_survival(measured(document), folder / PICTURE_FILE)
 
@@ -76,7 +77,7 @@ def render_report(document: Document) -> str:
 
 
 def _fold(text: str) -> str:
-    return textwrap.fill(text, WIDTH)
+    return textwrap.fill(text, WIDTH - 2)
 
 
 def failure_line(failure: dict[str, Any]) -> str:
@@ -88,11 +89,21 @@ def failure_line(failure: dict[str, Any]) -> str:
 def tau_tables(document: Document) -> list[str]:
     """One table for every target; the pooled rows only, if there are too many for a screen."""
     records = measured(document)
-    tables = [tau_table(t, [r for r in records if r["target"] == t]) for t in distinct(r["target"] for r in records)]
+    targets = distinct(r["target"] for r in records)
+    tables = [_fitting_tau_table(target, [r for r in records if r["target"] == target]) for target in targets]
     if sum(len(table.rows) for table in tables) <= MOST_ROWS:
         return [to_markdown(table) for table in tables]
     pooled = [replace(t, rows=[row for row in t.rows if row[0] == "all"] or t.rows) for t in tables]
     return [*map(to_markdown, pooled), f"Pooled over benchmarks; for each of them see {PAGE_FILE} or {TABLE_FILE}."]
+
+
+def _fitting_tau_table(target: str, records: list[Record]) -> Table:
+    """With as many columns of K as the terminal has room for, two at least."""
+    for most_k in range(6, 1, -1):
+        table = tau_table(target, records, most_k=most_k)
+        if max(len(line) for line in to_markdown(table).splitlines()) <= WIDTH:
+            break
+    return table
 
 
 def speed_tables(records: list[Record]) -> list[str]:

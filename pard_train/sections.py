@@ -14,6 +14,7 @@ from pard_train.records import (
     Record,
     at_largest_k,
     distinct,
+    groups_of,
     label_of,
     labels_of,
     live,
@@ -77,6 +78,7 @@ def build_sections(document: Document, predictions: list[dict[str, Any]]) -> lis
         predictions: predictions.json; may be empty.
     """
     records = measured(document)
+    predictions = [p for p in predictions if p["rows"]]
     slots = assign_slots(document, predictions)
     sections = [_comparison(records, slots)]
     sections += [_tau_by_k(records, slots)] if len(distinct(r["num_draft_tokens"] for r in records)) > 1 else []
@@ -200,9 +202,9 @@ def _histogram(records: list[Record], slots: Slots) -> Section:
 def _breakdown(records: list[Record], by: str, slots: Slots) -> Section:
     """tau of each group of one kind; no panel where a single group would be the whole again."""
     figures = []
-    groups = [g for r in records for g in r["groups"] if g["by"] == by]
+    groups = [g for r in records for g in groups_of(r, by)]
     for name, mine in _cells(records):
-        found = {label_of(r): [g for g in r["groups"] if g["by"] == by] for r in mine}
+        found = {label_of(r): groups_of(r, by) for r in mine}
         rows = distinct(g["name"] for several in found.values() for g in several)
         if len(rows) > 1:
             series = [
@@ -268,10 +270,12 @@ def _predicted(predictions: list[dict[str, Any]], slots: Slots) -> Section:
     for (target, batch_size, context, device), mine in panels.items():
         name = f"{target}, batch {batch_size}"
         series = [Series(p["draft"], slots[p["draft"]], _predicted_points(p)) for p in mine]
-        best = ", ".join(f"{p['recommended_num_draft_tokens']} for {p['draft']}" for p in mine)
+        best = ", ".join(f"{p['recommended_num_draft_tokens'] or 'none'} for {p['draft']}" for p in mine)
         note = f"Best K: {best}. {context} tokens of context on {device}."
         figures.append(Figure(name, line_chart(f"predicted speed-up, {name}", series, axes), note))
-    words = "From tau and from the measured time of each forward pass. The ring marks the best K."
+    words = (
+        "From tau and the measured time of each forward pass. The ring marks the best K; none is not to draft at all."
+    )
     labels = distinct(p["draft"] for p in predictions)
     return Section("prediction", "Prediction", "Predicted speed-up by K", words, labels, slots, figures)
 

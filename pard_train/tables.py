@@ -10,6 +10,7 @@ from pard_train.records import (
     Record,
     at_largest_k,
     distinct,
+    groups_of,
     label_of,
     labels_of,
     of_all_benchmarks,
@@ -19,7 +20,6 @@ from pard_train.records import (
 )
 
 NONE = "-"  # in a cell without a number
-MOST_K = 6  # columns of K in the terminal
 KINDS = ("draft", "target", "benchmark")
 
 
@@ -75,14 +75,17 @@ def _pooled(records: list[Record]) -> str:
     return f"{pooled_tau(records):.2f}" if records else NONE
 
 
-def tau_table(target: str, records: list[Record]) -> Table:
-    """tau by K in a terminal's width, ours at every K and vLLM's at the largest.
+def tau_table(target: str, records: list[Record], *, most_k: int = 6) -> Table:
+    """tau by K as a terminal shows it, with vLLM's figure at the largest K.
 
     Args:
         target: whose records these are.
         records: of every draft, benchmark and K.
+        most_k: columns of K; the smallest and the largest K are among them.
     """
-    ks = _shown_ks(records)
+    ks = sorted(distinct(r["num_draft_tokens"] for r in records))
+    if len(ks) > most_k:
+        ks = [ks[round(i * (len(ks) - 1) / (most_k - 1))] for i in range(most_k)]
     rows = []
     for benchmark in distinct(r["benchmark"] for r in records):
         mine = [r for r in records if r["benchmark"] == benchmark]
@@ -91,14 +94,6 @@ def tau_table(target: str, records: list[Record]) -> Table:
         rows += [_tau_row("all", records, ks, label) for label in labels_of(records)]
     header = ["benchmark", "draft", *(f"K={k}" for k in ks), "95% interval", "vLLM", "answers"]
     return Table(header, rows, num_names=2, caption=f"target {target}")
-
-
-def _shown_ks(records: list[Record]) -> list[int]:
-    """At most MOST_K values of K, the smallest and the largest among them."""
-    ks = sorted(distinct(r["num_draft_tokens"] for r in records))
-    if len(ks) <= MOST_K:
-        return ks
-    return sorted({ks[round(i * (len(ks) - 1) / (MOST_K - 1))] for i in range(MOST_K)})
 
 
 def _tau_row(benchmark: str, records: list[Record], ks: list[int], label: str) -> list[str]:
@@ -136,13 +131,13 @@ def record_table(records: list[Record]) -> Table:
 
 
 def _record_row(record: Record) -> list[str]:
-    vllm = record.get("vllm_tau")
+    vllm, per_prompt = record.get("vllm_tau"), record.get("mean_prompt_tau")
     counts = [record[name] for name in ("num_prompts", "num_turns", "num_tokens", "num_steps")]
     counts += [record.get("vllm_drafts"), record.get("vllm_accepted")]
     return [
         *(record["target"], record["benchmark"], label_of(record), record["mode"], str(record["num_draft_tokens"])),
-        *(with_interval(record), f"{vllm:.2f}" if vllm else NONE, f"{record['mean_prompt_tau']:.2f}"),
-        *(NONE if count is None else f"{count:,}" for count in counts),
+        *(with_interval(record), *(f"{tau:.2f}" if tau else NONE for tau in (vllm, per_prompt))),
+        *(NONE if count is None else f"{count:,.0f}" for count in counts),
     ]
 
 
@@ -151,12 +146,12 @@ def group_table(records: list[Record]) -> Table:
     rows = [
         [r["target"], r["benchmark"], label_of(r), g["by"], g["name"], with_interval(g), f"{g['num_tokens']:,}"]
         for r in records
-        for g in r["groups"]
+        for g in groups_of(r)
     ]
     return Table(["target", "benchmark", "draft", "by", "group", "tau [low, high]", "tokens"], rows, num_names=5)
 
 
 def model_table(records: list[dict[str, Any]]) -> Table:
     """Everything measured, with the fingerprint of its content."""
-    names = distinct((kind, r[kind], r[f"{kind}_fingerprint"]) for kind in KINDS for r in records)
+    names = distinct((kind, r[kind], r[f"{kind}_fingerprint"]) for kind in KINDS for r in records if r[kind] != NONE)
     return Table(["what", "name", "fingerprint"], names, num_names=3)

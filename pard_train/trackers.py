@@ -93,11 +93,16 @@ def log_evaluation(logger: LoggerConfig, name: str, document: dict[str, Any], pa
         return
     import wandb
 
-    settings = {"project": logger.wandb_project, "name": logger.run_name or name, "mode": logger.wandb_mode}
-    with wandb.init(**settings, job_type="evaluation", dir=page and page.parent) as run:
+    with wandb.init(
+        project=logger.wandb_project,
+        name=logger.run_name or name,
+        mode="offline" if logger.wandb_mode == "offline" else "online",
+        job_type="evaluation",
+        dir=page and page.parent,
+    ) as run:
         rows = [flatten({k: v for k, v in r.items() if k != "groups"}) for r in document["records"]]
         columns = distinct(column for row in rows for column in row)
-        table = wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])
+        table = wandb.Table(columns=[*columns], data=[[row.get(column) for column in columns] for row in rows])
         run.log({"eval/records": table} | _survival_charts(at_largest_k(measured(document))))
         for r in at_largest_k(measured(document)):
             run.summary[f"eval/tau/{r['target']}/{r['benchmark']}/{label_of(r)}"] = r["tau"]

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from records import KS, document, predictions, samples
 
-from pard_train.charts import Axes, Point, Series, bar_chart, interval_chart, line_chart, nice_top, thinned
+from pard_train.charts import Axes, Point, Series, bar_chart, interval_chart, line_chart, nice_top, swatch, thinned
 from pard_train.comparison import compare_documents, render_comparison_page
 from pard_train.webpage import TEMPLATES, render_page
 
@@ -254,13 +254,14 @@ def test_a_breakdown_into_a_single_group_is_not_drawn(page: str) -> None:
     assert captions == ["mt-bench", "mt-bench"]  # the only benchmark with several categories, on both targets
 
 
-def test_every_draft_keeps_its_colour_and_marker_on_the_whole_page(page: str) -> None:
+def test_every_draft_keeps_its_colour_on_the_whole_page_and_shares_it_with_no_like_marker(page: str) -> None:
     slots: dict[str, set[str]] = {}
     for css, note in re.findall(r'class="mark (s\d)"[^>]*><title>([^:<]+):', page):
         slots.setdefault(note, set()).add(css)
-    assert all(len(found) == 1 for found in slots.values())
-    assert len(slots) == len({next(iter(found)) for found in slots.values()})
     assert {"untrained", "pard-0.5b", "pard-0.5b-dpace"} < slots.keys()
+    assert all(len(found) == 1 for found in slots.values())
+    marks = {re.sub(r"<line[^>]*>", "", swatch(slot)) for slot in range(40)}
+    assert len(marks) == 40
 
 
 def test_axes_hold_their_values_and_ticks_stay_apart() -> None:
