@@ -43,6 +43,7 @@ from pard_train.errors import RowError, UserError
 from pard_train.rows import OnBadRow, Rejects, read_rows, source_version, stop
 from pard_train.run import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, read_json, write_json
 from pard_train.schemas import to_chat
+from pard_train.store import new_array
 from pard_train.validation import validate_prepare
 from recipes.app import hydra_program
 
@@ -238,8 +239,7 @@ def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig
 
 def _signatures(measured: datasets.Dataset, is_wanted: np.ndarray, path: Path) -> np.ndarray:
     """Signatures of the rows wanted, uint32 [M, NUM_HASHES], in a file: they are 256 bytes a row, the rest 100."""
-    shape = (int(is_wanted.sum()), NUM_HASHES)
-    signatures = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint32, shape=shape)
+    signatures = new_array(path, np.uint32, (int(is_wanted.sum()), NUM_HASHES))
     row = place = 0
     for chunk in measured.data.column("signature").chunks:
         wanted = chunk.flatten().to_numpy().reshape(-1, NUM_HASHES)[is_wanted[row : row + len(chunk)]]

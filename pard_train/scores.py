@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from pard_train.chat import Document
 from pard_train.errors import UserError
-from pard_train.store import TokenStore
+from pard_train.store import TokenStore, new_array
 
 # Legend: B documents of a batch, L tokens of the longest, S supervised tokens, H hidden size, V vocabulary, k top_k.
 
@@ -60,7 +60,7 @@ class Scores:
             if create and not path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-                np.lib.format.open_memmap(partial, mode="w+", dtype=_FILES[name], shape=shape)
+                new_array(partial, _FILES[name], shape)
                 partial.rename(path)
             if not path.exists():
                 raise UserError(f"{path} is missing: make it with data_scripts/score.py")

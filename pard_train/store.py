@@ -6,6 +6,7 @@ options, so that a changed template never meets old tokens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,25 @@ class ListColumn(Sequence[np.ndarray]):
         offsets, values = self._chunks[number := int(np.searchsorted(self._stops, row, side="right"))]
         place = row - (self._stops[number - 1] if number else 0)
         return values[offsets[place] : offsets[place + 1]].copy()  # not a view: the map is read-only
+
+
+def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A memory-mapped array in a new file.
+
+    Its room on the disk is taken at once, because a process that writes to a map on a full disk is killed (SIGBUS).
+
+    Raises:
+        OSError: if there is no room; then there is no file either.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return array
 
 
 def is_store(folder: str | Path) -> bool:

@@ -21,7 +21,7 @@ from pard_train.config import DataConfig, DraftConfig
 from pard_train.encoding import encode_corpus
 from pard_train.errors import UserError
 from pard_train.layout import slot_bounds, supervised_runs
-from pard_train.store import TokenStore, open_store
+from pard_train.store import TokenStore, new_array, open_store
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat runs"}]}
 
@@ -249,3 +249,19 @@ def test_a_disk_that_fills_up_costs_one_line_and_leaves_nothing_half_done(base_f
     assert last.startswith("encode.py: error: ")
     assert "cannot be written" in last
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_array_takes_its_room_on_the_disk_at_once_or_leaves_nothing(tmp_path: Path) -> None:
+    path, too_large = tmp_path / "a.npy", tmp_path / "b.npy"
+    assert new_array(path, np.uint8, (1000, 1000)).shape == (1000, 1000)
+    assert path.stat().st_blocks * 512 >= 1_000_000  # no hole that a full disk could not fill
+    program = (
+        "import resource, sys; from pathlib import Path; from pard_train.store import new_array\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "try: new_array(Path(sys.argv[1]), 'uint8', (2000, 1000))\n"
+        "except OSError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(too_large)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert f"File too large: '{too_large}'" in result.stdout
+    assert list(tmp_path.iterdir()) == [path]
