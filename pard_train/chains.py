@@ -149,16 +149,15 @@ class PackedChains:
         return self._forward(ids, anchor + self.depth, _chain_blocks(self._texts, text, anchor, self._device()))
 
     def _device(self) -> torch.device:
-        return self.drafter.model.device
+        return self.drafter.runner.device
 
     def _forward(self, ids: np.ndarray, position: np.ndarray, blocks: list[Block]) -> Tensor:
         """Hidden states [R, hidden] of R rows, each with its id and rotary position."""
         self._memory.blocks, self._memory.depth = blocks, self.depth
         inputs = [torch.from_numpy(part).to(self._device())[None] for part in (ids, position)]
-        with chain_attention(self.drafter.model):
-            output = self.drafter.model.base_model(
-                inputs[0], position_ids=inputs[1], use_cache=False, chain_memory=self._memory
-            )
+        model = self.drafter.runner.model  # on a CPU its matrix products take half the time
+        with chain_attention(model):
+            output = model.base_model(inputs[0], position_ids=inputs[1], use_cache=False, chain_memory=self._memory)
         return output.last_hidden_state[0]
 
 

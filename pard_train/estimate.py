@@ -295,7 +295,7 @@ def _draft_probabilities(
 
     Of a draft that takes the most likely token, that token has probability 1.
     """
-    head = drafter.model.get_output_embeddings()
+    head = drafter.runner.model.get_output_embeddings()
     own = sampling if drafter.is_sampled else Sampling()
     for start in range(0, len(hidden), LOGIT_CHUNK):
         chunk, rows = hidden[start : start + LOGIT_CHUNK], place[start : start + LOGIT_CHUNK]

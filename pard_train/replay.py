@@ -126,5 +126,5 @@ def _count_matches(chains: PackedChains, max_draft_tokens: int) -> np.ndarray:
 
 def choices(drafter: Drafter, hidden: Tensor) -> np.ndarray:
     """Draft token of every slot, without holding all logits: [A, hidden] -> int64 [A]."""
-    head = drafter.model.get_output_embeddings()
+    head = drafter.runner.model.get_output_embeddings()
     return torch.cat([drafter.choose(head(chunk)) for chunk in hidden.split(LOGIT_CHUNK)]).cpu().numpy()
