@@ -4,7 +4,8 @@
         output_dir=outputs/my-data
 
 Writes OUTPUT_DIR/tokens, to be trained on with data.source=OUTPUT_DIR/tokens. Training on the chats themselves does the
-same into the cache; this program is for doing it once, ahead, on a machine with many cores.
+same into the cache; this program is for doing it once, ahead, on a machine with many cores. Tokens that are there
+already stand as they are.
 """
 
 from __future__ import annotations
@@ -12,15 +13,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from pard_train.chat import ChatEncoder
-from pard_train.config import TrainConfig
-from pard_train.encoding import encode_corpus
+from pard_train.config import DataConfig, TrainConfig
+from pard_train.encoding import corpus_identity, encode_corpus
+from pard_train.errors import UserError
 from pard_train.model import load_tokenizer
 from pard_train.packages import local_model
-from pard_train.store import TokenStore
+from pard_train.store import TokenStore, is_store
 from pard_train.validation import validate_encode
 from recipes.app import hydra_program
 
 TOKENS_FOLDER = "tokens"
+
+
+def is_encoded(data: DataConfig, encoder: ChatEncoder, folder: Path) -> bool:
+    """Whether a folder holds these very tokens. Raises UserError if it holds others."""
+    if not is_store(folder):
+        return False
+    found, wanted = TokenStore.open(folder).manifest["identity"], corpus_identity(data, encoder)
+    changed = ", ".join(name for name in wanted if found.get(name) != wanted[name])
+    if changed:
+        raise UserError(f"{folder} holds other tokens ({changed} differs): choose another output_dir, or delete it")
+    return True
 
 
 def run(config: TrainConfig) -> None:
@@ -30,8 +43,9 @@ def run(config: TrainConfig) -> None:
         trust_remote_code=config.model.trust_remote_code,
         revision=config.model.revision,
     )
-    folder = Path(config.output_dir) / TOKENS_FOLDER
-    encode_corpus(config.data, ChatEncoder(tokenizer, config.data.template_kwargs), folder)
+    encoder, folder = ChatEncoder(tokenizer, config.data.template_kwargs), Path(config.output_dir) / TOKENS_FOLDER
+    if not is_encoded(config.data, encoder, folder):
+        encode_corpus(config.data, encoder, folder)
     store = TokenStore.open(folder)
     speed = store.manifest["speed"]
     print(f"{store.summary()}\nlength of a document in tokens: {store.manifest['document_length']}")

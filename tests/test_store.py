@@ -16,8 +16,9 @@ import pytest
 from tiny import CHATML, build_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from data_scripts.encode import run as encode_program
 from pard_train.chat import ChatEncoder, Document
-from pard_train.config import DataConfig, DraftConfig
+from pard_train.config import DataConfig, DraftConfig, ModelConfig, TrainConfig
 from pard_train.encoding import encode_corpus
 from pard_train.errors import UserError
 from pard_train.layout import slot_bounds, supervised_runs
@@ -227,6 +228,23 @@ def test_a_folder_that_exists_is_never_overwritten(tmp_path: Path, encoder: Chat
     with pytest.raises(UserError, match="already exists"):
         encode(path, encoder)
     assert list((tmp_path / "chats-tokens").iterdir()) == []
+
+
+def test_the_command_lets_the_same_tokens_stand_and_refuses_to_replace_others(
+    base_folder: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = DataConfig(source=str(chats_file), num_workers=1)
+    config = TrainConfig(model=ModelConfig(path=str(base_folder)), data=data, output_dir=str(tmp_path))
+    encode_program(config)
+    made = capsys.readouterr().out
+    assert "40 rows -> 40 documents" in made
+    assert "tokens/s" in made
+    before = (tmp_path / "tokens" / "manifest.json").stat().st_mtime_ns
+    encode_program(config)
+    assert capsys.readouterr().out == made
+    assert (tmp_path / "tokens" / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"tokens holds other tokens \(max_length differs\)"):
+        encode_program(replace(config, data=replace(data, max_length=300)))
 
 
 def test_a_disk_that_fills_up_costs_one_line_and_leaves_nothing_half_done(base_folder: Path, tmp_path: Path) -> None:
