@@ -99,7 +99,7 @@ class TokenStore(Sequence[Document]):
 
 
 class ListColumn(Sequence[np.ndarray]):
-    """The lists of an Arrow column, found by their offsets: 3 us a list, where `datasets` takes 110 us a row."""
+    """The lists of an Arrow column, found by their offsets: 2 us a list. (Rows of `datasets` take 80 us.)"""
 
     def __init__(self, column: pa.ChunkedArray):
         chunks = [chunk for chunk in column.chunks if len(chunk)]
