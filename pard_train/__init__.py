@@ -4,8 +4,9 @@ Modules are nouns. Data walks one way, and so do imports; in one way: errors, co
 attention, objective, rows, schemas, dedupe, chat, packages, encoding, store, packing, model, inspection,
 records, tables, charts, sections, webpage, report, comparison, trackers, trainer, checkpoints, card, export,
 sampling, runner, proposers, decoding, acceptance, chain_memory, chains, replay, estimate, target_text, servers, scores,
-benchmarks, compatibility, cases, speed, matrix, measurement, evaluation, monitor,
-candidates, tensorrt_llm, vllm_engine, transformers_engine, verification, terminal.
+benchmarks, compatibility, cases, scored_cases, speed, matrix, measurement, vllm_engine,
+engine_records, evaluation, monitor,
+candidates, tensorrt_llm, transformers_engine, verification, terminal.
 """
 
 __version__ = "0.1.0"

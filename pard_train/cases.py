@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from pard_train.model import DTYPES, default_device, load_causal_lm
 from pard_train.packages import local_model
 from pard_train.run import fingerprint
 from pard_train.runner import Runner
+from pard_train.sampling import GREEDY, Sampling
 from pard_train.servers import ask_all
 from pard_train.store import encoder_identity
-from pard_train.target_text import Answer, AnswerCache, answer_text, greedy_answers, model_fingerprint, prompt_key
+from pard_train.target_text import Answer, AnswerCache, answer_text, cached_answers, model_fingerprint, prompt_key
 
 TARGET_TEXT_FOLDER = "target_text"
 
@@ -126,20 +127,23 @@ def short_name(path: str, among: Sequence[str]) -> str:
     return path if sum(Path(other).name.removeprefix("pypi:") == last for other in among) > 1 else last
 
 
-def write_case(target: Target, benchmark: Benchmark, config: EvaluateConfig, folder: Path) -> Case:
-    """The target's greedy answers to a benchmark, from the cache or, where it lacks them, from the target.
+def write_case(
+    target: Target, benchmark: Benchmark, config: EvaluateConfig, folder: Path, sampling: Sampling = GREEDY
+) -> Case:
+    """The target's answers to a benchmark, from the cache or, where it lacks them, from the target.
 
     Args:
         target: who answers.
         benchmark: the prompts.
         config: limits, system prompt, batch size and, for answers of servers, their addresses.
         folder: where the cache goes. Its files' names hold a fingerprint of everything that decides the text.
+        sampling: how the target chooses its tokens; servers are only asked greedily.
 
     Raises:
         UserError: if the chat template refuses a prompt, or a server an answer.
     """
     limits = Limits(config.max_new_tokens, target.end_ids)
-    identity = case_identity(target, benchmark, config)
+    identity = case_identity(target, benchmark, config, sampling)
     name = f"{target.label.replace('/', '--')}-{benchmark.name}-{fingerprint(identity)}.jsonl"
     cache = folder / TARGET_TEXT_FOLDER / name
     description = f"{target.label} answers {benchmark.name}"
@@ -147,21 +151,22 @@ def write_case(target: Target, benchmark: Benchmark, config: EvaluateConfig, fol
     def write(prompts: list[list[int]]) -> list[Answer]:
         if config.servers:
             return _ask_servers(target, prompts, config, limits=limits, cache=cache, description=description)
-        return greedy_answers(
+        return cached_answers(
             target.weights,
             prompts,
             limits=limits,
             batch_size=config.batch_size,
             cache=cache,
             description=description,
+            sampling=sampling,
         )
 
     turns = answer_turns(benchmark.prompts, target.encoder, limits, write, system_prompt=config.system_prompt)
     return Case(target.label, benchmark, turns, limits, identity)
 
 
-def case_identity(target: Target, benchmark: Benchmark, config: EvaluateConfig) -> dict[str, Any]:
-    """Everything that decides a target's greedy text."""
+def case_identity(target: Target, benchmark: Benchmark, config: EvaluateConfig, sampling: Sampling) -> dict[str, Any]:
+    """Everything that decides a target's text."""
     return {
         "target_fingerprint": target.fingerprint,
         "benchmark_fingerprint": benchmark.fingerprint,
@@ -170,6 +175,7 @@ def case_identity(target: Target, benchmark: Benchmark, config: EvaluateConfig) 
         "max_new_tokens": config.max_new_tokens,
         "end_ids": sorted(target.end_ids),
         "dtype": "as served" if config.servers else config.dtype,
+        "sampling": None if sampling.is_greedy else asdict(sampling),
     }
 
 

@@ -168,7 +168,8 @@ class EvaluateConfig:
     max_new_tokens: int = 256
     # Values of K reported from the one replay.
     num_draft_tokens: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 16])
-    # 0 is greedy decoding, measured exactly by replay; above it, acceptance is sampled live on `live_prompts` prompts.
+    # 0 is greedy decoding, measured exactly by replay; above it, acceptance is estimated from texts that the target has
+    # drawn and scored (not by servers), and sampled live on `live_prompts` prompts.
     temperatures: list[float] = field(default_factory=lambda: [0.0])
     # Share of the probability that is sampled from, at temperatures above 0.
     top_p: float = 1.0
@@ -181,6 +182,9 @@ class EvaluateConfig:
     # Answers decoded side by side, and times that every method decodes them; the methods take turns.
     live_batch_sizes: list[int] = field(default_factory=lambda: [1])
     live_rounds: int = 3
+    # Python of a virtual environment with vLLM (launch/vllm_cpu.sh makes one for CPUs): it decodes the live prompts too,
+    # plainly and with every draft, and its own counters are read back. null runs no engine.
+    engine_python: Optional[str] = None
     # Prompts per batch while a target writes its greedy text.
     batch_size: int = 16
     # float32 | bfloat16 | float16, for both models.

@@ -17,20 +17,24 @@ from pard_train.benchmarks import Benchmark, check_benchmark, load_benchmark
 from pard_train.cases import Target, longest_text, write_case
 from pard_train.compatibility import OK, Model, check_pair, require
 from pard_train.config import EvaluateConfig
+from pard_train.engine_records import engine_records
 from pard_train.errors import UserError
 from pard_train.matrix import Matrix
 from pard_train.measurement import (
     Draft,
+    estimate_records,
     live_records,
     measure_steps,
     predict_speedup,
     replay_case,
     replay_records,
     sample_answers,
+    sampling_at,
 )
 from pard_train.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document
 from pard_train.report import write_report
 from pard_train.run import CONFIG_FILE, RUN_FILE, provenance, read_json, write_json
+from pard_train.scored_cases import write_scored_case
 
 PREDICTIONS_FILE = "predictions.json"
 SAMPLES_FILE = "samples.json"
@@ -58,16 +62,24 @@ def evaluate(config: EvaluateConfig) -> Document:
             check_fit(draft.model, target, benchmarks, config)
     _claim_output(folder, config)
 
-    matrix, cases, records, latencies = Matrix(folder), [], [], []
+    warm = [sampling_at(temperature, config) for temperature in config.temperatures if temperature]
+    matrix, cases, scored, records, latencies = Matrix(folder), [], [], [], []
     for target in targets:
         for benchmark in benchmarks:
             with matrix.surviving(target=target.label, benchmark=benchmark.name):
                 cases.append(write_case(target, benchmark, config, folder))
+                if not config.servers:  # scores take the target's weights
+                    scored += [write_scored_case(target, benchmark, config, folder, sampling) for sampling in warm]
         if config.live_prompts:
             mine = [case for case in cases if case.target == target.label]
             records += [record for case in mine for record in live_records(matrix, drafts, target, case, config)]
             latencies += measure_steps(matrix, drafts, target, mine, config)
         target.unload()
+        if config.engine_python:
+            for draft in drafts:
+                for case in (case for case in cases if case.target == target.label):
+                    with matrix.surviving(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
+                        records += engine_records(matrix, draft, target, case, config)
     samples = []
     for draft in drafts:
         for case in cases:
@@ -75,6 +87,9 @@ def evaluate(config: EvaluateConfig) -> Document:
                 matches, made_by = replay_case(matrix, draft, case, config)
                 records += replay_records(draft, case, matches, config, made_by)
                 samples += sample_answers(draft, case, matches, config)
+        for drawn in scored:
+            with matrix.surviving(draft=draft.name, target=drawn.case.target, benchmark=drawn.case.benchmark.name):
+                records += estimate_records(matrix, draft, drawn, config)
         draft.unload()
     if not records:
         raise UserError(f"nothing could be measured; the first failure: {matrix.failures[0]['reason']}")

@@ -15,12 +15,14 @@ from pard_train.acceptance import Trace, group_traces, length_bucket, pool, walk
 from pard_train.cases import Case, Target, Turn
 from pard_train.compatibility import Model
 from pard_train.config import EvaluateConfig
+from pard_train.estimate import estimate_acceptance
 from pard_train.matrix import Matrix
 from pard_train.model import DTYPES, default_device, device_name
 from pard_train.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
 from pard_train.records import Record
 from pard_train.replay import replay_all
-from pard_train.sampling import Sampling
+from pard_train.sampling import GREEDY, Sampling
+from pard_train.scored_cases import ScoredCase
 from pard_train.speed import Latencies, measure_latencies, prediction, time_proposers
 from pard_train.target_text import model_fingerprint
 
@@ -52,6 +54,11 @@ class Draft:
         self._drafter = None
 
 
+def sampling_at(temperature: float, config: EvaluateConfig) -> Sampling:
+    """How tokens are chosen at one of `config.temperatures`."""
+    return Sampling(temperature, config.top_p, config.seed) if temperature else GREEDY
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Replay
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,13 +86,13 @@ def replay_records(
     for k in sorted(set(config.num_draft_tokens)):
         drafts, accepted = np.sum([walk_as_vllm(m, k) for m in matches], axis=0).tolist()
         yield {
-            **_head(draft.name, draft.fingerprint, case, config),
+            **head(draft.name, draft.fingerprint, case, config),
             "mode": "replay",
             "method": "pard",
             "temperature": 0.0,
             "top_p": 1.0,
             "batch_size": None,
-            **_measured([walk(m, k) for m in matches], case.turns, k),
+            **measured([walk(m, k) for m in matches], case.turns, k),
             "vllm_drafts": drafts,
             "vllm_accepted": accepted,
             "vllm_tau": 1 + accepted / drafts if drafts else None,
@@ -94,7 +101,7 @@ def replay_records(
         }
 
 
-def _head(draft: str, draft_fingerprint: str, case: Case, config: EvaluateConfig) -> Record:
+def head(draft: str, draft_fingerprint: str, case: Case, config: EvaluateConfig) -> Record:
     """What a record is about."""
     return {
         "draft": draft,
@@ -111,7 +118,7 @@ def _head(draft: str, draft_fingerprint: str, case: Case, config: EvaluateConfig
     }
 
 
-def _measured(traces: Sequence[Trace], turns: Sequence[Turn], num_draft_tokens: int) -> Record:
+def measured(traces: Sequence[Trace], turns: Sequence[Turn], num_draft_tokens: int) -> Record:
     """Numbers of one record: pooled, and by category, turn, length and position."""
     prompts = [turn.prompt_id for turn in turns]
     names = {
@@ -158,22 +165,51 @@ def _growing_texts(model: Model, ids: list[int]) -> list[str]:
     return texts
 
 
+def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase, config: EvaluateConfig) -> Iterator[Record]:
+    """One record per K: expected acceptance on texts that the target drew at a temperature."""
+    sampling, case = scored.sampling, scored.case
+    for k in sorted(set(config.num_draft_tokens)):
+        identity = {**case.identity, "draft_fingerprint": draft.fingerprint, "num_draft_tokens": k}
+
+        def compute(k: int = k) -> Record:
+            drafter = draft.drafter()
+            return estimate_acceptance(drafter, scored.texts, k, sampling, is_own_sample=True).record()
+
+        estimated, made_by = matrix.cell("estimate", identity, compute)
+        yield {
+            **head(draft.name, draft.fingerprint, case, config),
+            "method": "pard",
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "batch_size": None,
+            **estimated,
+            "mean_prompt_tau": None,
+            "groups": [],
+            "speed": None,
+            "made_by": made_by,
+        }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Live
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def live_turns(case: Case, config: EvaluateConfig) -> list[Turn]:
+    """All turns of the first `live_prompts` prompts."""
+    ids = list(dict.fromkeys(turn.prompt_id for turn in case.turns))
+    return [turn for turn in case.turns if turn.prompt_id in ids[: config.live_prompts]]
 
 
 def live_records(
     matrix: Matrix, drafts: Sequence[Draft], target: Target, case: Case, config: EvaluateConfig
 ) -> Iterator[Record]:
     """One record per way to draft, temperature and batch size; all ways take turns on the same prompts."""
-    ids = dict.fromkeys(turn.prompt_id for turn in case.turns)
-    chosen = set(list(ids)[: config.live_prompts])
-    turns = [turn for turn in case.turns if turn.prompt_id in chosen]
+    turns = live_turns(case, config)
     for temperature in config.temperatures:
         for batch_size in config.live_batch_sizes:
             with matrix.surviving(target=case.target, benchmark=case.benchmark.name):
-                sampling = Sampling(temperature, config.top_p if temperature else 1.0, config.seed)
+                sampling = sampling_at(temperature, config)
                 yield from _timed_records(matrix, drafts, target, case, turns, config, sampling, batch_size)
 
 
@@ -216,13 +252,13 @@ def _timed_records(
     timings, made_by = matrix.cell("live", identity, compute)
     for (method, draft), timing in zip(ways, timings, strict=True):
         yield {
-            **_head(draft.name if draft else NO_DRAFT, draft.fingerprint if draft else NO_DRAFT, case, config),
+            **head(draft.name if draft else NO_DRAFT, draft.fingerprint if draft else NO_DRAFT, case, config),
             "mode": "live",
             "method": method,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "batch_size": batch_size,
-            **_measured([Trace(**trace) for trace in timing["traces"]], turns, k),
+            **measured([Trace(**trace) for trace in timing["traces"]], turns, k),
             "speed": timing["speed"],
             "made_by": made_by,
         }

@@ -132,7 +132,7 @@ class AnswerCache(Mapping[str, Answer]):
             file.close()
 
 
-def greedy_answers(
+def cached_answers(
     load_target: Callable[[], PreTrainedModel],
     prompts: Sequence[list[int]],
     *,
@@ -140,16 +140,18 @@ def greedy_answers(
     batch_size: int,
     cache: Path,
     description: str,
+    sampling: Sampling = GREEDY,
 ) -> list[Answer]:
-    """The target's greedy answer to every prompt.
+    """The target's answer to every prompt, from the cache or, where it lacks one, from the target.
 
     Args:
         load_target: called once, and only if the cache lacks an answer.
         prompts: rendered prompts as ids.
         limits: when an answer ends.
         batch_size: prompts per batch.
-        cache: JSONL file of answers. Its name must tell targets and limits apart.
+        cache: JSONL file of answers. Its name must tell targets, limits and sampling apart.
         description: shown beside the progress bar.
+        sampling: how tokens are chosen.
 
     Returns:
         Answers in the order of `prompts`.
@@ -158,7 +160,9 @@ def greedy_answers(
         missing = {key: prompt for prompt in prompts if (key := prompt_key(prompt)) not in known}
         if missing:
             batches = split_batches(missing, batch_size)
-            write_batches(load_target(), missing, batches, known, limits=limits, description=description)
+            write_batches(
+                load_target(), missing, batches, known, limits=limits, sampling=sampling, description=description
+            )
         return [known[prompt_key(prompt)] for prompt in prompts]
 
 

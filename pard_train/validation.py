@@ -53,6 +53,12 @@ def validate_train(config: TrainConfig) -> None:
             "deepspeed=... needs a launcher: torchrun --nproc_per_node N recipes/train.py ..., or "
             "deepspeed --no_local_rank --num_gpus N recipes/train.py ...; for one process without it, deepspeed=none"
         )
+    zero = config.deepspeed.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(
+            "deepspeed.zero_optimization.stage3_gather_16bit_weights_on_model_save must be true at stage 3: without it "
+            "no rank could write the trained draft"
+        )
 
 
 def validate_draft(draft: DraftConfig) -> None:
@@ -108,10 +114,14 @@ def _validate_live(config: EvaluateConfig) -> None:
     _at_least("live_rounds", config.live_rounds, 1)
     for method in config.live_methods:
         _one_of("live_methods", method, LIVE_METHODS)
-    if any(config.temperatures) and not config.live_prompts:
+    if config.engine_python and not config.live_prompts:
         raise UserError(
-            f"temperatures={list(config.temperatures)} above 0 are sampled live: set live_prompts to the number of "
-            "prompts to decode, or temperatures=[0]"
+            f"engine_python={config.engine_python} decodes the live prompts, of which there are none: set live_prompts"
+        )
+    if any(config.temperatures) and config.servers and not config.live_prompts:
+        raise UserError(
+            f"temperatures={list(config.temperatures)} above 0 need the target's weights: set live_prompts to the number "
+            "of prompts to decode with them, leave servers empty, or temperatures=[0]"
         )
 
 

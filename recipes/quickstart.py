@@ -1,4 +1,4 @@
-"""The whole job of one experiment: prompts -> target-written answers -> training -> export -> evaluation -> report.
+"""The whole job of one experiment: prompts -> target-written answers -> training -> evaluation -> export.
 
     python recipes/quickstart.py experiment=quickstart
     python recipes/quickstart.py experiment=qwen2.5-0.5b            # a GPU node with a model hub
@@ -40,6 +40,7 @@ def run(config: TrainConfig) -> None:
     from pard_train.evaluation import evaluate, read_document
     from pard_train.export import export
     from pard_train.monitor import build_monitor
+    from pard_train.records import ACCEPTANCE_FILE
     from pard_train.report import PAGE_FILE, render_report
     from pard_train.run import CONFIG_FILE
     from pard_train.trainer import DRAFT_FOLDER, INITIAL_FOLDER, train
@@ -81,17 +82,17 @@ def run(config: TrainConfig) -> None:
     if not (train_dir / DRAFT_FOLDER).exists():
         train(training, build_monitor(training))
 
-    step(4, "export: write the folder that engines load, and load it again")
-    export_dir = root / "export"
-    if not export_dir.exists():
-        for folder in export(ExportConfig(checkpoint=str(train_dir / DRAFT_FOLDER), output_dir=str(export_dir))):
-            write_custom_generate(folder)
-
-    step(5, "evaluation: acceptance on held-out prompts, before and after")
-    drafts = {"before": str(train_dir / INITIAL_FOLDER), "after": str(export_dir)}
+    step(4, "evaluation: acceptance on held-out prompts, before and after")
+    drafts = {"before": str(train_dir / INITIAL_FOLDER), "after": str(train_dir / DRAFT_FOLDER)}
     evaluation = replace(evaluation, drafts=drafts, output_dir=str(root / "evaluation"))
     document = read_document(evaluation) or evaluate(evaluation)
     print("\n" + render_report(document))
+
+    step(5, "export: write the folder that engines load, with its figures on the card, and load it again")
+    if not (root / "export").exists():
+        figures = {"acceptance": str(root / "evaluation" / ACCEPTANCE_FILE), "acceptance_draft": "after"}
+        for folder in export(ExportConfig(checkpoint=drafts["after"], output_dir=str(root / "export"), **figures)):
+            write_custom_generate(folder)
     print(f"done in {(time.time() - started) / 60:.1f} min; open {root / 'evaluation' / PAGE_FILE} in a browser")
 
 

@@ -179,16 +179,23 @@ def test_the_same_command_mends_what_failed(
     assert len(document["records"]) == 2 * 2 * 2
 
 
-def test_above_temperature_0_acceptance_is_sampled_live(
+def test_above_temperature_0_acceptance_is_estimated_from_drawn_texts_and_sampled_live(
     drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     changes = {"temperatures": [0.0, 0.8], "top_p": 0.9, "live_prompts": 3, "live_rounds": 1}
-    document = evaluate(settings(drafts, base_folder, prompts_file, tmp_path / "out", **changes))
+    config = settings(drafts, base_folder, prompts_file, tmp_path / "out", **changes)
+    document = evaluate(config)
     warm = [record for record in document["records"] if record["temperature"] == 0.8]
-    assert {record["mode"] for record in warm} >= {"live"}
+    assert [record["mode"] for record in warm].count("live") == 2
+    estimates = [record for record in warm if record["mode"] == "estimate"]
+    assert [(r["draft"], r["num_draft_tokens"]) for r in estimates] == [
+        (draft, k) for draft in ("before", "after") for k in (1, 4)
+    ]
     for record in warm:
         assert record["top_p"] == 0.9
+        assert 1 <= record["tau"] <= record["num_draft_tokens"] + 1
         assert record["mode"] != "live" or record["speed"]["num_equal_texts"] is None
+    assert without_origin(evaluate(config)) == without_origin(document)
 
 
 def test_a_missed_threshold_ends_the_command_with_status_3_after_everything_is_written(

@@ -21,7 +21,7 @@ from pard_train.target_text import (
     Sampling,
     answer_text,
     converse,
-    greedy_answers,
+    cached_answers,
     model_fingerprint,
     prompt_key,
     questions,
@@ -107,7 +107,7 @@ def test_answers_in_batches_are_those_of_decoding_one_by_one(
     model: PreTrainedModel, prompts: list[list[int]], tmp_path: Path, batch_size: int
 ) -> None:
     asked = [*prompts, *prompts[:3]]
-    answers = greedy_answers(
+    answers = cached_answers(
         lambda: model, asked, limits=LIMITS, batch_size=batch_size, cache=tmp_path / "cache.jsonl", description="test"
     )
     assert answers == [decoded(model, prompt) for prompt in asked]
@@ -119,7 +119,7 @@ def test_prompts_that_are_added_or_shuffled_find_the_answers_of_before(
     model: PreTrainedModel, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     def answers(asked: list[list[int]]) -> list[Answer]:
-        return greedy_answers(
+        return cached_answers(
             lambda: model, asked, limits=LIMITS, batch_size=4, cache=tmp_path / "cache.jsonl", description="test"
         )
 
@@ -134,12 +134,12 @@ def test_prompts_that_are_added_or_shuffled_find_the_answers_of_before(
 
 def test_a_full_cache_needs_no_model(model: PreTrainedModel, prompts: list[list[int]], tmp_path: Path) -> None:
     settings = {"limits": LIMITS, "batch_size": 4, "cache": tmp_path / "cache.jsonl", "description": "test"}
-    first = greedy_answers(lambda: model, prompts, **settings)
+    first = cached_answers(lambda: model, prompts, **settings)
 
     def load() -> PreTrainedModel:
         raise AssertionError("loaded")
 
-    assert greedy_answers(load, prompts, **settings) == first
+    assert cached_answers(load, prompts, **settings) == first
 
 
 def test_the_batches_that_a_kill_leaves_over_are_the_ones_of_before(prompts: list[list[int]]) -> None:
