@@ -88,9 +88,9 @@ def _questions(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Samples of the same question together."""
     questions: dict[tuple[str, ...], dict[str, Any]] = {}
     for s in samples:
-        key = (s["target"], s["benchmark"], s["prompt_id"], s["question"])
-        head = {"target": s["target"], "prompt_id": s["prompt_id"], "question": s["question"], "answers": []}
-        questions.setdefault(key, head)["answers"].append(_answer(s))
+        head = {name: s[name] for name in ("target", "benchmark", "prompt_id", "question")}
+        question = questions.setdefault(tuple(head.values()), {**head, "answers": []})
+        question["answers"].append(_answer(s))
     return list(questions.values())
 
 

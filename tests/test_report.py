@@ -131,6 +131,16 @@ def test_csv_has_one_row_per_record_and_every_field_of_it(whole: dict[str, Any],
     assert whole["records"][0]["draft_fingerprint"] in report
 
 
+def test_every_field_of_a_result_is_documented(whole: dict[str, Any]) -> None:
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "acceptance.md").read_text()))
+    parts = [whole, *whole["records"], *whole["failures"], *predictions(whole), *samples(whole)]
+    parts += [r["made_by"] for r in whole["records"]] + [whole["records"][0]["made_by"]["git"]]
+    parts += [r["speed"] for r in whole["records"] if r.get("speed")]
+    parts += [group for r in whole["records"] for group in r.get("groups", ())]
+    parts += [row for p in predictions(whole) for row in p["rows"]] + [s for a in samples(whole) for s in a["steps"]]
+    assert {name for part in parts for name in part} <= documented
+
+
 def test_thresholds_name_every_miss_at_the_largest_k(whole: dict[str, Any]) -> None:
     passing = {**whole, "failures": []}
     taus = {(r["draft"], r["target"]): r["tau"] for r in greedy(whole, benchmark="gsm8k", num_draft_tokens=16)}
