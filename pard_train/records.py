@@ -73,7 +73,7 @@ def label_of(record: Record) -> str:
     name = "prompt look-up" if record["method"] == "ngram" else record["draft"]
     parts = [name, {"draft": "autoregressive"}.get(record["method"])]
     parts += ["in an engine" if record["mode"] == "engine" else None]
-    how = f" ({record['estimated']})" if record["mode"] == "estimate" else ""
+    how = " (estimate)" if record["mode"] == "estimate" else ""
     parts += [f"T={record['temperature']:g}{how}" if record["temperature"] else None]
     return ", ".join(part for part in parts if part)
 

@@ -165,7 +165,7 @@ def test_a_threshold_on_what_was_not_measured_is_a_miss(whole: dict[str, Any]) -
 def test_an_estimate_stands_beside_what_was_measured_and_sets_no_threshold(whole: dict[str, Any]) -> None:
     (estimate, *_) = (r for r in whole["records"] if r["mode"] == "estimate" and r["num_draft_tokens"] == 16)
     table = render_report(whole).split(f"target {LARGE}")[1]
-    (row,) = (row for row in rows_of(table) if row[:2] == [estimate["benchmark"], "untrained, T=0.7 (along)"])
+    (row,) = (row for row in rows_of(table) if row[:2] == [estimate["benchmark"], "untrained, T=0.7 (estimate)"])
     assert f"{estimate['tau']:.2f}" in row
     assert row[-2] == "-"
     assert not [m for m in tau_below(whole, {"all": 9.0}) if "T=0.7" in m]
