@@ -182,8 +182,8 @@ class EvaluateConfig:
     # Answers decoded side by side, and times that every method decodes them; the methods take turns.
     live_batch_sizes: list[int] = field(default_factory=lambda: [1])
     live_rounds: int = 3
-    # Python of a virtual environment with vLLM (launch/vllm_cpu.sh makes one for CPUs): it decodes the live prompts too,
-    # plainly and with every draft, and its own counters are read back. null runs no engine.
+    # Python of a virtual environment with vLLM (launch/vllm_cpu.sh makes one for CPUs), which decodes the live prompts
+    # too, plainly and with every draft; its own counters are read back. null runs no engine.
     engine_python: Optional[str] = None
     # Prompts per batch while a target writes its greedy text.
     batch_size: int = 16

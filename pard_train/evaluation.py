@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pard_train.benchmarks import Benchmark, check_benchmark, load_benchmark
-from pard_train.cases import Target, longest_text, write_case
+from pard_train.cases import Case, Target, longest_text, write_case
 from pard_train.compatibility import OK, Model, check_pair, require
 from pard_train.config import EvaluateConfig
 from pard_train.engine_records import engine_records
@@ -31,10 +31,11 @@ from pard_train.measurement import (
     sample_answers,
     sampling_at,
 )
-from pard_train.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document
+from pard_train.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document, Record
 from pard_train.report import write_report
 from pard_train.run import CONFIG_FILE, RUN_FILE, provenance, read_json, write_json
-from pard_train.scored_cases import write_scored_case
+from pard_train.scored_cases import ScoredCase, write_scored_case
+from pard_train.speed import Latencies
 
 PREDICTIONS_FILE = "predictions.json"
 SAMPLES_FILE = "samples.json"
@@ -62,43 +63,74 @@ def evaluate(config: EvaluateConfig) -> Document:
             check_fit(draft.model, target, benchmarks, config)
     _claim_output(folder, config)
 
-    warm = [sampling_at(temperature, config) for temperature in config.temperatures if temperature]
-    matrix, cases, scored, records, latencies = Matrix(folder), [], [], [], []
-    for target in targets:
-        for benchmark in benchmarks:
-            with matrix.surviving(target=target.label, benchmark=benchmark.name):
-                cases.append(write_case(target, benchmark, config, folder))
-                if not config.servers:  # scores take the target's weights
-                    scored += [write_scored_case(target, benchmark, config, folder, sampling) for sampling in warm]
-        if config.live_prompts:
-            mine = [case for case in cases if case.target == target.label]
-            records += [record for case in mine for record in live_records(matrix, drafts, target, case, config)]
-            latencies += measure_steps(matrix, drafts, target, mine, config)
-        target.unload()
-        if config.engine_python:
-            for draft in drafts:
-                for case in (case for case in cases if case.target == target.label):
-                    with matrix.surviving(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
-                        records += engine_records(matrix, draft, target, case, config)
-    samples = []
+    matrix = Matrix(folder)
+    found = [_visit(matrix, target, drafts, benchmarks, config) for target in targets]
+    records = [record for visit in found for record in visit.records]
+    samples: list[dict[str, Any]] = []
     for draft in drafts:
-        for case in cases:
-            with matrix.surviving(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
-                matches, made_by = replay_case(matrix, draft, case, config)
-                records += replay_records(draft, case, matches, config, made_by)
-                samples += sample_answers(draft, case, matches, config)
-        for drawn in scored:
-            with matrix.surviving(draft=draft.name, target=drawn.case.target, benchmark=drawn.case.benchmark.name):
-                records += estimate_records(matrix, draft, drawn, config)
+        for visit in found:
+            _replay_visit(matrix, draft, visit, config, records, samples)
         draft.unload()
     if not records:
         raise UserError(f"nothing could be measured; the first failure: {matrix.failures[0]['reason']}")
     document = {"schema_version": SCHEMA_VERSION, "records": records, "failures": matrix.failures}
-    predictions = [predict_speedup(records, *latency) for latency in latencies]
+    predictions = [predict_speedup(records, *latency) for visit in found for latency in visit.latencies]
     for name, content in ((ACCEPTANCE_FILE, document), (PREDICTIONS_FILE, predictions), (SAMPLES_FILE, samples)):
         write_json(folder / name, content)
     write_report(document, folder, predictions=predictions, samples=samples)
     return document
+
+
+@dataclass
+class Visit:
+    """What was measured while a target was in memory, and its texts."""
+
+    cases: list[Case] = field(default_factory=list)
+    scored: list[ScoredCase] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    latencies: list[tuple[Draft, Target, Latencies]] = field(default_factory=list)
+
+
+def _visit(
+    matrix: Matrix, target: Target, drafts: Sequence[Draft], benchmarks: Sequence[Benchmark], config: EvaluateConfig
+) -> Visit:
+    """Have a target write its texts and decode live; then it leaves memory, and an engine may have its place."""
+    visit = Visit()
+    warm = [sampling_at(temperature, config) for temperature in config.temperatures if temperature]
+    for benchmark in benchmarks:
+        with matrix.surviving(target=target.label, benchmark=benchmark.name):
+            visit.cases.append(write_case(target, benchmark, config, matrix.folder))
+            for sampling in [] if config.servers else warm:  # scores take the target's weights
+                visit.scored.append(write_scored_case(target, benchmark, config, matrix.folder, sampling))
+    if config.live_prompts:
+        for case in visit.cases:
+            visit.records += live_records(matrix, drafts, target, case, config)
+        visit.latencies += measure_steps(matrix, drafts, target, visit.cases, config)
+    target.unload()
+    for draft in drafts if config.engine_python else ():
+        for case in visit.cases:
+            with matrix.surviving(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
+                visit.records += engine_records(matrix, draft, target, case, config)
+    return visit
+
+
+def _replay_visit(
+    matrix: Matrix,
+    draft: Draft,
+    visit: Visit,
+    config: EvaluateConfig,
+    records: list[Record],
+    samples: list[dict[str, Any]],
+) -> None:
+    """Add what one draft does on the texts of one target, which is needed no more."""
+    for case in visit.cases:
+        with matrix.surviving(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
+            matches, made_by = replay_case(matrix, draft, case, config)
+            records += replay_records(draft, case, matches, config, made_by)
+            samples += sample_answers(draft, case, matches, config)
+    for scored in visit.scored:
+        with matrix.surviving(draft=draft.name, target=scored.case.target, benchmark=scored.case.benchmark.name):
+            records += estimate_records(matrix, draft, scored, config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

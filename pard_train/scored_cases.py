@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from pard_train.benchmarks import Benchmark
@@ -21,7 +22,6 @@ from pard_train.sampling import Sampling
 from pard_train.scores import score_documents
 
 TOP_K = 64  # tokens of every place that are kept: what lies outside counts as refused
-PARTS = ("label_logprobs", "top_ids", "top_logprobs")
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,13 @@ def write_scored_case(
     if not path.exists():
         _write_scores(target, case, path)
     with np.load(path, allow_pickle=False) as scores:
-        label_logprobs, top_ids, top_logprobs = (scores[part] for part in PARTS)
-    stops = np.cumsum([len(turn.answer.ids) for turn in case.turns])
+        parts = [scores[name] for name in ("label_logprobs", "top_ids", "top_logprobs")]
+    stops = np.cumsum([len(turn.answer.ids) for turn in case.turns])[:-1]
     texts = [
-        ScoredText(
-            turn.prompt_ids,
-            turn.answer.ids,
-            label_logprobs[stop - len(turn.answer.ids) : stop],
-            top_ids[stop - len(turn.answer.ids) : stop],
-            top_logprobs[stop - len(turn.answer.ids) : stop],
-            turn.prompt_id,
+        ScoredText(turn.prompt_ids, turn.answer.ids, label_logprobs, top_ids, top_logprobs, turn.prompt_id)
+        for turn, label_logprobs, top_ids, top_logprobs in zip(
+            case.turns, *(np.split(part, stops) for part in parts), strict=True
         )
-        for turn, stop in zip(case.turns, stops.tolist(), strict=True)
     ]
     return ScoredCase(case, sampling, texts)
 
@@ -73,10 +68,9 @@ def _write_scores(target: Target, case: Case, path: Path) -> None:
     """Arrays over all answer tokens of a case, turn by turn; the file is whole or not there."""
     turns = tqdm(case.turns, desc=f"{case.target} scores {case.benchmark.name}", unit="answer")
     parts = [score_documents(target.weights(), [_document(turn)], TOP_K) for turn in turns]
-    columns = zip(PARTS, zip(*parts, strict=True), strict=True)
-    arrays = {name: np.concatenate([part.numpy() for part in column]) for name, column in columns}
+    label_logprobs, top_ids, top_logprobs = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **arrays)
+    np.savez(partial, label_logprobs=label_logprobs, top_ids=top_ids, top_logprobs=top_logprobs)
     partial.rename(path)
 
 

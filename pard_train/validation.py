@@ -120,8 +120,8 @@ def _validate_live(config: EvaluateConfig) -> None:
         )
     if any(config.temperatures) and config.servers and not config.live_prompts:
         raise UserError(
-            f"temperatures={list(config.temperatures)} above 0 need the target's weights: set live_prompts to the number "
-            "of prompts to decode with them, leave servers empty, or temperatures=[0]"
+            f"temperatures={list(config.temperatures)} above 0 need the target's weights: set live_prompts to the "
+            "number of prompts to decode with them, leave servers empty, or temperatures=[0]"
         )
 
 

@@ -90,8 +90,8 @@ def run(config: TrainConfig) -> None:
 
     step(5, "export: write the folder that engines load, with its figures on the card, and load it again")
     if not (root / "export").exists():
-        figures = {"acceptance": str(root / "evaluation" / ACCEPTANCE_FILE), "acceptance_draft": "after"}
-        for folder in export(ExportConfig(checkpoint=drafts["after"], output_dir=str(root / "export"), **figures)):
+        settings = ExportConfig(checkpoint=drafts["after"], output_dir=str(root / "export"), acceptance_draft="after")
+        for folder in export(replace(settings, acceptance=str(root / "evaluation" / ACCEPTANCE_FILE))):
             write_custom_generate(folder)
     print(f"done in {(time.time() - started) / 60:.1f} min; open {root / 'evaluation' / PAGE_FILE} in a browser")
 
