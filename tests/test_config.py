@@ -15,7 +15,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from pard_train.config import TrainConfig
-from pard_train.validation import validate_evaluate, validate_export, validate_generate, validate_train
+from pard_train.validation import (
+    validate_compare,
+    validate_evaluate,
+    validate_export,
+    validate_generate,
+    validate_train,
+    validate_verify,
+)
 from recipes.app import CONFIG_DIR, SCHEMAS, register_schemas
 
 ROOT = CONFIG_DIR.parent
@@ -27,12 +34,16 @@ NEEDED = {
     "train": CHOSEN,
     "data": {"model.path": "base", "output_dir": "out"},
     "evaluate": {"draft": "d", "targets": "[t]", "benchmarks": "[humaneval]", "output_dir": "out"},
+    "compare": {"results.a": "a", "results.b": "b", "output_dir": "out"},
     "export": {"checkpoint": "c", "output_dir": "out"},
+    "verify": {"draft": "d", "target": "t", "output_dir": "out"},
     "generate": {"draft": "d", "target": "t"},
 }
 VALIDATORS = {"train": validate_train, "data": validate_train} | {
     "evaluate": validate_evaluate,
+    "compare": validate_compare,
     "export": validate_export,
+    "verify": validate_verify,
     "generate": validate_generate,
 }
 
