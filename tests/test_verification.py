@@ -504,11 +504,19 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_an_engine_that_takes_too_long_is_ended(sleeper: tuple[str, Path], tmp_path: Path) -> None:
-    python, pid_file = sleeper
+def test_an_engine_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
+    program = (
+        "import os, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        "time.sleep(600)"
+    )
+    python = write_interpreter(tmp_path / "python", program)
     with pytest.raises(UserError, match=r"it was not done in timeout=3 s"):
         run(REQUEST, python=python, folder=tmp_path / "out", timeout=3)
-    assert not is_running(int(pid_file.read_text()))
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 2
+    wait_until(lambda: not any(map(is_running, pids)))
 
 
 def test_an_engine_does_not_outlive_who_started_it(sleeper: tuple[str, Path], tmp_path: Path) -> None:
