@@ -167,7 +167,7 @@ def _decode(
         running = [texts[row] for row in rows]
         proposal = stream.propose(rows, running)
         logits = reader.read(running, proposal.tokens)
-        emitted = _verify(logits, proposal, sampling, None if dice is None else dice.roll(rows, logits.shape[1]))
+        emitted = _verify(logits, proposal, sampling, None if dice is None else dice.roll(rows, 1 + num_draft_tokens))
         steps = {}
         for row, (num_kept, tokens) in zip(rows, emitted, strict=True):
             tokens = limits.cut(tokens, len(outputs[row]))
@@ -198,10 +198,10 @@ def _verify(
     """For every answer, the number of draft tokens kept, and these with the target's own token.
 
     Args:
-        logits: [B, K + 1, V], aligned at the end.
+        logits: [B, M + 1, V], aligned at the end, where M <= K is the most draft tokens of any answer.
         proposal: draft tokens.
         sampling: how tokens are chosen.
-        rolls: uniform numbers, float64 [B, K + 1]; None if greedy.
+        rolls: uniform numbers, as many for every step whatever is proposed, float64 [B, K + 1]; None if greedy.
     """
     drafts = proposal.tokens
     if rolls is None:
@@ -216,7 +216,8 @@ def _verify(
     probs = probabilities(logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), sampling)
     padded = torch.tensor([draft + [NO_TOKEN] * (most - len(draft)) for draft in drafts], device=device)
     draft_probs = None if proposal.probs is None else proposal.probs.to(device)
-    num_kept, own_tokens = verify(padded.long(), draft_probs, probs, rolls.to(device))
+    used = torch.cat([rolls[:, :most], rolls[:, -1:]], dim=1).to(device)
+    num_kept, own_tokens = verify(padded.long(), draft_probs, probs, used)
     numbered = zip(num_kept.tolist(), drafts, own_tokens.tolist(), strict=True)
     return [(n, [*draft[:n], own]) for n, draft, own in numbered]
 

@@ -10,6 +10,7 @@ from test_decoding import build_drafter, perturbed, prompts
 from tiny import build_model
 from transformers import PreTrainedTokenizerBase
 
+import pard_train.speed
 from pard_train.acceptance import Trace, walk
 from pard_train.decoding import Decoded, Limits, Step, decode
 from pard_train.proposers import PromptLookup
@@ -94,10 +95,17 @@ def test_ways_take_turns_on_every_batch_and_begin_in_turn() -> None:
     assert all(value > 0 for row in seconds for value in row)
 
 
-def test_the_median_leaves_out_the_first_try_and_what_goes_before() -> None:
-    order: list[str] = []
-    assert median_seconds(lambda: order.append("run"), before=lambda: order.append("before"), repeats=3) >= 0
-    assert order == ["before", "run"] * 4
+def test_the_median_leaves_out_the_first_try_and_what_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waits = [0.0], iter([100.0, 1.0, 9.0, 2.0])  # seconds that the tries take
+
+    def run() -> None:
+        now[0] += next(waits)
+
+    def before() -> None:
+        now[0] += 50.0
+
+    monkeypatch.setattr(pard_train.speed.time, "perf_counter", lambda: now[0])
+    assert median_seconds(run, before=before, repeats=3) == 2.0
 
 
 def test_timed_methods_decode_the_targets_text_and_accept_what_replay_says(
