@@ -13,8 +13,9 @@ import pytest
 import torch
 from tiny import build_model
 
+from data_scripts.score import score as score_program
 from pard_train.chat import ChatEncoder
-from pard_train.config import DataConfig
+from pard_train.config import DataConfig, ModelConfig, ScoreConfig, TrainConfig
 from pard_train.encoding import encode_corpus
 from pard_train.errors import UserError
 from pard_train.model import load_causal_lm, load_tokenizer
@@ -31,6 +32,12 @@ def store(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, chats_fil
     folder = tmp_path_factory.mktemp("scores") / "tokens"
     encode_corpus(DataConfig(source=str(chats_file)), ChatEncoder(load_tokenizer(str(base_folder))), folder)
     return TokenStore.open(folder)
+
+
+def write_tokens(base_folder: Path, chats_file: Path, output_dir: Path) -> None:
+    """What data_scripts/encode.py writes."""
+    encoder = ChatEncoder(load_tokenizer(str(base_folder)))
+    encode_corpus(DataConfig(source=str(chats_file)), encoder, output_dir / "tokens")
 
 
 def check_against_direct_forward_passes(store: TokenStore, scores: Scores, target: torch.nn.Module) -> None:
@@ -102,8 +109,7 @@ def test_two_processes_share_the_work_and_the_manifest_says_what_a_token_costs(
 ) -> None:
     settings = [f"model.path={base_folder}", f"output_dir={tmp_path}", "score.top_k=5", "score.dtype=float32"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    encode = [sys.executable, str(ROOT / "data_scripts" / "encode.py"), *settings, f"data.source={chats_file}"]
-    subprocess.run(encode, check=True, timeout=120, capture_output=True, env=environment)
+    write_tokens(base_folder, chats_file, tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
     score = [*torchrun, str(ROOT / "data_scripts" / "score.py"), *settings, "score.batch_tokens=100"]
     result = subprocess.run(score, timeout=180, capture_output=True, text=True, env=environment)
@@ -120,15 +126,12 @@ def test_two_processes_share_the_work_and_the_manifest_says_what_a_token_costs(
 
 
 def test_a_target_of_another_family_is_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
-    settings = [f"model.path={base_folder}", f"output_dir={tmp_path}"]
-    encode = [sys.executable, str(ROOT / "data_scripts" / "encode.py"), *settings, f"data.source={chats_file}"]
-    subprocess.run(encode, check=True, timeout=120, capture_output=True)
+    write_tokens(base_folder, chats_file, tmp_path)
     other = tmp_path / "other"
     build_model("llama", seed=1).save_pretrained(other)
     tokenizer = load_tokenizer(str(base_folder))
     tokenizer.add_tokens(["<other>"])
     tokenizer.save_pretrained(other)
-    score = [sys.executable, str(ROOT / "data_scripts" / "score.py"), *settings, f"score.target={other}"]
-    result = subprocess.run(score, timeout=120, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "have different tokenizers: 1 entries differ, the first is '<other>'" in result.stderr
+    model, scoring = ModelConfig(path=str(base_folder)), ScoreConfig(target=str(other))
+    with pytest.raises(UserError, match="have different tokenizers: 1 entries differ, the first is '<other>'"):
+        score_program(TrainConfig(model=model, score=scoring, output_dir=str(tmp_path)))
