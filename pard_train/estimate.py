@@ -11,9 +11,8 @@ along    The text was drawn from the target in this very way. Given that the tex
 average  Any text. The chance to keep a token is the one on average over the next token at the text's own context. But a
          chain that was kept may have left the text, and what is kept says something about what follows.
 
-Both are estimates. The texts are a sample, and of p only the k most likely tokens are known: the others are given as
-much as they can have at the temperature, and none of it counts as kept, so that the figure errs on the low side.
-`outside` tells how much that is.
+Both are estimates. The texts are a sample, and of p only the k most likely tokens are known: what the others may have
+at the temperature is counted so that too little is kept rather than too much. `outside` tells how much that is.
 """
 
 from __future__ import annotations
@@ -222,7 +221,7 @@ class _Target:
         top_logprobs = np.concatenate([text.top_logprobs for text in texts]).astype(np.float64)
         label_logprobs = np.concatenate([text.label_logprobs for text in texts]).astype(np.float64)
         top_probs, log_total = temper(top_logprobs, sampling.temperature, num_rows)
-        label_probs = np.exp(label_logprobs / sampling.temperature - log_total)
+        label_probs = np.exp(label_logprobs / sampling.temperature - log_total)  # not less than they are
         if sampling.top_p < 1:
             is_inside = top_probs.cumsum(axis=1) - top_probs < sampling.top_p
             total = np.where(is_inside, top_probs, 0.0).sum(axis=1, keepdims=True)
@@ -237,11 +236,11 @@ class _Target:
         )
 
 
-def temper(top_logprobs: np.ndarray, temperature: float, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def temper(top_logprobs: np.ndarray, temperature: float, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities at a temperature from the largest log-probabilities at temperature 1.
 
-    The tokens that are not known are given as much as they can have at the temperature: below 1 that is when a few of
-    them are as likely as the last known one, above 1 when they are all alike; at 1 it is certain.
+    What the tokens that are not known weigh at the temperature lies between two cases: they are all alike, or a few of
+    them are as likely as the last known one. At temperature 1 both are what is left.
 
     Args:
         top_logprobs: [A, k], largest first.
@@ -249,19 +248,16 @@ def temper(top_logprobs: np.ndarray, temperature: float, num_rows: int) -> tuple
         num_rows: V.
 
     Returns:
-        Probabilities of the known tokens [A, k], which sum to at most 1, and the log of what they were divided by [A].
+        The least probabilities that the known tokens can have, [A, k], and the log of the least that they may have been
+        divided by, [A].
     """
     num_others = max(num_rows - top_logprobs.shape[1], 1)
     rest = np.maximum(1 - np.exp(top_logprobs).sum(axis=1), 0.0)
-    last = np.exp(top_logprobs[:, -1])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if temperature < 1:
-            tail = np.where(rest > 0, rest * last ** (1 / temperature - 1), 0.0)
-        else:
-            tail = num_others * (rest / num_others) ** (1 / temperature)
+    alike = num_others * (rest / num_others) ** (1 / temperature)
+    few = rest * np.exp(top_logprobs[:, -1] * (1 / temperature - 1))
     weights = np.exp(top_logprobs / temperature)
-    total = weights.sum(axis=1) + tail
-    return weights / total[:, None], np.log(total)
+    most, least = (weights.sum(axis=1) + tail(alike, few) for tail in (np.maximum, np.minimum))
+    return weights / most[:, None], np.log(least)
 
 
 def _kept(
