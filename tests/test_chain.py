@@ -24,7 +24,9 @@ def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips
         "trainer.max_steps=2",
         "evaluate.num_draft_tokens=[1,8]",
         "evaluate.max_new_tokens=16",
-        "evaluate.live_prompts=1",
+        "monitor.every_steps=1",
+        "monitor.max_prompts=1",
+        "monitor.max_new_tokens=8",
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
@@ -35,14 +37,17 @@ def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips
 
     report = run()
     assert "tau by number of draft tokens" in report
-    records = json.loads((folder / "evaluation" / "acceptance.json").read_text())
+    records = json.loads((folder / "evaluation" / "acceptance.json").read_text())["records"]
     assert {r["benchmark"] for r in records} == {"humaneval", "gsm8k", "mt_bench"}
-    assert all(r["num_equal_texts"] == r["num_prompts"] for r in records if r["mode"] == "live")
-    k1 = [r for r in records if r["draft"] == "before" and r["num_draft_tokens"] == 1]
+    assert all(r["speed"]["num_equal_texts"] == r["num_turns"] for r in records if r["mode"] == "live")
+    k1 = [r for r in records if r["draft"] == "before" and r["num_draft_tokens"] == 1 and r["mode"] == "replay"]
     assert all(r["histogram"][0] <= 1 for r in k1)  # same weights as the target: its first draft token is always right
     config = json.loads((folder / "export" / "config.json").read_text())
     assert config["pard_token"] == 16
     assert config["vocab_size"] == 49152  # the target's own: no row was appended
+    assert "| humaneval |" in (folder / "export" / "README.md").read_text()  # the card has the figures
+    measured = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in measured if "eval/tau/mean" in row] == [0, 1, 2]
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "train").rglob("*") if path.is_file()}
     assert "done in" in run()
     assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "train").rglob("*") if path.is_file()}
