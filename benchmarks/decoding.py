@@ -13,6 +13,7 @@ writes benchmarks/results/DATE-decoding.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import statistics
@@ -222,7 +223,7 @@ def steps(bench: Bench, batch_sizes: list[int], machine: Machine) -> Iterator[li
     yield ["forward pass", "batch", "MB", "GFLOP", "limit ms", "ours ms", "ours / limit", "transformers ms"]
     k, draft = bench.k, bench.drafter.model
     context = max(map(len, bench.prompts)) + bench.limits.max_new_tokens // 2
-    text = [index % 1000 for index in range(context)]
+    text = list(itertools.islice(itertools.cycle(bench.prompts[0]), context))
     kinds: list[tuple[str, PreTrainedModel, Runner, int, int]] = [
         ("target, plain: 1 token", bench.model, bench.target, 1, 1),
         (f"target, verification: {k + 1} tokens", bench.model, bench.target, k + 1, k + 1),

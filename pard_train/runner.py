@@ -183,8 +183,9 @@ class Runner:
             if type(module) is nn.Linear:
                 self.model.set_submodule(name, PackedLinear(module))
         self.is_packed, self.is_compiled = is_packed, is_compiled
-        compiled = torch.compile(self._forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
-        self._step = compiled if is_compiled else None
+        self._step = self._forward
+        if is_compiled:
+            self._step = torch.compile(self._forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
         self._slots: Slots | None = None  # of a compiled runner: captured graphs know their address
 
     def start(self, num_rows: int, num_slots: int, *, width: int, num_logits: int) -> Reader:
@@ -215,7 +216,6 @@ class Runner:
 
     def step(self, slots: Slots, ids: Tensor, positions: Tensor, num_logits: int) -> Tensor:
         """One captured forward pass over all rows."""
-        assert self._step is not None
         torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
             return self._step(slots, ids, positions, num_logits)
