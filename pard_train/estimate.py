@@ -236,7 +236,7 @@ class _Target:
         )
 
 
-def temper(top_logprobs: np.ndarray, temperature: float, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def temper(top_logprobs: np.ndarray, temperature: float, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities at a temperature from the largest log-probabilities at temperature 1.
 
     What the tokens that are not known weigh at the temperature lies between two cases: they are all alike, or a few of
