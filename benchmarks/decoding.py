@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -31,12 +30,20 @@ from pard_train.benchmarks import load_benchmark
 from pard_train.chat import ChatEncoder
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.decoding import Decoded, Limits, Step, decode_batch
-from pard_train.model import DTYPES, default_device, inspect_base, load_causal_lm, load_tokenizer, write_initial_draft
+from pard_train.model import (
+    DTYPES,
+    default_device,
+    device_name,
+    inspect_base,
+    load_causal_lm,
+    load_tokenizer,
+    write_initial_draft,
+)
 from pard_train.packages import local_model
 from pard_train.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
-from pard_train.run import num_cores, provenance
+from pard_train.run import provenance
 from pard_train.runner import Runner
-from pard_train.speed import NUM_NEW_TOKENS, device_name, median_seconds, read_seconds, take_turns
+from pard_train.speed import NUM_NEW_TOKENS, median_seconds, read_seconds, take_turns
 
 Way = Callable[[list[list[int]]], list[Decoded]]
 
@@ -255,14 +262,6 @@ def markdown(rows: Iterable[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def describe(device: torch.device) -> str:
-    """Processor, cores, and the accelerator if it is one."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    name = "" if device.type == "cpu" else f", {device_name(device)}"
-    return f"{processor}, {num_cores()} cores, {torch.get_num_threads()} threads{name}"
-
-
 def load_assistant(path: str, target: PreTrainedModel, k: int) -> PreTrainedModel:
     """A draft model as transformers' assisted generation wants it, with so many tokens per step, whatever they are."""
     model = load_causal_lm(path, dtype=target.dtype).to(target.device).eval()
@@ -325,7 +324,12 @@ def main() -> None:
         }
         sections[f"Forward passes against the machine ({limits})"] = steps(bench, arguments.batch_sizes, machine)
         draft = "untrained" if arguments.draft is None else arguments.draft
-        page = ["# Decoding", "", f"{time.strftime('%Y-%m-%d')}, {describe(bench.target.device)}.", ""]
+        page = [
+            "# Decoding",
+            "",
+            f"{time.strftime('%Y-%m-%d')}, {device_name()}, {torch.get_num_threads()} threads.",
+            "",
+        ]
         page.append(f"Target {arguments.target}, draft {draft}, {arguments.dtype}.")
         for title, rows in sections.items():
             print(f"\n{title}")

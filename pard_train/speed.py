@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from pard_train.acceptance import Trace
 from pard_train.decoding import Decoded, Limits, decode_batch
-from pard_train.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
+from pard_train.model import device_name
+from pard_train.proposers import Drafter, Proposer
 from pard_train.runner import Runner
 from pard_train.sampling import GREEDY, Sampling
 
@@ -36,7 +36,7 @@ class Timing:
     """One method beside the target alone, on the same prompts.
 
     Attributes:
-        method: pard, draft, ngram, or the name that a proposer was given.
+        method: the name that the proposer was given.
         batch_size: answers decoded side by side.
         num_draft_tokens: K.
         traces: of every prompt.
@@ -72,39 +72,6 @@ class Timing:
         }
 
 
-def build_proposers(drafter: Drafter, methods: Sequence[str]) -> dict[str, Proposer]:
-    """What stands behind the names of `EvaluateConfig.live_methods`.
-
-    Raises:
-        KeyError: for a name that is none of them.
-    """
-    known: dict[str, Proposer] = {"pard": drafter, "draft": SequentialDrafter(drafter), "ngram": PromptLookup()}
-    return {method: known[method] for method in methods}
-
-
-def time_methods(
-    target: PreTrainedModel | Runner,
-    drafter: Drafter,
-    prompts: Sequence[list[int]],
-    limits: Limits,
-    *,
-    methods: Sequence[str],
-    num_draft_tokens: int,
-    batch_size: int,
-    num_rounds: int,
-) -> list[Timing]:
-    """Time ways to draft, by the names of `build_proposers`, beside the target alone. Greedy."""
-    return time_proposers(
-        target,
-        build_proposers(drafter, methods),
-        prompts,
-        limits,
-        num_draft_tokens=num_draft_tokens,
-        batch_size=batch_size,
-        num_rounds=num_rounds,
-    )
-
-
 def time_proposers(
     target: PreTrainedModel | Runner,
     proposers: Mapping[str, Proposer],
@@ -116,7 +83,9 @@ def time_proposers(
     num_rounds: int,
     sampling: Sampling = GREEDY,
 ) -> list[Timing]:
-    """Time proposers of any kind, such as several drafts in one run, beside the target alone.
+    """Time ways to draft, such as several drafts or one draft in several ways, beside the target alone.
+
+    All take turns on the same batches, after each has decoded the first one as a warm-up.
 
     Args:
         target: model whose text comes out.
@@ -228,7 +197,7 @@ def measure_latencies(
     return Latencies(
         batch_size,
         context,
-        device_name(runner.device),
+        device_name(),
         read_seconds(runner, text, 1, 1, batch_size=batch_size),
         {k: read_seconds(drafter.runner, text, NUM_NEW_TOKENS + k - 1, k, batch_size=batch_size) for k in ks},
         {k: read_seconds(runner, text, k + 1, k + 1, batch_size=batch_size) for k in ks},
@@ -258,11 +227,6 @@ def median_seconds(run: Callable[[], None], *, before: Callable[[], None], repea
         run()
         durations.append(time.perf_counter() - start)
     return statistics.median(durations[1:])
-
-
-def device_name(device: torch.device) -> str:
-    """What a device calls itself: cpu, or the name of the GPU."""
-    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def predict(tau_by_k: Mapping[int, float], latencies: Latencies) -> list[dict[str, Any]]:

@@ -13,20 +13,19 @@ from transformers import PreTrainedTokenizerBase
 import pard_train.speed
 from pard_train.acceptance import Trace, walk
 from pard_train.decoding import Decoded, Limits, Step, decode
-from pard_train.proposers import PromptLookup
+from pard_train.model import device_name
+from pard_train.proposers import PromptLookup, SequentialDrafter
 from pard_train.replay import replay
 from pard_train.sampling import Sampling
 from pard_train.speed import (
     Latencies,
     Timing,
-    build_proposers,
     measure_latencies,
     median_seconds,
     predict,
     prediction,
     recommended,
     take_turns,
-    time_methods,
     time_proposers,
 )
 
@@ -114,12 +113,11 @@ def test_timed_methods_decode_the_targets_text_and_accept_what_replay_says(
     target = build_model("qwen2", seed=0)
     drafter = build_drafter(perturbed(target, "qwen2", noise=0.02), tokenizer)
     asked = prompts(tokenizer, 3)
-    timings = time_methods(
+    timings = time_proposers(
         target,
-        drafter,
+        {"ngram": PromptLookup(), "pard": drafter, "draft": SequentialDrafter(drafter)},
         asked,
         LIMITS,
-        methods=["ngram", "pard", "draft"],
         num_draft_tokens=3,
         batch_size=2,
         num_rounds=2,
@@ -151,12 +149,6 @@ def test_sampled_texts_are_not_compared(tokenizer: PreTrainedTokenizerBase) -> N
     assert timing.record()["num_equal_texts"] is None
 
 
-def test_an_unknown_method_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    drafter = build_drafter(build_model("llama", seed=0), tokenizer)
-    with pytest.raises(KeyError, match="medusa"):
-        build_proposers(drafter, ["pard", "medusa"])
-
-
 def test_latencies_are_measured_for_every_k_on_forward_passes_of_the_right_size(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +163,7 @@ def test_latencies_are_measured_for_every_k_on_forward_passes_of_the_right_size(
 
     monkeypatch.setattr(type(target), "forward", seen)
     latencies = measure_latencies(target, drafter, [4, 1, 4], batch_size=3, context=50)
-    assert (latencies.batch_size, latencies.context, latencies.device) == (3, 50, "cpu")
+    assert (latencies.batch_size, latencies.context, latencies.device) == (3, 50, device_name())
     assert sorted(latencies.draft_seconds) == sorted(latencies.verify_seconds) == [1, 4]
     assert min(latencies.ar_seconds, *latencies.draft_seconds.values(), *latencies.verify_seconds.values()) > 0
     steps = {(3, 1, 1), (3, 3, 1), (3, 6, 4), (3, 2, 2), (3, 5, 5)}  # AR; draft at K 1 and 4; verification
