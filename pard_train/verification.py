@@ -43,6 +43,7 @@ NEAR_TIE = 1e-3  # logits closer than this may fall either way between two float
 NOT_LOSSLESS = "the engine's text depends on the draft: a near tie (float32 has the fewest), or a fault of the engine"
 NOT_K = "the engine did not draft K tokens at every step"
 NOT_DRAFTED = "replay never drafts the mask token or a row that is no token, the engine may: train the draft further"
+NOT_EXACT = "two implementations agree to the last counter in float32 only: set dtype=float32"
 FIRST_POSITION = "no mask token has a part in the first draft token: the engine runs other weights or other positions"
 LATER_POSITION = "the draft's first token is right and a later one is not: the engine uses another mask token or mask"
 
@@ -332,6 +333,8 @@ def _slot_difference(
 def _hint(drafter: Drafter, depth: int, seen: int | None, margin: float) -> str:
     if seen is not None and (seen == drafter.mask_token_id or seen >= len(drafter.tokenizer)):
         return NOT_DRAFTED
+    if drafter.model.dtype != torch.float32:
+        return f"{NOT_EXACT} (the draft's two best logits are {margin:.2g} apart)"
     if margin < NEAR_TIE:
         return f"a near tie: the draft's two best logits are {margin:.1e} apart"
     return LATER_POSITION if depth else FIRST_POSITION

@@ -36,6 +36,7 @@ from pard_train.verification import (
     FIRST_POSITION,
     LATER_POSITION,
     NOT_DRAFTED,
+    NOT_EXACT,
     NOT_K,
     NOT_LOSSLESS,
     VERIFICATION_FILE,
@@ -266,6 +267,15 @@ def test_a_near_tie_of_the_draft_is_told_as_one(
         "a near tie: the draft's two best logits are 0.0e+00 apart"
         in difference(Drafter(draft, tokenizer), pair, **changes).hint
     )
+
+
+def test_a_difference_in_bfloat16_is_told_to_be_looked_at_in_float32(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair: tuple[Expectation, EngineAnswer]
+) -> None:
+    drafter = Drafter(noisy_copy(target).to(torch.bfloat16), tokenizer)
+    step = next(i for i, accepted in enumerate(pair[0].accepted) if accepted > 0)
+    hint = difference(drafter, pair, accepted=[*pair[1].accepted[:step], 0], drafts=[]).hint
+    assert hint.startswith(f"{NOT_EXACT} (the draft's two best logits are ")
 
 
 def test_prompts_are_compared_one_by_one_and_the_table_shows_both_sides(
