@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import threading
 import time
@@ -10,8 +11,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,13 @@ def _memory(pid: int, name: str) -> float:
 
 
 def growth(sizes: Sequence[int], peaks: Sequence[float]) -> str:
-    """How peaks in MB grow with sizes: bytes for each unit from the first to the last, and the fitted exponent.
+    """How peaks in MB grow between the two largest sizes: bytes for each row more, and as a power of rows.
 
-    >>> growth([100, 10_000, 1_000_000], [200.0, 200.4, 240.0])
-    '40 bytes a row (rows to the power of 0.02)'
+    >>> growth([100, 10_000, 1_000_000], [180.0, 200.0, 240.0])
+    '40 bytes a row (rows to the power of 0.04)'
     """
-    if len(sizes) < 2 or not all(peaks):
+    if len(sizes) < 2 or not all(peaks[-2:]):
         return "not known: one size only, or no workers at one of them"
-    per_row = (peaks[-1] - peaks[0]) * 1e6 / (sizes[-1] - sizes[0])
-    exponent = np.polyfit(np.log(sizes), np.log(peaks), 1)[0]
+    per_row = (peaks[-1] - peaks[-2]) * 1e6 / (sizes[-1] - sizes[-2])
+    exponent = math.log(peaks[-1] / peaks[-2]) / math.log(sizes[-1] / sizes[-2])
     return f"{per_row:,.0f} bytes a row (rows to the power of {exponent:.2f})"
