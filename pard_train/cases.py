@@ -108,7 +108,7 @@ class Target:
 
     def runner(self) -> Runner:
         """The model made ready for live decoding."""
-        self._runner = self._runner or Runner(self.weights())
+        self._runner = self._runner or Runner(self.weights(), is_compiled=self._config.live_compiled)
         return self._runner
 
     def unload(self) -> None:

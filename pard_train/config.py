@@ -182,6 +182,8 @@ class EvaluateConfig:
     # Answers decoded side by side, and times that every method decodes them; the methods take turns.
     live_batch_sizes: list[int] = field(default_factory=lambda: [1])
     live_rounds: int = 3
+    # Run the steps of both models through torch.compile with graph capture: for a GPU; minutes before the first answer.
+    live_compiled: bool = False
     # Python of a virtual environment with vLLM (launch/vllm_cpu.sh makes one for CPUs), which decodes the live prompts
     # too, plainly and with every draft; its own counters are read back. null runs no engine.
     engine_python: Optional[str] = None

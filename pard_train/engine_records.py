@@ -62,7 +62,7 @@ def engine_records(
         "temperature": 0.0,
         "top_p": 1.0,
         "batch_size": 1,
-        **measured([_trace(answer) for answer in own], turns, k),
+        **measured([engine_trace(answer) for answer in own], turns, k),
         "vllm_drafts": drafts,
         "vllm_accepted": accepted,
         "vllm_tau": 1 + accepted / drafts if drafts else None,
@@ -83,7 +83,7 @@ def _seconds(answers: list[dict[str, Any]]) -> float:
     return sum(answer["seconds"] for answer in answers)
 
 
-def _trace(answer: dict[str, Any]) -> Trace:
+def engine_trace(answer: dict[str, Any]) -> Trace:
     """An engine's steps: the prefill, then its drafts, of which matches past the end of the answer do not count."""
     num_tokens, accepted, place = len(answer["token_ids"]), [0], 1
     for count in answer["accepted"]:

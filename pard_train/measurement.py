@@ -21,6 +21,7 @@ from pard_train.model import DTYPES, default_device, device_name
 from pard_train.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
 from pard_train.records import Record
 from pard_train.replay import replay_all
+from pard_train.runner import Runner
 from pard_train.sampling import GREEDY, Sampling
 from pard_train.scored_cases import ScoredCase
 from pard_train.speed import Latencies, measure_latencies, prediction, time_proposers
@@ -47,6 +48,8 @@ class Draft:
         if self._drafter is None:
             trust, dtype = self._config.trust_remote_code, DTYPES[self._config.dtype]
             self._drafter = Drafter.load(self.model.path, dtype=dtype, device=default_device(), trust_remote_code=trust)
+            if self._config.live_compiled:
+                self._drafter.runner = Runner(self._drafter.model, is_compiled=True)
         return self._drafter
 
     def unload(self) -> None:
@@ -233,6 +236,7 @@ def _timed_records(
         "num_draft_tokens": k,
         "batch_size": batch_size,
         "num_rounds": config.live_rounds,
+        "is_compiled": config.live_compiled,
         "device": device_name(),
     }
 
@@ -284,6 +288,7 @@ def measure_steps(
                 identity = {
                     "models": [draft.fingerprint, target.fingerprint],
                     "settings": [config.dtype, sorted(config.num_draft_tokens), batch_size, context],
+                    "is_compiled": config.live_compiled,
                     "device": device_name(),
                 }
 

@@ -49,7 +49,7 @@ def test_a_draft_and_its_own_base_agree_in_everything(draft_folder: Path, base_f
 def test_a_model_that_is_no_draft_is_an_error(base_folder: Path) -> None:
     findings = find(base_folder, base_folder)
     assert findings["mask token"].level == ERROR
-    with pytest.raises(UserError, match="mask token: .* is not a parallel draft model"):
+    with pytest.raises(UserError, match=r"mask token: .* is not a parallel draft model"):
         require(list(findings.values()))
 
 

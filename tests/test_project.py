@@ -50,7 +50,9 @@ def test_hydra_stays_at_the_edge() -> None:
 def test_nothing_unpickles_or_builds_shell_strings() -> None:
     for path in [*LIBRARY, *(ROOT / "recipes").glob("*.py"), *(ROOT / "data_scripts").glob("*.py")]:
         text = path.read_text()
-        assert not re.search(r"torch\.load\((?!.*weights_only=True)|(?<!allow_)pickle|shell=True|os\.system", text), path.name
+        assert not re.search(r"torch\.load\((?!.*weights_only=True)|(?<!allow_)pickle|shell=True|os\.system", text), (
+            path.name
+        )
 
 
 def test_recipes_are_tables_of_contents() -> None:

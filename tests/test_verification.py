@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, build_model, conversations, experiment
+from tiny import build_model, conversations, experiment, write_served_pair
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from vllm_server import ROOT, vllm_python
 
@@ -311,34 +311,6 @@ def test_prompts_are_compared_one_by_one_and_the_table_shows_both_sides(
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformers, and mistakes
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_served_pair(family: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Path, Path]:
-    """Target and untrained draft of shapes that vLLM takes on a CPU (heads of 32), whose spare rows are never said."""
-    torch.manual_seed(0)
-    config = FAMILIES[family](
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    rows = model.get_input_embeddings().weight.data
-    rows[len(tokenizer) :] = rows[: len(tokenizer)].mean(dim=0)
-    model.save_pretrained(folder / "target")
-    tokenizer.save_pretrained(folder / "target")
-    base = inspect_base(ModelConfig(path=str(folder / "target")), DraftConfig())
-    write_initial_draft(base, 4, folder / "draft")
-    return folder / "target", folder / "draft"
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,14 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
 from pard_train.config import DataConfig, DraftConfig, ModelConfig, TrainConfig, TrainerConfig
+from pard_train.model import inspect_base, write_initial_draft
 
 NUM_ROWS = 320  # of the embedding; the tokenizer uses 300, so ids 300..319 are spare
 VOCABULARY = 300
@@ -102,3 +104,31 @@ def experiment(base: Path, chats: Path, output_dir: Path, **trainer: Any) -> Tra
         trainer=TrainerConfig(**{**settings, **trainer}),
         output_dir=str(output_dir),
     )
+
+
+def write_served_pair(family: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Path, Path]:
+    """Target and untrained draft of shapes that vLLM takes on a CPU (heads of 32), whose spare rows are never said."""
+    torch.manual_seed(0)
+    config = FAMILIES[family](
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    rows = model.get_input_embeddings().weight.data
+    rows[len(tokenizer) :] = rows[: len(tokenizer)].mean(dim=0)
+    model.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    base = inspect_base(ModelConfig(path=str(folder / "target")), DraftConfig())
+    write_initial_draft(base, 4, folder / "draft")
+    return folder / "target", folder / "draft"
