@@ -49,25 +49,27 @@ def build_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(family: str, *, seed: int, num_rows: int = NUM_ROWS, tied: bool = True) -> PreTrainedModel:
+def build_model(
+    family: str, *, seed: int, num_rows: int = NUM_ROWS, tied: bool = True, **shape: Any
+) -> PreTrainedModel:
     """Two layers of random weights, large enough that its greedy text is not one repeated token."""
     torch.manual_seed(seed)
-    config = FAMILIES[family](
-        vocab_size=num_rows,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    settings: dict[str, Any] = {
+        "vocab_size": num_rows,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return AutoModelForCausalLM.from_config(FAMILIES[family](**settings | shape), dtype=torch.float32).eval()
 
 
 def conversations(number: int, *, seed: int) -> list[list[dict[str, str]]]:
@@ -108,23 +110,8 @@ def experiment(base: Path, chats: Path, output_dir: Path, **trainer: Any) -> Tra
 
 def write_served_pair(family: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Path, Path]:
     """Target and untrained draft of shapes that vLLM takes on a CPU (heads of 32), whose spare rows are never said."""
-    torch.manual_seed(0)
-    config = FAMILIES[family](
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1}
+    model = build_model(family, seed=0, **heads)
     rows = model.get_input_embeddings().weight.data
     rows[len(tokenizer) :] = rows[: len(tokenizer)].mean(dim=0)
     model.save_pretrained(folder / "target")
