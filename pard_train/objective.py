@@ -6,14 +6,20 @@ term: depth 0 is ordinary next-token prediction, depth d predicts d + 1 tokens p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from pard_train.attention import attention_inputs
 from pard_train.config import ObjectiveConfig
 from pard_train.layout import IGNORE_INDEX, SlotLayout
+from pard_train.slot_head import SlotHead, gives_plain_logits
 
 # Legend: T slots, S supervised slots, A chains, K draft tokens, V vocabulary.
 
@@ -118,3 +124,59 @@ def _is_accepted(layout: SlotLayout, is_correct: Tensor, num_draft_tokens: int) 
     table = torch.zeros(len(chains), num_draft_tokens, dtype=torch.int64, device=row.device)  # [A, K]
     table[row, layout.depth] = is_correct.long()
     return table.cumprod(dim=1)[row, layout.depth].bool()
+
+
+class PackLoss:
+    """The loss of one pack, and what it tells about the draft model.
+
+    Args:
+        model: before anything wraps it.
+        attention: dense | split | flex.
+        num_draft_tokens: K.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: str, num_draft_tokens: int):
+        self.attention, self.num_draft_tokens = attention, num_draft_tokens
+        head = model.get_output_embeddings()
+        self.head = SlotHead(cast(nn.Linear, head)) if gives_plain_logits(model) else None
+        self.is_checked = False
+
+    def __call__(
+        self, model: nn.Module, inputs: dict[str, Tensor], scale: Tensor | float
+    ) -> tuple[Tensor, DepthStatistics]:
+        """Sum of weight * cross entropy times `scale`, over supervised slots only, and their statistics.
+
+        Args:
+            model: the model as it is wrapped for training.
+            inputs: of PardCollator, on the model's device.
+            scale: factor of the loss, a constant.
+        """
+        layout = SlotLayout(*(inputs[name][0] for name in ("document", "anchor", "depth")))
+        labels = inputs["labels"][0]
+        supervised = torch.nonzero(labels != IGNORE_INDEX).squeeze(1)  # [S]
+        labels, weight = labels[supervised], inputs["weight"][0, supervised] * scale
+        forward = partial(
+            model,
+            input_ids=inputs["input_ids"],
+            position_ids=layout.position[None],
+            logits_to_keep=supervised,
+            use_cache=False,
+            **attention_inputs(self.attention, layout),
+        )
+        loss, losses, is_correct = self._scores(forward, labels, weight)
+        return loss, DepthStatistics.of_slots(layout[supervised], is_correct, losses, self.num_draft_tokens)
+
+    def _scores(self, forward: Callable[[], Any], labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted loss with its gradient; loss [S] and whether the arg max is the label [S], without."""
+        if self.head is None:
+            logits = forward().logits[0]  # [S, V]
+            losses = slot_losses(logits, labels)
+            return (losses * weight).sum(), losses.detach(), logits.detach().argmax(dim=-1) == labels
+        with self.head.scoring(labels, weight):
+            loss = forward().logits  # the head's answer
+        scores = self.head.scores
+        assert scores is not None
+        if not self.is_checked:  # once: it waits for the device
+            assert torch.equal(loss.detach(), scores.loss.detach()), "the model changes what its head returns"
+            self.is_checked = True
+        return loss, scores.losses, scores.is_correct

@@ -15,13 +15,14 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from pard_train.attention import IMPLEMENTATIONS, attention_inputs, resolve_attention
+from pard_train.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.chat import ChatEncoder
 from pard_train.config import TrainConfig
 from pard_train.errors import UserError
-from pard_train.layout import IGNORE_INDEX, SlotLayout
+from pard_train.layout import SlotLayout
 from pard_train.model import (
     default_device,
+    device_name,
     inspect_base,
     load_causal_lm,
     load_tokenizer,
@@ -29,10 +30,19 @@ from pard_train.model import (
     write_initial_draft,
     write_model_folder,
 )
-from pard_train.objective import DepthStatistics, slot_losses
+from pard_train.objective import DepthStatistics, PackLoss
 from pard_train.packing import PackedDataset, PardCollator
 from pard_train.run import check_run, claim_run, newest_checkpoint, seal_checkpoint
 from pard_train.store import TokenStore, open_store
+from pard_train.throughput import (
+    ModelShape,
+    StepClock,
+    Work,
+    chip_of,
+    count_work,
+    peak_memory,
+    throughput_metrics,
+)
 from pard_train.trackers import ConfigToWandb, MetricsFile, configure_tracker
 
 INITIAL_FOLDER = "init"  # the untrained draft model
@@ -181,8 +191,13 @@ class PardTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is normalized here: no division by accumulation steps
         self.initial = initial  # folder of the untrained draft model, whose tokenizer the trained one keeps
-        self.attention = attention
+        self.pack_loss = PackLoss(self.model, attention, num_draft_tokens)
         self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
+        self.work = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
+        self.shape = ModelShape.of(self.model.config)
+        self.chip = chip_of(device_name()) if self.args.bf16 else None  # its peak is that of bfloat16
+        self.clock = StepClock()
+        self.add_callback(self.clock)
         self.window_start = time.perf_counter()
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
@@ -190,9 +205,15 @@ class PardTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """Micro-batches of one optimizer step, and the sum of their weights over all ranks (a float32 scalar)."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        with self.clock.phase("data"):
+            batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(weight, reduction="sum")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one pack."""
+        with self.clock.phase("forward_backward"):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -203,41 +224,35 @@ class PardTrainer(Trainer):
     ) -> Tensor:
         """Weighted cross entropy of one pack over the weight of the global batch.
 
-        Data-parallel engines average gradients over ranks, so the sum is scaled by their number. Logits are computed
-        for supervised slots only.
+        Data-parallel engines average gradients over ranks, so the sum is scaled by their number.
         """
-        layout = SlotLayout(*(inputs[name][0] for name in ("document", "anchor", "depth")))
-        labels, weight = inputs["labels"][0], inputs["weight"][0]
-        supervised = torch.nonzero(labels != IGNORE_INDEX).squeeze(1)  # [S]
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            position_ids=layout.position[None],
-            logits_to_keep=supervised,
-            use_cache=False,
-            **attention_inputs(self.attention, layout),
-        )
-        logits, labels = outputs.logits[0], labels[supervised]  # [S, V], [S]
-        losses = slot_losses(logits, labels)
-        self._count(layout[supervised], logits, labels, losses)
-        return (losses * weight[supervised]).sum() * (self.args.world_size / num_items_in_batch)
-
-    @torch.no_grad()
-    def _count(self, layout: SlotLayout, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
-        is_correct = logits.argmax(dim=-1) == labels
-        self.statistics.add(DepthStatistics.of_slots(layout, is_correct, losses.detach(), len(self.statistics.slots)))
+        loss, statistics = self.pack_loss(model, inputs, self.args.world_size / cast(Tensor, num_items_in_batch))
+        self.statistics.add(statistics)
+        layout = SlotLayout(*(inputs[name] for name in ("document", "anchor", "depth")))
+        self.work += count_work(layout, inputs["labels"])
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log a window of steps, with accuracy per depth, expected accepted length and throughput over all ranks."""
         if "loss" in logs:
-            for tensor in self.statistics.tensors():
+            sums = (*self.statistics.tensors(), self.work)
+            for tensor in sums:
                 tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
             logs |= self.statistics.metrics()
             now = time.perf_counter()
-            logs["supervised_slots_per_second"] = logs["supervised_slots"] / (now - self.window_start)
-            self.window_start = now
-            for tensor in self.statistics.tensors():
+            seconds, self.window_start = now - self.window_start, now
+            logs["supervised_slots_per_second"] = logs["supervised_slots"] / seconds
+            logs |= {f"throughput/{name}": value for name, value in self._throughput(seconds).items()}
+            logs |= {f"throughput/share_{name}": spent / seconds for name, spent in self.clock.report().items()}
+            for tensor in sums:
                 tensor.zero_()
         super().log(logs, *args, **kwargs)
+
+    def _throughput(self, seconds: float) -> dict[str, float]:
+        work, num_tokens = Work(*map(int, self.work.tolist())), float(self.statistics.slots[0])
+        metrics = throughput_metrics(work, num_tokens, seconds, self.shape, self.chip, self.args.world_size)
+        memory = peak_memory(self.args.device)
+        return metrics if memory is None else metrics | {"peak_memory_gb": memory / 1e9}
 
     def write_draft(self, folder: Path) -> Path:
         """Write the trained model as a draft folder, whole or not at all, from whatever shards the ranks hold."""

@@ -77,7 +77,8 @@ def measurements(config: TrainConfig) -> list[dict[str, Any]]:
 
 def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what a clock says."""
-    return [{name: value for name, value in row.items() if name not in (SPEED, "eval/seconds")} for row in rows]
+    clocks = (SPEED, "eval/seconds", "throughput/")
+    return [{name: value for name, value in row.items() if not name.startswith(clocks)} for row in rows]
 
 
 def test_the_figures_are_those_of_an_evaluation_of_the_same_draft(config: TrainConfig) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from tiny import NUM_ROWS, build_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from pard_train import slot_head
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, lay_out_document, sample_chain_lengths, slot_labels
-from pard_train.objective import DepthStatistics, slot_losses, slot_weights
+from pard_train.objective import DepthStatistics, PackLoss, slot_losses, slot_weights
+from pard_train.slot_head import SlotHead, score_slots
 
 NUM_DRAFT_TOKENS = 8
 
@@ -111,3 +118,133 @@ def test_statistics_of_steps_add_up_to_those_of_all_slots_at_once() -> None:
         total.add(statistics_of(chain))
     for summed, at_once in zip(total.tensors(), statistics_of(*chains).tensors(), strict=True):
         torch.testing.assert_close(summed, at_once)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The head, a chunk of slots at a time
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHUNK_SLOTS = 7  # does not divide the numbers of slots below
+
+
+@pytest.fixture(params=[CHUNK_SLOTS, 1000], ids=["chunks", "one chunk"])
+def chunk_slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many slots at a time through a head of NUM_ROWS rows."""
+    monkeypatch.setattr(slot_head, "LOGITS_PER_CHUNK", request.param * NUM_ROWS)
+    return request.param
+
+
+def random_slots(num_slots: int, *, has_bias: bool) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
+    """Hidden states, head, labels and weights."""
+    torch.manual_seed(4)
+    hidden, head = torch.randn(num_slots, 16), nn.Linear(16, NUM_ROWS, bias=has_bias)
+    return hidden.requires_grad_(), head, torch.randint(NUM_ROWS, (num_slots,)), torch.rand(num_slots)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_slots", [0, 1, 40])
+def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(
+    chunk_slots: int, num_slots: int, has_bias: bool
+) -> None:
+    hidden, head, labels, weight = random_slots(num_slots, has_bias=has_bias)
+    logits = head(hidden)
+    losses = slot_losses(logits, labels)
+    parameters = [hidden, *head.parameters()]
+    expected = torch.autograd.grad((losses * weight).sum() * 3, parameters)
+    scores = score_slots(hidden, head, labels, weight)
+    torch.testing.assert_close(scores.loss, (losses * weight).sum())
+    torch.testing.assert_close(scores.losses, losses.detach())
+    assert torch.equal(scores.is_correct, logits.argmax(dim=-1) == labels)
+    for mine, theirs in zip(torch.autograd.grad(scores.loss * 3, parameters), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_under_autocast_are_as_near_to_the_exact_gradients_as_all_logits_at_once(chunk_slots: int) -> None:
+    hidden, head, labels, weight = random_slots(60, has_bias=False)
+    exact = torch.autograd.grad((slot_losses(head(hidden), labels) * weight).sum(), [hidden, head.weight])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(hidden)
+        assert logits.dtype == torch.bfloat16
+        at_once = torch.autograd.grad((slot_losses(logits, labels) * weight).sum(), [hidden, head.weight])
+        scores = score_slots(hidden, head, labels, weight)
+    chunked = torch.autograd.grad(scores.loss, [hidden, head.weight])
+    torch.testing.assert_close(scores.losses, slot_losses(logits, labels).detach())
+    for mine, theirs, truth in zip(chunked, at_once, exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - truth).norm() <= 1.1 * (theirs - truth).norm()
+
+
+def test_a_chunk_is_all_the_logits_that_are_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot_head, "LOGITS_PER_CHUNK", CHUNK_SLOTS * NUM_ROWS)
+    hidden, head, labels, weight = random_slots(500, has_bias=False)
+    sizes = LargestTensor()
+    with sizes:
+        score_slots(hidden, head, labels, weight).loss.backward()
+    assert sizes.largest == max(CHUNK_SLOTS * NUM_ROWS, hidden.numel(), head.weight.numel())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_pack_through_the_head_in_chunks_is_the_pack_with_all_logits(
+    family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, gradients of every parameter, and statistics per depth."""
+    monkeypatch.setattr(slot_head, "LOGITS_PER_CHUNK", CHUNK_SLOTS * NUM_ROWS)
+    batch = random_pack()
+    results = []
+    for is_chunked in (True, False):
+        model = build_model(family, seed=3, tied=tied)
+        pack_loss = PackLoss(model, "dense", NUM_DRAFT_TOKENS)
+        assert pack_loss.head is not None
+        if not is_chunked:
+            pack_loss.head = None
+        loss, statistics = pack_loss(model, batch, 0.01)
+        loss.backward()
+        results.append((loss.detach(), statistics, dict(model.named_parameters())))
+    (loss, statistics, mine), (all_loss, all_statistics, theirs) = results
+    torch.testing.assert_close(loss, all_loss)
+    assert ("lm_head.weight" in mine) is not tied
+    for name, parameter in mine.items():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-6, rtol=1e-4)
+    for summed, at_once in zip(statistics.tensors(), all_statistics.tensors(), strict=True):
+        torch.testing.assert_close(summed, at_once, atol=1e-5, rtol=1e-6)
+
+
+def random_pack() -> dict[str, Tensor]:
+    """Two documents of random tokens in the form of PardCollator."""
+    draw, mask = np.random.default_rng(0), np.arange(40) % 20 >= 6
+    layouts, labels = [], []
+    for number in range(2):
+        layout = lay_out_document(sample_chain_lengths(mask, DraftConfig(), DrawKey(0, 0, number)), number)
+        layouts.append(layout)
+        labels.append(slot_labels(layout, draw.integers(NUM_ROWS, size=40), mask))
+    names = ("document", "anchor", "depth")
+    batch = {name: torch.from_numpy(np.concatenate([getattr(x, name) for x in layouts])) for name in names}
+    batch["labels"] = torch.from_numpy(np.concatenate(labels))
+    batch["input_ids"] = torch.from_numpy(draw.integers(NUM_ROWS, size=len(batch["labels"])))
+    batch["weight"] = slot_weights(batch["depth"], batch["labels"], ObjectiveConfig(depth_decay=0.8))
+    return {name: tensor[None] for name, tensor in batch.items()}
+
+
+def test_a_head_gives_logits_again_once_the_loss_is_taken_also_after_an_error() -> None:
+    hidden, head, labels, weight = random_slots(5, has_bias=False)
+    logits = head(hidden)
+    scorer = SlotHead(head)
+    with scorer.scoring(labels, weight):
+        assert head(hidden[None]).ndim == 0
+    assert torch.equal(head(hidden), logits)
+    with pytest.raises(KeyError), scorer.scoring(labels, weight):
+        raise KeyError
+    assert torch.equal(head(hidden), logits)

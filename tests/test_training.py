@@ -9,16 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import experiment
+from tiny import NUM_ROWS, experiment
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from pard_train.attention import attention_inputs
 from pard_train.chat import ChatEncoder
 from pard_train.config import LoggerConfig, TrainConfig
 from pard_train.errors import UserError
-from pard_train.model import inspect_base
+from pard_train.layout import SlotLayout, is_visible
+from pard_train.model import inspect_base, write_initial_draft
+from pard_train.objective import PackLoss
 from pard_train.run import SEAL_FILE
 from pard_train.store import open_store
+from pard_train.throughput import ModelShape, Work, step_cost
 from pard_train.trainer import build_trainer, train, training_settings
 
 
@@ -47,6 +59,78 @@ def test_training_lowers_the_loss_and_raises_the_expected_accepted_length(
     assert "lm_head.weight" not in weights(draft)  # tied embeddings stay tied
 
 
+def test_the_log_says_how_fast_training_is_and_where_its_time_goes(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=3, gradient_accumulation_steps=2)
+    train(config)
+    base = inspect_base(config.model, config.draft)
+    store = open_store(config.data, ChatEncoder(base.tokenizer))
+    trainer = build_trainer(config, TrainingArguments(**training_settings(config)), store)
+    shape = ModelShape.of(trainer.model.config)
+    assert shape is not None
+    for step, row in enumerate(log_lines(config)):
+        batches = [trainer.data_collator([trainer.train_dataset[i]]) for i in (2 * step, 2 * step + 1)]
+        seconds = row["supervised_slots"] / row["supervised_slots_per_second"]
+        num_slots = sum(int((batch["document"] >= 0).sum()) for batch in batches)
+        num_pairs = sum(visible_pairs(batch) for batch in batches)
+        num_supervised = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
+        num_tokens = sum(int(((batch["labels"] >= 0) & (batch["depth"] == 0)).sum()) for batch in batches)
+        cost = step_cost(shape, Work(num_slots, num_supervised, num_pairs))
+        assert row["throughput/slots_per_second"] * seconds == pytest.approx(num_slots)
+        assert row["throughput/supervised_tokens_per_second"] * seconds == pytest.approx(num_tokens)
+        assert row["throughput/model_flops_per_second"] * seconds == pytest.approx(cost.flops)
+        shares = [row[f"throughput/share_{phase}"] for phase in ("data", "forward_backward", "optimizer")]
+        assert all(share > 0 for share in shares)
+        assert sum(shares) <= 1
+        assert shares[1] > shares[0]
+        assert "throughput/share_of_peak" not in row  # nothing is known of this processor
+        assert "throughput/peak_memory_gb" not in row
+
+
+def visible_pairs(batch: dict[str, Tensor]) -> int:
+    """Pairs of slots that see each other, by the mask itself."""
+    layout = SlotLayout(*(batch[name][0] for name in ("document", "anchor", "depth")))
+    real = layout[layout.document >= 0]
+    return int(is_visible(real, real).sum())
+
+
+def test_a_model_that_scales_its_logits_trains_on_its_own_logits(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    """The loss of its head alone would be another one."""
+    config = experiment(base_folder, chats_file, tmp_path / "run")
+    base = inspect_base(config.model, config.draft)
+    store = open_store(config.data, ChatEncoder(base.tokenizer))
+    write_initial_draft(base, 4, tmp_path / "run" / "init")
+    trainer = build_trainer(config, TrainingArguments(**training_settings(config)), store)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    model = build_scaling_model()
+    pack_loss = PackLoss(model, "dense", 4)
+    assert pack_loss.head is None
+    loss, statistics = pack_loss(model, batch, 1.0)
+    layout = SlotLayout(*(batch[name][0] for name in ("document", "anchor", "depth")))
+    logits = model(batch["input_ids"], position_ids=layout.position[None], **attention_inputs("dense", layout)).logits
+    expected = torch.nn.functional.cross_entropy(logits[0], batch["labels"][0], reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert float(statistics.loss.sum()) == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+def build_scaling_model() -> PreTrainedModel:
+    """A tiny model that divides its logits by four."""
+    config = GraniteConfig(
+        vocab_size=NUM_ROWS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        logits_scaling=4.0,
+        initializer_range=0.5,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
 def test_one_pack_eight_times_and_eight_packs_in_accumulation_are_the_same_mean(
     base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
@@ -61,7 +145,7 @@ def test_one_pack_eight_times_and_eight_packs_in_accumulation_are_the_same_mean(
     with torch.no_grad():
         loss = sum(trainer.compute_loss(trainer.model, batch, num_items_in_batch=total) for batch in batches)
         means = [trainer.compute_loss(trainer.model, b, num_items_in_batch=b["weight"].sum()) for b in batches]
-    assert log_lines(config)[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert log_lines(config)[0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert abs(float(torch.stack(means).mean()) - float(loss)) > 1e-4  # a mean of means would be another number
 
 
@@ -103,8 +187,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     expected = weights(tmp_path / "whole" / "draft")
     for name, value in weights(draft).items():
         assert torch.equal(value, expected[name]), name
-    speed = "supervised_slots_per_second"
-    rows = [[{k: v for k, v in row.items() if k != speed} for row in log_lines(config)] for config in (whole, cut)]
+    clocks = ("supervised_slots_per_second", "throughput/")
+    rows = [
+        [{name: value for name, value in row.items() if not name.startswith(clocks)} for row in log_lines(config)]
+        for config in (whole, cut)
+    ]
     assert rows[0] == rows[1]
 
 

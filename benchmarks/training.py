@@ -1,0 +1,428 @@
+"""How fast training is: our step beside the dense step of PARD's public reference, in turns in one process.
+
+    python benchmarks/training.py                          # some minutes on two cores
+    python benchmarks/training.py --models smollm2-135m --lengths 300 --rounds 5
+    python benchmarks/training.py --models qwen2.5-0.5b --lengths 512 1024 2048 4096 8192 32768 --k 8 16 \
+        --precision bf16 --tokens 16384 --slot-budgets 32768 131072 --rounds 10          # on a GPU
+
+Both sides train on the same documents of random tokens with the same labels: padded samples and one dense mask each
+for the reference (pard_train/reference.py), packs of chains for us. A step is forward, backward and AdamW. Models of
+the true shape have random weights, which run as fast as trained ones. Prints tables and writes
+benchmarks/results/DATE-training-DEVICE-PRECISION.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
+
+from pard_train.attention import IMPLEMENTATIONS, resolve_attention
+from pard_train.chat import Document
+from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, slot_bounds, supervised_runs
+from pard_train.model import default_device, device_name
+from pard_train.objective import PackLoss
+from pard_train.packages import local_model
+from pard_train.packing import Member, PardCollator, best_fit
+from pard_train.reference import build_dense_batch, dense_loss, draw_kept, prepare_reference_model
+from pard_train.run import provenance
+from pard_train.throughput import ModelShape, Work, chip_of, count_work, step_cost
+
+RESULTS = Path(__file__).parent / "results"
+REFERENCE, OURS = "dense reference", "pard_train"
+QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+NO_WORK = Work(0, 0, 0)
+MASK_TOKEN = 1  # any id: the embedding looks up one row like another
+
+
+@dataclass
+class Setting:
+    """One row of the table: a side at a model, a length, a K and a slot budget, and what was measured of it."""
+
+    side: str
+    model: str
+    length: int
+    k: int
+    budget: int | None  # of a pack; None for the reference, whose batch is a number of samples
+    shape: ModelShape
+    seconds: list[float] = field(default_factory=list)  # of each step
+    num_steps: int = 0
+    memory: float = 0.0  # peak in bytes, of this side alone
+    work: Work = NO_WORK
+    num_tokens: int = 0  # supervised tokens of a step
+    failure: str = ""
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step."""
+        return float(np.median(self.seconds))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Supervised tokens a second: answer tokens learned, whatever chains hang on them."""
+        return self.num_tokens / self.median
+
+
+def main() -> None:
+    """Measure, print and write."""
+    arguments = parse()
+    torch.manual_seed(0)
+    device = default_device()
+    settings: list[Setting] = []
+    for name in arguments.models:
+        for length in arguments.lengths:
+            for k in arguments.k:
+                settings += compare(name, length, k, device, arguments)
+    page = render(settings, arguments)
+    print(page)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{time.strftime('%Y-%m-%d')}-training-{device.type}-{arguments.precision}.md"
+    path.write_text(page)
+    print(f"written to {path}")
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m", "qwen2.5-0.5b:2"], help="NAME or NAME:LAYERS")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[300, 1000], help="tokens of every document")
+    parser.add_argument("--k", nargs="+", type=int, default=[8])
+    parser.add_argument("--tokens", type=int, default=1000, help="of a step's documents; one longer document is a step")
+    parser.add_argument("--slot-budgets", nargs="+", type=int, help="of our packs; default: one pack holds a step")
+    parser.add_argument("--prompt-share", type=float, default=0.2, help="of each document; not supervised")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--rounds", type=int, default=2, help="steps of each side; a GPU runs one before, to compile")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--skip-reference", action="store_true")
+    return parser.parse_args()
+
+
+def build_config(name: str) -> PretrainedConfig:
+    """Config of a model's shape, by name and, after a colon, its number of layers."""
+    base, _, layers = name.partition(":")
+    if base == "smollm2-135m":
+        config = AutoConfig.from_pretrained(local_model("pypi:SmolLM2-135M-Instruct"))
+    elif base == "qwen2.5-0.5b":
+        config = Qwen2Config(**QWEN, num_hidden_layers=24, vocab_size=151936, tie_word_embeddings=True)
+    else:
+        sys.exit(f"--models {name}: known are smollm2-135m and qwen2.5-0.5b, each with :LAYERS or without")
+    if layers:
+        config.num_hidden_layers = int(layers)
+        config.layer_types = ["full_attention"] * int(layers)
+    return config
+
+
+def compare(name: str, length: int, k: int, device: torch.device, arguments: argparse.Namespace) -> list[Setting]:
+    """Both sides at one model, length and K, step by step in turns."""
+    config = build_config(name)
+    shape = ModelShape.of(config)
+    assert shape is not None
+    draft, documents = DraftConfig(num_draft_tokens=k), build_documents(length, config.vocab_size, arguments)
+    budgets = arguments.slot_budgets or [bound_of(documents, draft)]
+    settings, steps = [], []
+    if not arguments.skip_reference:
+        settings.append(Setting(REFERENCE, name, length, k, None, shape))
+        steps.append(reference_step(config, documents, draft, device, arguments))
+    for budget in budgets:
+        settings.append(Setting(OURS, name, length, k, budget, shape))
+        steps.append(our_step(config, documents, draft, budget, device, arguments))
+    num_unmeasured = 0 if device.type == "cpu" else 1
+    for number in range(num_unmeasured + arguments.rounds):
+        for setting, step in zip(settings, steps, strict=True):
+            run_step(setting, step, device, is_measured=number >= num_unmeasured)
+    for setting in settings:
+        print(describe(setting), flush=True)
+    return settings
+
+
+def build_documents(length: int, vocabulary: int, arguments: argparse.Namespace) -> list[Document]:
+    """Documents of `length` random tokens: a prompt, then one answer."""
+    draw = np.random.default_rng(length)
+    is_answer = np.arange(length) >= int(length * arguments.prompt_share)
+    number = max(1, arguments.tokens // length)
+    return [Document(draw.integers(2, vocabulary, size=length), is_answer, f"{i}") for i in range(number)]
+
+
+def bound_of(documents: Sequence[Document], draft: DraftConfig) -> int:
+    """Slots that the documents need at most."""
+    return int(sum(bounds_of(documents, draft)))
+
+
+def bounds_of(documents: Sequence[Document], draft: DraftConfig) -> np.ndarray:
+    """Slots that each document needs at most."""
+    runs = [supervised_runs(document.loss_mask) for document in documents]
+    owner = np.repeat(np.arange(len(documents)), [len(run) for run in runs])
+    sizes = np.array([len(document.input_ids) for document in documents])
+    return slot_bounds(sizes, np.concatenate(runs), owner, draft)
+
+
+Step = Callable[[int], tuple[Work, int]]  # number of the step -> what it learned from, supervised tokens
+
+
+def trained(config: PretrainedConfig, device: torch.device, attention: str) -> tuple[PreTrainedModel, Any]:
+    """A model with random weights in float32, and its optimizer."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).to(device)
+    return model.train(), torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+
+def precision_of(arguments: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """bfloat16 products over float32 weights, or float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
+
+
+def reference_step(
+    config: PretrainedConfig,
+    documents: Sequence[Document],
+    draft: DraftConfig,
+    device: torch.device,
+    arguments: argparse.Namespace,
+) -> Step:
+    """The reference: padded samples, one dense mask each, eager attention, logits of every slot, checkpointing."""
+    model, optimizer = trained(config, device, "eager")
+    prepare_reference_model(model)
+    length = max(len(document.input_ids) for document in documents)
+    draw = np.random.default_rng(0)
+
+    def step(number: int) -> tuple[Work, int]:
+        kept = draw_kept(length, draft, draw)
+        batch = build_dense_batch(documents, kept, MASK_TOKEN).to(device)
+        with precision_of(arguments, device):
+            loss = dense_loss(model, batch)
+        loss.backward()
+        update(model, optimizer)
+        is_supervised = batch.labels != IGNORE_INDEX
+        work = Work(batch.labels.numel(), int(is_supervised.sum()), int((batch.mask == 0).sum()))
+        return work, int(is_supervised[:, :length].sum())  # depth 0 comes first
+
+    return step
+
+
+def our_step(
+    config: PretrainedConfig,
+    documents: Sequence[Document],
+    draft: DraftConfig,
+    budget: int,
+    device: torch.device,
+    arguments: argparse.Namespace,
+) -> Step:
+    """Ours: the collator, the attention and the loss that the trainer uses."""
+    attention = resolve_attention(arguments.attention, device.type)
+    model, optimizer = trained(config, device, IMPLEMENTATIONS[attention])
+    pack_loss = PackLoss(model, attention, draft.num_draft_tokens)
+    collator = PardCollator(draft, ObjectiveConfig(), MASK_TOKEN, budget)
+    bounds = bounds_of(documents, draft)
+    if bounds.max() > budget:
+        sys.exit(f"--slot-budgets {budget}: a document of {len(documents[0].input_ids)} tokens needs {bounds.max()}")
+    bins = best_fit(np.sort(bounds)[::-1], budget)
+
+    def step(number: int) -> tuple[Work, int]:
+        work, num_tokens = torch.zeros(3, dtype=torch.float64, device=device), 0
+        members = [Member(document, DrawKey(0, number, i)) for i, document in enumerate(documents)]
+        packs = [[m for m, b in zip(members, bins, strict=True) if b == bin_] for bin_ in range(bins.max() + 1)]
+        batches = [{k: v.to(device) for k, v in collator([pack]).items()} for pack in packs]
+        weight = torch.stack([batch["weight"].sum() for batch in batches]).sum()
+        for batch in batches:
+            with precision_of(arguments, device):
+                loss, _ = pack_loss(model, batch, 1 / weight)
+            loss.backward()
+            layout = SlotLayout(*(batch[name] for name in ("document", "anchor", "depth")))
+            work += count_work(layout, batch["labels"])
+            num_tokens += supervised_tokens(batch)
+        update(model, optimizer)
+        return Work(*map(int, work.tolist())), num_tokens
+
+    return step
+
+
+def supervised_tokens(batch: dict[str, Tensor]) -> int:
+    """Supervised slots of depth 0."""
+    return int(((batch["labels"] != IGNORE_INDEX) & (batch["depth"] == 0)).sum())
+
+
+def update(model: PreTrainedModel, optimizer: Any) -> None:
+    """The optimizer's step, with the clipping that both sides train with."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def run_step(setting: Setting, step: Step, device: torch.device, *, is_measured: bool) -> None:
+    """One step of one side, its time, and at its first step its peak memory: the optimizer's states begin there."""
+    if setting.failure:
+        return
+    before = reset_peak(device)
+    wait()
+    started = time.perf_counter()
+    try:
+        setting.work, setting.num_tokens = step(setting.num_steps)
+    except torch.OutOfMemoryError as error:
+        setting.failure = str(error).splitlines()[0]
+        return
+    wait()
+    if is_measured:
+        setting.seconds.append(time.perf_counter() - started)
+    if setting.num_steps == 0:
+        weights = 4 * (setting.shape.layer_weights + setting.shape.head_weights)  # they were there before
+        setting.memory = peak(device) - before + weights
+    setting.num_steps += 1
+
+
+def wait() -> None:
+    """Until the device has done what it was told."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def reset_peak(device: torch.device) -> float:
+    """Forget the peak memory so far, and return the bytes held now."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        return torch.accelerator.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what the side before has freed
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak(device)
+
+
+def peak(device: torch.device) -> float:
+    """Peak since `reset_peak` in bytes; on the CPU of the process's resident memory, as Linux keeps it."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated()
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return 1024.0 * int(line.split()[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe(setting: Setting) -> str:
+    """A row in one line, while the rest runs."""
+    if setting.failure:
+        return f"{setting.side}, {setting.model}, {setting.length} tokens, K {setting.k}: {setting.failure}"
+    return (
+        f"{setting.side}, {setting.model}, {setting.length} tokens, K {setting.k}: {setting.median:.2f} s a step, "
+        f"{setting.tokens_per_second:,.0f} supervised tokens/s, peak {setting.memory / 1e9:.1f} GB"
+    )
+
+
+def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
+    """The page."""
+    made = provenance()
+    git = made["git"] or {"commit": "unknown", "is_dirty": False}
+    commit = git["commit"][:12] + (" with changes" if git["is_dirty"] else "")
+    size = 2 if arguments.precision == "bf16" else 4
+    lines = [
+        f"# Training: our step beside the dense reference, {time.strftime('%Y-%m-%d')}",
+        "",
+        f"{device_name()}, {torch.get_num_threads()} threads, {arguments.precision}; "
+        f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}; commit {commit}.",
+        f"A step trains on {arguments.tokens:,} tokens of documents or on one document, {arguments.prompt_share:.0%} "
+        f"of each a prompt: forward, backward, clipping, AdamW. {arguments.rounds} steps of each side, in turns.",
+        "",
+        f"    python {' '.join(sys.argv)}",
+        "",
+        *ratio_table(settings),
+        "",
+        *cost_table(settings, size),
+        "",
+        *growth_lines(settings),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def ratio_table(settings: Sequence[Setting]) -> list[str]:
+    """Times, rates and memory, each of our rows over the reference at the same model, length and K."""
+    lines = [
+        "| model | tokens | K | side | slots | s/step (median, range) | supervised tokens/s | times the reference "
+        "| supervised slots/s | peak memory GB | of the reference's |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for s in settings:
+        side = s.side if s.budget is None else f"{s.side}, packs of {s.budget:,}"
+        start = f"| {s.model} | {s.length:,} | {s.k} | {side} | "
+        if s.failure:
+            lines.append(f"{start}{s.failure} |" + " |" * 6)
+            continue
+        base = reference_of(s, settings)
+        ratio, memory = "", ""
+        if base is not None and s.side == OURS:
+            ratio = f"{s.tokens_per_second / base.tokens_per_second:.2f}"
+            memory = f"{s.memory / base.memory:.2f}"
+        lines.append(
+            f"{start}{s.work.slots:,} | {s.median:.2f} ({min(s.seconds):.2f}-{max(s.seconds):.2f}) | "
+            f"{s.tokens_per_second:,.0f} | {ratio} | {s.work.supervised / s.median:,.0f} | {s.memory / 1e9:.2f} | "
+            f"{memory} |"
+        )
+    return [
+        *lines,
+        "",
+        "A supervised token is a token of an answer, learned once with all chains that end in it. Memory is that of "
+        "one side alone, its weights, gradients and optimizer states included: on a CPU the growth of the process's "
+        "resident memory in a step, on a GPU that of what tensors take.",
+    ]
+
+
+def reference_of(setting: Setting, settings: Sequence[Setting]) -> Setting | None:
+    """The reference's row at the same model, length and K, if it ran."""
+    key = (setting.model, setting.length, setting.k)
+    rows = [s for s in settings if s.side == REFERENCE and (s.model, s.length, s.k) == key and not s.failure]
+    return rows[0] if rows else None
+
+
+def cost_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
+    """Model FLOPs by stage and bytes beside the measured time."""
+    chip = chip_of(device_name())
+    lines = [
+        "| model | tokens | K | side | layers | head | attention | all, TFLOP | TFLOP/s | share of peak | bytes, GB | "
+        "FLOP a byte |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for s in settings:
+        if s.failure:
+            continue
+        cost = step_cost(s.shape, s.work, bytes_per_value)
+        shares = [f"{part / cost.flops:.0%}" for part in (cost.layers, cost.head, cost.attention)]
+        rate = cost.flops / s.median
+        of_peak = "not known" if chip is None or bytes_per_value == 4 else f"{rate / chip.peak:.1%}"
+        lines.append(
+            f"| {s.model} | {s.length:,} | {s.k} | {s.side} | {' | '.join(shares)} | {cost.flops / 1e12:.2f} | "
+            f"{rate / 1e12:.3f} | {of_peak} | {cost.bytes / 1e9:.1f} | {cost.flops / cost.bytes:.0f} |"
+        )
+    return [
+        *lines,
+        "",
+        "Model FLOPs: forward and backward of the layers for every slot, of the head for supervised slots, of "
+        "attention for pairs that see each other. The reference does more than that for its slots: masked pairs, the "
+        "head for every slot, and the forward pass twice. Bytes are the least that moves (see docs/speed.md).",
+        "" if chip is None else f"Peak {chip.peak / 1e12:,.1f} TFLOP/s: {chip.source}.",
+    ]
+
+
+def growth_lines(settings: Sequence[Setting]) -> list[str]:
+    """How step time grows with slots: the exponent of a fitted power law, where there are two sizes or more."""
+    lines = ["Growth of a step's time with its slots, fitted as a power:", ""]
+    groups = sorted({(s.model, s.k, s.side) for s in settings})
+    for model, k, side in groups:
+        rows = [s for s in settings if (s.model, s.k, s.side) == (model, k, side) and not s.failure]
+        slots, seconds = [s.work.slots for s in rows], [s.median for s in rows]
+        if rows and max(slots) > 1.5 * min(slots):
+            exponent = np.polyfit(np.log(slots), np.log(seconds), 1)[0]
+            lines.append(f"- {model}, K {k}, {side}: slots to the power of {exponent:.2f}")
+    return lines if len(lines) > 2 else ["Growth is not known: steps of about one size only."]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The output head over supervised slots: their loss without ever holding all of their logits.
+
+The logits of a pack are its largest tensor by far: 4 bytes for each of 152 thousand tokens of the vocabulary and each
+of ten thousand slots are 6 GB, and their gradient is as large. Here a chunk of slots at a time goes through the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# Legend: S supervised slots, C slots of a chunk, V vocabulary, D hidden size.
+
+LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32, whatever the vocabulary and however many slots
+# What some models do to the logits after the head; the loss of the head alone would not be theirs.
+AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+
+
+@dataclass(frozen=True)
+class SlotScores:
+    """What the head says about S supervised slots.
+
+    Attributes:
+        loss: sum of weight * cross entropy, a float32 scalar with a gradient.
+        losses: cross entropy of each slot in nats, float32 [S].
+        is_correct: whether the arg max is the label, bool [S].
+    """
+
+    loss: Tensor
+    losses: Tensor
+    is_correct: Tensor
+
+
+def score_slots(hidden: Tensor, head: nn.Linear, labels: Tensor, weight: Tensor) -> SlotScores:
+    """Weighted cross entropy of slots through the output head, never holding the logits of more than a chunk of them.
+
+    The gradients of hidden states and head are computed with the loss, while a chunk's logits are at hand: three matrix
+    products, as many as with all logits at once. So the weights must be known before.
+
+    Args:
+        hidden: [S, D].
+        head: D -> V.
+        labels: int [S].
+        weight: float32 [S].
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        parts = (hidden.to(dtype), head.weight, head.bias, labels, weight, torch.is_grad_enabled())
+        return SlotScores(*_ChunkedLoss.apply(*parts))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        weight: Tensor,
+        has_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_slots, rows = len(hidden), max(1, LOGITS_PER_CHUNK // len(matrix))
+        losses, is_correct = weight.new_empty(num_slots), labels.new_empty(num_slots, dtype=torch.bool)
+        gradients = _Gradients.zeros(hidden, matrix, bias) if has_backward else None
+        # One cast for all chunks: under autocast the master weights are float32.
+        cast_matrix, cast_bias = matrix.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        for start in range(0, num_slots, rows):
+            piece = slice(start, start + rows)
+            logits = F.linear(hidden[piece], cast_matrix, cast_bias).float()  # [C, V]
+            top, choice = logits.max(dim=1)
+            is_correct[piece] = choice == labels[piece]
+            of_label = logits.gather(1, labels[piece, None]).squeeze(1)
+            exponents = logits.sub_(top[:, None]).exp_()
+            total = exponents.sum(dim=1)
+            losses[piece] = total.log() + top - of_label
+            if gradients is not None:
+                slope = exponents.mul_((weight[piece] / total)[:, None])  # weight * probability
+                slope.scatter_add_(1, labels[piece, None], -weight[piece, None])
+                gradients.add(piece, slope.to(hidden.dtype), hidden, cast_matrix)
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(losses, is_correct)
+        return losses @ weight, losses, is_correct
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # held by nobody else: the optimizer's own from here on
+        hidden, matrix, bias = gradients.scaled(upstream)
+        return hidden, matrix, bias, None, None, None
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Of hidden states [S, D] in their dtype; of matrix [V, D] and bias [V] in float32 until they are complete."""
+
+    hidden: Tensor
+    matrix: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype  # of the parameters
+
+    @classmethod
+    def zeros(cls, hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> _Gradients:
+        def empty(parameter: Tensor) -> Tensor:
+            return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+        return cls(torch.zeros_like(hidden), empty(matrix), None if bias is None else empty(bias), matrix.dtype)
+
+    def add(self, piece: slice, slope: Tensor, hidden: Tensor, matrix: Tensor) -> None:
+        """Add a chunk: `slope` [C, V] is the gradient of its logits."""
+        torch.mm(slope, matrix, out=self.hidden[piece])
+        if slope.dtype == torch.float32:
+            self.matrix.addmm_(slope.T, hidden[piece])
+        else:
+            self.matrix.add_(slope.T @ hidden[piece])
+        if self.bias is not None:
+            self.bias.add_(slope.sum(dim=0, dtype=torch.float32))
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """In place, and in the dtype of what they are gradients of."""
+        bias = None if self.bias is None else self.bias.mul_(factor).to(self.dtype)
+        return self.hidden.mul_(factor), self.matrix.mul_(factor).to(self.dtype), bias
+
+
+def gives_plain_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are what its linear head returns, nothing done to them after."""
+    is_plain = all(getattr(model.config, name, None) in (None, 1.0) for name in AFTER_THE_HEAD)
+    return is_plain and isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+class SlotHead:
+    """A model's output head that can give the loss of slots in place of their logits.
+
+    The model calls its head as ever, so that what wraps the model (autocast, DDP, ZeRO-3, which gathers the head's
+    weight while the head runs) works as ever. Outside of `scoring`, the head gives logits.
+    """
+
+    def __init__(self, head: nn.Linear):
+        self._head, self._logits = head, head.forward
+        self._labels: Tensor | None = None
+        self._weight: Tensor | None = None
+        self.scores: SlotScores | None = None
+        head.forward = self._forward  # type: ignore[method-assign]
+
+    @contextmanager
+    def scoring(self, labels: Tensor, weight: Tensor) -> Iterator[None]:
+        """While it lasts, one forward of the model over S slots returns their loss as its `logits`, and fills `scores`.
+
+        Args:
+            labels: int [S].
+            weight: float32 [S].
+        """
+        self._labels, self._weight, self.scores = labels, weight, None
+        try:
+            yield
+        finally:
+            self._labels = self._weight = None
+
+    @torch.compiler.disable
+    def _forward(self, hidden: Tensor) -> Tensor:
+        if self._labels is None or self._weight is None:
+            return self._logits(hidden)
+        self.scores = score_slots(hidden[0], self._head, self._labels, self._weight)
+        return self.scores.loss
