@@ -230,7 +230,7 @@ def machine() -> str:
 def main() -> None:
     """Measure, print, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encode-rows", type=int, nargs="+", default=[5_000, 20_000])
+    parser.add_argument("--encode-rows", type=int, nargs="+", default=[20_000, 60_000])
     parser.add_argument("--store-rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--prepare-rows", type=int, nargs="+", default=[5_000, 20_000, 80_000])
     parser.add_argument("--work", default=None, help="folder for files in between; its disk must hold them")
@@ -259,6 +259,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version}" for name, version in made_by["versions"].items() if version)
     page += ["", "## Made by", "", f"`python {' '.join(made_by['command'])}` at {made_by['git']}; {versions}."]
     path = Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}-data.md"
+    path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(page) + "\n")
     print(f"\n{path}")
 
