@@ -25,16 +25,15 @@ from pard_train.inspection import (
     check_taught,
     count_taught,
     cut,
-    draw_pattern,
     lay_out_slots,
     legend,
     render_text,
-    shorten,
     slot_table,
     summary,
 )
 from pard_train.layout import DrawKey
 from pard_train.model import Base, inspect_base
+from pard_train.pattern import draw_pattern, shorten
 from pard_train.rows import read_rows, stop
 from pard_train.schemas import to_chat
 from pard_train.store import is_store, open_store

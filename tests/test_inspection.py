@@ -23,26 +23,19 @@ from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig, ShowConf
 from pard_train.encoding import encode_corpus
 from pard_train.errors import RowError, UserError
 from pard_train.inspection import (
-    HIDDEN,
-    OWN_CHAIN,
-    PATTERN_COLOURS,
-    PATTERN_SLOTS,
-    SELF,
     STYLES,
     TABLE_SLOTS,
-    TEXT,
     Slots,
     check_taught,
     count_taught,
-    draw_pattern,
     lay_out_slots,
     render_text,
-    shorten,
     slot_table,
     visible,
 )
 from pard_train.layout import DrawKey, is_visible, sample_chain_lengths
 from pard_train.model import load_tokenizer
+from pard_train.pattern import HIDDEN, OWN_CHAIN, PATTERN_COLOURS, PATTERN_SLOTS, SELF, TEXT, draw_pattern, shorten
 
 ROOT = Path(__file__).parents[1]
 MASK = VOCABULARY + 5  # a spare row
