@@ -7,12 +7,9 @@ import multiprocessing
 import os
 import random
 import re
-import signal
 import socket
-import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
@@ -23,6 +20,7 @@ import pytest
 from fake_server import FakeServer, Reply, scripted
 from tiny import build_model, conversations
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from vllm_server import VllmServer
 
 from data_scripts.regenerate import Written, write_answers
 from pard_train.chat import ChatEncoder
@@ -384,95 +382,27 @@ def test_the_prompts_are_never_overwritten(serve: Serve, base_folder: Path, tmp_
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Engine:
-    """vLLM in a process of its own, whose interpreter PARD_VLLM_PYTHON names."""
-
-    def __init__(self, model: Path, log: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
-        self.url = f"{self.address}/v1"
-        command = [os.environ["PARD_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--dtype", "float32", "--max-model-len", "256", "--port", self.address.rpartition(":")[2]]
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def read(self, page: str) -> str:
-        """A page of the server; empty while it is not up."""
-        try:
-            with urllib.request.urlopen(f"{self.address}/{page}", timeout=5) as response:
-                return response.read().decode()
-        except OSError:
-            return ""
-
-    def num_answered(self) -> int:
-        """Requests that came to their end, none of those that a client left."""
-        counts = re.findall(
-            r'request_success_total\{.*finished_reason="(?:stop|length)".*\} (\S+)', self.read("metrics")
-        )
-        return int(sum(map(float, counts)))
-
-    def kill(self) -> None:
-        """Kill server and workers."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@pytest.fixture
-def engines(tmp_path: Path) -> Iterator[list[Engine]]:
-    """Two servers of SmolLM2-135M-Instruct in float32."""
-    if "PARD_VLLM_PYTHON" not in os.environ:
-        pytest.skip("set PARD_VLLM_PYTHON to the Python interpreter of an environment with vLLM")
-    engines = [Engine(unpack_smollm2(), tmp_path / f"engine-{n}.log") for n in range(2)]
-    try:
-        for engine in engines:
-            while not engine.read("v1/models"):
-                assert engine.process.poll() is None, (tmp_path / "engine-0.log").read_text()[-3000:]
-                time.sleep(1)
-        yield engines
-    finally:
-        for engine in engines:
-            if engine.process.poll() is None:
-                engine.kill()
-
-
 @pytest.mark.slow
-def test_vllm_writes_what_generation_in_this_process_writes_through_every_kill(
-    engines: list[Engine], start: Callable[..., BaseProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_when_a_real_server_dies_another_writes_what_generation_in_this_process_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     topics = ["cats", "dogs", "bread", "rain", "rivers", "chess", "tea", "the sun", "gold", "salt", "wool", "bees"]
     turns = ["Tell me about {}, in a few words.", "And its colour, in one word?", "Thanks, say goodbye."]
     rows = [{"messages": [{"role": "user", "content": t.format(topic)} for t in turns]} for topic in topics]
-    rows += [{"messages": [{"role": "user", "content": "word " * 400}]}]  # refused by the server as too long
-    prompts, model = write_rows(tmp_path / "prompts.jsonl", rows), unpack_smollm2()
+    model, too_long = unpack_smollm2(), {"messages": [{"role": "user", "content": "word " * 400}]}
     settings = {"max_new_tokens": 48, "timeout": 120.0}
-    here = write(write_rows(tmp_path / "fit.jsonl", rows[:-1]), tmp_path / "here", [model], **settings)
-    counts = here.manifest["counts"]
-    assert counts["answers"] > len(topics)  # some conversations have several turns
-    assert counts["cut"] < len(topics)
-
-    first, second = engines
-    process = start(prompts, tmp_path / "served", [model], servers=[first.url], **settings)
-    wait_until(lambda: len(cached_keys(tmp_path / "served")) >= 6, [process])
-    process.kill()
-    process.join()
-    num_known = len(cached_keys(tmp_path / "served"))
-    assert 6 <= num_known < counts["answers"]
-    time.sleep(2)  # the server ends what the client left
-    num_before = first.num_answered()
-    assert num_known <= num_before <= num_known + SETTINGS["concurrency"]
-    write(prompts, tmp_path / "served", [model], servers=[first.url], **settings)
-    assert first.num_answered() - num_before == counts["answers"] - num_known  # nothing twice, nothing left out
+    here = write(write_rows(tmp_path / "fit.jsonl", rows), tmp_path / "here", [model], **settings)
+    assert here.manifest["counts"]["answers"] > len(topics)  # some conversations have several turns
+    prompts = write_rows(tmp_path / "prompts.jsonl", [*rows, too_long])
+    with (
+        VllmServer(model, tmp_path / "first.log", max_model_len=256) as first,
+        VllmServer(model, tmp_path / "second.log", max_model_len=256) as second,
+    ):
+        threading.Timer(3, second.kill).start()
+        capsys.readouterr()
+        write(prompts, tmp_path / "served", [model], servers=[first.url, second.url], concurrency=2, **settings)
+    assert f"{second.url} is set aside: " in capsys.readouterr().out
     answers, whole = (tmp_path / folder / "answers.jsonl" for folder in ("served", "here"))
     assert answers.read_bytes() == whole.read_bytes()
     (reject,) = read_rows(tmp_path / "served" / "rejects.jsonl")
     assert "maximum context length is 256 tokens" in reject["reason"]
-
-    threading.Timer(3, second.kill).start()
-    capsys.readouterr()
-    write(prompts, tmp_path / "two", [model], servers=[first.url, second.url], **{**settings, "concurrency": 2})
-    assert contents(tmp_path / "two") == contents(tmp_path / "served")
-    assert f"{second.url} is set aside: " in capsys.readouterr().out
