@@ -7,8 +7,9 @@
 
 Both sides train on the same documents of random tokens with the same labels: padded samples and one dense mask each
 for the reference (pard_train/reference.py), packs of chains for us. A step is forward, backward and AdamW. Models of
-the true shape have random weights, which run as fast as trained ones. Prints tables and writes
-benchmarks/results/DATE-training-DEVICE-PRECISION.md.
+the true shape have random weights, which run as fast as trained ones. On a CPU, set what the Makefile sets
+(OMP_WAIT_POLICY, MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_): memory that is given back is faulted in again at every
+step. Prints tables and writes benchmarks/results/DATE-training-DEVICE-PRECISION.md.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slot-budgets", nargs="+", type=int, help="of our packs; default: one pack holds a step")
     parser.add_argument("--prompt-share", type=float, default=0.2, help="of each document; not supervised")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--rounds", type=int, default=2, help="steps of each side; a GPU runs one before, to compile")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="timed steps of each side, after one that shows its memory"
+    )
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--skip-reference", action="store_true")
     return parser.parse_args()
@@ -137,10 +140,9 @@ def compare(name: str, length: int, k: int, device: torch.device, arguments: arg
     for budget in budgets:
         settings.append(Setting(OURS, name, length, k, budget, shape))
         steps.append(our_step(config, documents, draft, budget, device, arguments))
-    num_unmeasured = 0 if device.type == "cpu" else 1
-    for number in range(num_unmeasured + arguments.rounds):
+    for _ in range(1 + arguments.rounds):
         for setting, step in zip(settings, steps, strict=True):
-            run_step(setting, step, device, is_measured=number >= num_unmeasured)
+            run_step(setting, step, device)
     for setting in settings:
         print(describe(setting), flush=True)
     return settings
@@ -257,11 +259,12 @@ def update(model: PreTrainedModel, optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-def run_step(setting: Setting, step: Step, device: torch.device, *, is_measured: bool) -> None:
-    """One step of one side, its time, and at its first step its peak memory: the optimizer's states begin there."""
+def run_step(setting: Setting, step: Step, device: torch.device) -> None:
+    """One step of one side: at the first its peak memory (the optimizer's states begin there), then its time."""
     if setting.failure:
         return
-    before = reset_peak(device)
+    is_first = setting.num_steps == 0
+    before = reset_peak(device) if is_first else 0.0
     wait()
     started = time.perf_counter()
     try:
@@ -270,11 +273,11 @@ def run_step(setting: Setting, step: Step, device: torch.device, *, is_measured:
         setting.failure = str(error).splitlines()[0]
         return
     wait()
-    if is_measured:
-        setting.seconds.append(time.perf_counter() - started)
-    if setting.num_steps == 0:
+    if is_first:
         weights = 4 * (setting.shape.layer_weights + setting.shape.head_weights)  # they were there before
         setting.memory = peak(device) - before + weights
+    else:
+        setting.seconds.append(time.perf_counter() - started)
     setting.num_steps += 1
 
 
@@ -329,7 +332,8 @@ def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
         f"{device_name()}, {torch.get_num_threads()} threads, {arguments.precision}; "
         f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}; commit {commit}.",
         f"A step trains on {arguments.tokens:,} tokens of documents or on one document, {arguments.prompt_share:.0%} "
-        f"of each a prompt: forward, backward, clipping, AdamW. {arguments.rounds} steps of each side, in turns.",
+        f"of each a prompt: forward, backward, clipping, AdamW. {arguments.rounds} timed steps of each side, in "
+        "turns, after one that is not timed and shows the memory.",
         "",
         f"    python {' '.join(sys.argv)}",
         "",
