@@ -8,8 +8,8 @@
 Both sides train on the same documents of random tokens with the same labels: padded samples and one dense mask each
 for the reference (pard_train/reference.py), packs of chains for us. A step is forward, backward and AdamW. Models of
 the true shape have random weights, which run as fast as trained ones. On a CPU, set what the Makefile sets
-(OMP_WAIT_POLICY, MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_): memory that is given back is faulted in again at every
-step. Prints tables and writes benchmarks/results/DATE-training-DEVICE-PRECISION.md.
+(OMP_WAIT_POLICY, MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_): memory that is given back is faulted in again at
+every step. Prints tables and writes benchmarks/results/DATE-training-DEVICE-PRECISION.md.
 """
 
 from __future__ import annotations
@@ -97,11 +97,14 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "qwen2.5-0.5b:2"], help="NAME or NAME:LAYERS")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[300, 1000], help="tokens of every document")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[300, 1000], help="tokens of the longest document")
     parser.add_argument("--k", nargs="+", type=int, default=[8])
     parser.add_argument("--tokens", type=int, default=1000, help="of a step's documents; one longer document is a step")
     parser.add_argument("--slot-budgets", nargs="+", type=int, help="of our packs; default: one pack holds a step")
     parser.add_argument("--prompt-share", type=float, default=0.2, help="of each document; not supervised")
+    parser.add_argument(
+        "--spread", type=float, default=0.0, help="documents are up to this share shorter than the longest"
+    )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument(
         "--rounds", type=int, default=2, help="timed steps of each side, after one that shows its memory"
@@ -149,11 +152,15 @@ def compare(name: str, length: int, k: int, device: torch.device, arguments: arg
 
 
 def build_documents(length: int, vocabulary: int, arguments: argparse.Namespace) -> list[Document]:
-    """Documents of `length` random tokens: a prompt, then one answer."""
+    """Documents of random tokens, the longest of `length`: a prompt, then one answer."""
     draw = np.random.default_rng(length)
-    is_answer = np.arange(length) >= int(length * arguments.prompt_share)
-    number = max(1, arguments.tokens // length)
-    return [Document(draw.integers(2, vocabulary, size=length), is_answer, f"{i}") for i in range(number)]
+    shortest = int(length * (1 - arguments.spread))
+    documents = []
+    for number in range(max(1, arguments.tokens // length)):
+        size = int(draw.integers(shortest, length + 1)) if number else length
+        is_answer = np.arange(size) >= int(size * arguments.prompt_share)
+        documents.append(Document(draw.integers(2, vocabulary, size=size), is_answer, f"document {number}"))
+    return documents
 
 
 def bound_of(documents: Sequence[Document], draft: DraftConfig) -> int:
@@ -226,7 +233,9 @@ def our_step(
     bounds = bounds_of(documents, draft)
     if bounds.max() > budget:
         sys.exit(f"--slot-budgets {budget}: a document of {len(documents[0].input_ids)} tokens needs {bounds.max()}")
-    bins = best_fit(np.sort(bounds)[::-1], budget)
+    order = np.argsort(-bounds, kind="stable")
+    bins = np.empty_like(order)
+    bins[order] = best_fit(bounds[order], budget)
 
     def step(number: int) -> tuple[Work, int]:
         work, num_tokens = torch.zeros(3, dtype=torch.float64, device=device), 0
@@ -333,7 +342,8 @@ def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
         f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}; commit {commit}.",
         f"A step trains on {arguments.tokens:,} tokens of documents or on one document, {arguments.prompt_share:.0%} "
         f"of each a prompt: forward, backward, clipping, AdamW. {arguments.rounds} timed steps of each side, in "
-        "turns, after one that is not timed and shows the memory.",
+        "turns, after one that is not timed and shows the memory. "
+        + (f"Documents are up to {arguments.spread:.0%} shorter than said." if arguments.spread else ""),
         "",
         f"    python {' '.join(sys.argv)}",
         "",
