@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,9 +84,27 @@ def test_the_log_says_how_fast_training_is_and_where_its_time_goes(
         shares = [row[f"throughput/share_{phase}"] for phase in ("data", "forward_backward", "optimizer")]
         assert all(share > 0 for share in shares)
         assert sum(shares) <= 1
-        assert shares[1] > shares[0]
         assert "throughput/share_of_peak" not in row  # nothing is known of this processor
         assert "throughput/peak_memory_gb" not in row
+
+
+def test_time_spent_waiting_for_data_shows_as_such(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=2)
+    base = inspect_base(config.model, config.draft)
+    store = open_store(config.data, ChatEncoder(base.tokenizer))
+    write_initial_draft(base, 4, tmp_path / "run" / "init")
+    trainer = build_trainer(config, TrainingArguments(**training_settings(config)), store)
+    collate = trainer.data_collator
+
+    def collate_slowly(features: list) -> dict[str, Tensor]:
+        time.sleep(0.3)
+        return collate(features)
+
+    trainer.data_collator = collate_slowly
+    trainer.train()
+    row = log_lines(config)[-1]
+    seconds = row["supervised_slots"] / row["supervised_slots_per_second"]
+    assert 0.3 <= row["throughput/share_data"] * seconds <= seconds
 
 
 def visible_pairs(batch: dict[str, Tensor]) -> int:
