@@ -268,7 +268,7 @@ def test_a_program_that_is_killed_again_and_again_ends_with_the_bytes_of_one_tha
         known = cached_keys(tmp_path / "killed")
     num_before = len(server.requests)
     write(prompts, tmp_path / "killed", [base_folder], servers=[server.url])
-    assert len(known) > 10
+    assert known  # or nothing was killed in the middle
     assert not {prompt_key(prompt) for prompt in server.prompts[num_before:]} & known
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     answered = [prompt for prompt in server.prompts if "error" not in server.reply(list(prompt))]
