@@ -158,7 +158,7 @@ class EvaluateConfig:
     max_retries: int = 5
     # Benchmark names (see docs/benchmarks.md), or JSONL files with `prompt` or `messages` in each row.
     benchmarks: list[str] = field(default_factory=list)
-    # Prompts taken of each benchmark; 0 takes all.
+    # Prompts taken of each benchmark, its categories by turns; 0 takes all.
     max_prompts: int = 0
     # System prompt put before every conversation; null leaves it to the chat template.
     system_prompt: Optional[str] = None
