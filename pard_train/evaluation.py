@@ -15,7 +15,7 @@ from typing import Any
 
 from pard_train.benchmarks import Benchmark, check_benchmark, load_benchmark
 from pard_train.cases import Case, Target, longest_text, write_case
-from pard_train.compatibility import OK, Model, check_pair, require
+from pard_train.compatibility import OK, Model, check_engine, check_pair, require
 from pard_train.config import EvaluateConfig
 from pard_train.engine_records import engine_records
 from pard_train.errors import UserError
@@ -61,6 +61,8 @@ def evaluate(config: EvaluateConfig) -> Document:
     for draft in drafts:
         for target in targets:
             check_fit(draft.model, target, benchmarks, config)
+    if config.engine_python:
+        require([check_engine(config.engine_python)])
     _claim_output(folder, config)
 
     matrix = Matrix(folder)

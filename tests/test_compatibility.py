@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tiny import build_model
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.compatibility import ERROR, OK, WARNING, Finding, Model, check_pair, require
+from pard_train.compatibility import ERROR, OK, WARNING, Finding, Model, check_engine, check_pair, require
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.model import inspect_base, write_initial_draft
@@ -42,7 +43,7 @@ def find(draft: Path, target: Path, num_tokens: int = 100, dtype: str = "float32
 def test_a_draft_and_its_own_base_agree_in_everything(draft_folder: Path, base_folder: Path) -> None:
     findings = find(draft_folder, base_folder)
     assert {finding.level for finding in findings.values()} == {OK}
-    assert len(findings) == 8
+    assert len(findings) == 9
     require(list(findings.values()))
 
 
@@ -93,3 +94,31 @@ def test_another_dtype_than_the_stored_one_is_a_warning_unless_it_is_float32(
     target = altered(base_folder, tmp_path / "target", "config.json", dtype="bfloat16")
     assert find(draft_folder, target)["dtype"].level == OK
     assert find(draft_folder, target, dtype="bfloat16")["dtype"].level == WARNING
+
+
+def test_a_target_that_can_be_split_further_than_the_draft_is_a_warning(
+    draft_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
+    build_model("qwen2", seed=1, **heads).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    finding = find(draft_folder, tmp_path / "wide")["tensor parallelism"]
+    assert finding.level == WARNING
+    assert "1, 2, 4 ways divide the heads of both; the target alone could have 8" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("version", "level", "text"), [("0.15.2", ERROR, "0.16 or newer"), ("0.16.0", OK, "0.16.0"), ("", ERROR, "no vLLM")]
+)
+def test_an_engine_too_old_or_absent_is_an_error(version: str, level: str, text: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"  # an interpreter in whose environment that version of vLLM is installed
+    python.write_text(f"#!/bin/sh\necho {version}\n")
+    python.chmod(0o755)
+    finding = check_engine(str(python))
+    assert finding.level == level
+    assert text in finding.text
+
+
+def test_an_interpreter_that_is_not_there_is_an_error() -> None:
+    assert check_engine("/nowhere/python").level == ERROR
+    assert check_engine(sys.executable).text.endswith("launch/vllm_cpu.sh")  # our own environment has no vLLM
