@@ -207,7 +207,7 @@ def _tensor_parallel(draft: Model, target: Model) -> Finding:
     return Finding(
         WARNING,
         "tensor parallelism",
-        f"{text}; the target alone could have {max(theirs)}: vLLM wants both equal, so serve with at most {max(common)}",
+        f"{text}, the target alone could have {max(theirs)}: vLLM wants both equal: serve with {max(common)} at most",
     )
 
 
