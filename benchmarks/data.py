@@ -16,7 +16,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import pyarrow as pa
 from chats import TOKENIZERS, Chat, encoder_of, is_short, multiplied, real_chats, write_chats
 from datasets.arrow_writer import ArrowWriter
 from memory import Cost, cost_of, growth
+from pages import command, markdown, origin, write_page
 from torch.utils.data import DataLoader
 
 from data_scripts.prepare import contamination_by, prepare
@@ -35,7 +36,7 @@ from pard_train.dedupe import content_key, questions, signature
 from pard_train.encoding import DOCUMENTS_FOLDER, encode_corpus
 from pard_train.layout import PADDING_DOCUMENT
 from pard_train.packing import PackedDataset, PardCollator
-from pard_train.run import MANIFEST_FILE, num_cores, provenance, read_json
+from pard_train.run import MANIFEST_FILE, num_cores, read_json
 from pard_train.store import TokenStore
 
 NUM_REAL = 6000  # chats, multiplied from all real ones, that tokenization is timed on
@@ -208,17 +209,6 @@ def _growth(numbers: Sequence[int], costs: Sequence[Cost]) -> list[str]:
     return [growth(numbers, [cost.main for cost in costs]), growth(numbers, [cost.worker for cost in costs])]
 
 
-def markdown(rows: Iterable[list[str]]) -> str:
-    """A table whose first row is its head; prints every row as it comes."""
-    lines = []
-    for row in rows:
-        lines.append(f"| {' | '.join(row)} |")
-        print(lines[-1], flush=True)
-        if len(lines) == 1:
-            lines.append(f"| {' | '.join(['---'] * len(row))} |")
-    return "\n".join(lines)
-
-
 def machine() -> str:
     """Processor, cores and memory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -255,13 +245,8 @@ def main() -> None:
         for title, rows in sections.items():
             print(f"\n{title}")
             page += ["", f"## {title}", "", markdown(rows)]
-    made_by = provenance()
-    versions = ", ".join(f"{name} {version}" for name, version in made_by["versions"].items() if version)
-    page += ["", "## Made by", "", f"`python {' '.join(made_by['command'])}` at {made_by['git']}; {versions}."]
-    path = Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}-data.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(page) + "\n")
-    print(f"\n{path}")
+    page += ["", "## Made by", "", f"`{command()}`; {origin()}."]
+    write_page("data", "\n".join(page) + "\n")
 
 
 if __name__ == "__main__":

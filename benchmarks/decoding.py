@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pages import command, markdown, origin, write_page
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -41,7 +41,6 @@ from pard_train.model import (
 )
 from pard_train.packages import local_model
 from pard_train.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
-from pard_train.run import provenance
 from pard_train.runner import Runner
 from pard_train.speed import NUM_NEW_TOKENS, median_seconds, read_seconds, take_turns
 
@@ -251,17 +250,6 @@ def steps(bench: Bench, batch_sizes: list[int], machine: Machine) -> Iterator[li
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def markdown(rows: Iterable[list[str]]) -> str:
-    """A table whose first row is its head; prints every row as it comes."""
-    lines: list[str] = []
-    for row in rows:
-        lines.append(f"| {' | '.join(row)} |")
-        print(lines[-1], flush=True)
-        if len(lines) == 1:
-            lines.append(f"| {' | '.join(['---'] * len(row))} |")
-    return "\n".join(lines)
-
-
 def load_assistant(path: str, target: PreTrainedModel, k: int) -> PreTrainedModel:
     """A draft model as transformers' assisted generation wants it, with so many tokens per step, whatever they are."""
     model = load_causal_lm(path, dtype=target.dtype).to(target.device).eval()
@@ -334,13 +322,8 @@ def main() -> None:
         for title, rows in sections.items():
             print(f"\n{title}")
             page += ["", f"## {title}", "", markdown(rows)]
-    made_by = provenance()
-    versions = ", ".join(f"{name} {version}" for name, version in made_by["versions"].items() if version)
-    page += ["", "## Made by", "", f"`python {' '.join(made_by['command'])}` at {made_by['git']}; {versions}."]
-    path = Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}-decoding.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(page) + "\n")
-    print(f"\n{os.path.relpath(path)}")
+    page += ["", "## Made by", "", f"`{command()}`; {origin()}."]
+    write_page("decoding", "\n".join(page) + "\n")
 
 
 if __name__ == "__main__":

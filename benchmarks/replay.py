@@ -10,7 +10,6 @@ Prints a table and writes benchmarks/results/DATE-replay-DEVICE-DTYPE.md.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import command, origin, write_page
 from transformers import PreTrainedModel
 
 from pard_train.acceptance import Trace, pool, walk
@@ -41,10 +41,7 @@ from pard_train.model import (
 from pard_train.packages import local_model
 from pard_train.proposers import Drafter
 from pard_train.replay import choices, replay_counted
-from pard_train.run import provenance
 from pard_train.runner import Runner
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,7 @@ def main() -> None:
     rows = measure(drafter, runner, pairs, limits, arguments)
     page = render(rows, pairs, arguments, seconds)
     print(page)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{time.strftime('%Y-%m-%d')}-replay-{device.type}-{arguments.dtype}.md"
-    path.write_text(page)
-    print(f"written to {path}")
+    write_page(f"replay-{device.type}-{arguments.dtype}", page)
 
 
 def parse() -> argparse.Namespace:
@@ -200,20 +194,16 @@ def render(rows: Sequence[Row], pairs: Sequence[Pair], arguments: argparse.Names
     num_tokens = sum(len(answer) for _, answer in pairs)
     num_prompt = sum(len(prompt) for prompt, _ in pairs)
     tau = num_tokens / sum(len(trace.accepted) for trace in packed.traces)
-    made = provenance()
-    git = made["git"] or {"commit": "unknown", "is_dirty": False}
-    commit = git["commit"][:12] + (" with changes" if git["is_dirty"] else "")
     draft = arguments.draft or "the same with an untrained mask token"
     lines = [
         f"# Replay against live decoding, {time.strftime('%Y-%m-%d')}",
         "",
-        f"{device_name()}, {torch.get_num_threads()} threads, {arguments.dtype}; "
-        f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}; commit {commit}.",
+        f"{device_name()}, {torch.get_num_threads()} threads, {arguments.dtype}; {origin()}.",
         f"Target {arguments.target}, draft {draft}, K = {arguments.k}; "
         f"{len(pairs)} prompts of {', '.join(arguments.benchmarks)}: {num_prompt:,} prompt tokens, n = {num_tokens:,} "
         f"answer tokens, tau {tau:.3f}, n * tau = {num_tokens * tau:,.0f}.",
         "",
-        f"    python {' '.join(sys.argv)}",
+        f"    {command()}",
         "",
         "| way | seconds | times faster than live | slots | (slots - prompt tokens) / (n * tau) | steps as live |",
         "| --- | --- | --- | --- | --- | --- |",

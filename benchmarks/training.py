@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import command, origin, write_page
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
@@ -37,10 +37,8 @@ from pard_train.objective import PackLoss
 from pard_train.packages import local_model
 from pard_train.packing import Member, PardCollator, best_fit
 from pard_train.reference import build_dense_batch, dense_loss, draw_kept, prepare_reference_model
-from pard_train.run import provenance
 from pard_train.throughput import ModelShape, Work, chip_of, count_work, step_cost
 
-RESULTS = Path(__file__).parent / "results"
 REFERENCE, OURS = "dense reference", "pard_train"
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
 NO_WORK = Work(0, 0, 0)
@@ -87,10 +85,7 @@ def main() -> None:
                 settings += compare(name, length, k, device, arguments)
     page = render(settings, arguments)
     print(page)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{time.strftime('%Y-%m-%d')}-training-{device.type}-{arguments.precision}.md"
-    path.write_text(page)
-    print(f"written to {path}")
+    write_page(f"training-{device.type}-{arguments.precision}", page)
 
 
 def parse() -> argparse.Namespace:
@@ -331,21 +326,17 @@ def describe(setting: Setting) -> str:
 
 def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
     """The page."""
-    made = provenance()
-    git = made["git"] or {"commit": "unknown", "is_dirty": False}
-    commit = git["commit"][:12] + (" with changes" if git["is_dirty"] else "")
     size = 2 if arguments.precision == "bf16" else 4
     lines = [
         f"# Training: our step beside the dense reference, {time.strftime('%Y-%m-%d')}",
         "",
-        f"{device_name()}, {torch.get_num_threads()} threads, {arguments.precision}; "
-        f"torch {made['versions']['torch']}, transformers {made['versions']['transformers']}; commit {commit}.",
+        f"{device_name()}, {torch.get_num_threads()} threads, {arguments.precision}; {origin()}.",
         f"A step trains on {arguments.tokens:,} tokens of documents or on one document, {arguments.prompt_share:.0%} "
         f"of each a prompt: forward, backward, clipping, AdamW. {arguments.rounds} timed steps of each side, in "
         "turns, after one that is not timed and shows the memory. "
         + (f"Documents are up to {arguments.spread:.0%} shorter than said." if arguments.spread else ""),
         "",
-        f"    python {' '.join(sys.argv)}",
+        f"    {command()}",
         "",
         *ratio_table(settings),
         "",
