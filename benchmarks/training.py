@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
