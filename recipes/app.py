@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,6 +107,7 @@ def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any
             config = OmegaConf.to_object(composed)
             validate(config)
             run(config)
+            _leave_process_group()
         except (UserError, OmegaConfBaseException) as error:
             _exit_with(error)
         except ThresholdError as error:
@@ -126,6 +128,19 @@ def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any
         program()
     except (HydraException, OmegaConfBaseException) as error:
         _exit_with(error)
+
+
+def _leave_process_group() -> None:
+    """Part from the other ranks while Python still runs.
+
+    A thread of Gloo frees the tensor of the last collective a moment after the collective is over, and if the
+    interpreter is shutting down by then, the process aborts ("terminate called without an active exception"). DDP keeps
+    that thread alive, so that it cannot be waited for.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        time.sleep(0.1)  # the thread needs Python's lock once
 
 
 def _exit_with(error: Exception) -> NoReturn:
