@@ -4,7 +4,8 @@
         output_dir=outputs/my-data
     torchrun --nproc_per_node 8 data_scripts/score.py ...        # every process takes its share
 
-Writes TOKENS/scores/TARGET-FINGERPRINT/: see pard_train/scores.py. Restartable: what is done is kept.
+Writes TOKENS/scores/FINGERPRINT/ and prints its name, which recipes/train.py takes as data.scores: see
+pard_train/scores.py. Restartable: what is done is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from accelerate import PartialState
 
 from data_scripts.encode import TOKENS_FOLDER
 from pard_train.config import TrainConfig
+from pard_train.errors import UserError
 from pard_train.model import DTYPES, check_same_tokenizer, default_device, load_causal_lm, load_tokenizer
 from pard_train.packages import local_model
 from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
@@ -32,14 +34,19 @@ def score(config: TrainConfig) -> Path:
         Folder of the scores.
 
     Raises:
-        UserError: if the tokens or the target cannot be read, or their tokenizers differ.
+        UserError: if the tokens or the target cannot be read, their tokenizers differ or have fewer than top_k tokens.
     """
     settings = config.score
     tokens = Path(settings.tokens or Path(config.output_dir) / TOKENS_FOLDER)
     store, model = TokenStore.open(tokens), local_model(config.model.path)
     path = local_model(settings.target or next(iter(config.regenerate.targets), config.model.path))
-    check_same_tokenizer(load_tokenizer(model), load_tokenizer(path), model, path)
+    tokenizer = load_tokenizer(path)
+    check_same_tokenizer(load_tokenizer(model), tokenizer, model, path)
+    num_tokens = len(tokenizer)  # rows beyond are padding, of which a draft may have fewer
+    if settings.top_k > num_tokens:
+        raise UserError(f"score.top_k={settings.top_k}: the tokenizer has {num_tokens} tokens; give at most as many")
     identity = {"target": model_fingerprint(path), "dtype": settings.dtype, "top_k": settings.top_k}
+    identity["num_tokens"] = num_tokens
     folder = tokens / "scores" / fingerprint(identity)
     state = PartialState()
     with state.main_process_first():
@@ -49,11 +56,13 @@ def score(config: TrainConfig) -> Path:
         store,
         scores,
         settings.batch_tokens,
+        num_tokens,
     )
     if state.is_main_process:
         counts = {"documents": len(store), "tokens": int(scores.first[-1]), "bytes_per_token": 2 + 6 * settings.top_k}
         made_of = {"identity": identity, "target": path, "tokens": store.manifest["identity"]}
-        write_json(folder / MANIFEST_FILE, {**made_of, "counts": counts, "made_by": provenance()})
+        outside = {"mass_outside_top_k": round(scores.mass_outside(), 6)}
+        write_json(folder / MANIFEST_FILE, {**made_of, "counts": counts, **outside, "made_by": provenance()})
     return folder
 
 
@@ -61,12 +70,11 @@ def run(config: TrainConfig) -> None:
     """Score, and say how much and where."""
     folder = score(config)
     if PartialState().is_main_process:
-        print(
-            "{tokens:,} supervised tokens of {documents:,} documents, {bytes_per_token} bytes each".format(
-                **read_json(folder / MANIFEST_FILE)["counts"]
-            )
-        )
-        print(folder)
+        manifest = read_json(folder / MANIFEST_FILE)
+        summary = "{tokens:,} supervised tokens of {documents:,} documents, {bytes_per_token} bytes each"
+        print(summary.format(**manifest["counts"]))
+        print(f"probability outside of the top {config.score.top_k}: {manifest['mass_outside_top_k']:.2%}")
+        print(f"{folder}\ntrain with data.source={folder.parents[1]} data.scores={folder}")
 
 
 if __name__ == "__main__":

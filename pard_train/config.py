@@ -44,10 +44,35 @@ class DraftConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """Weights of the cross-entropy terms."""
+    """The loss of a slot: the sum of terms, each times its factor, times the product of the weights.
 
-    # Weight of a slot is depth_decay ** depth; 1.0 weighs all depths alike, as PARD does.
+    Formulas and sources are in docs/training.md. What needs a target reads it from data.scores.
+    """
+
+    # Terms, by their factors; 0 leaves a term out. Cross entropy of the label:
+    ce: float = 1.0
+    # Forward KL divergence to the target's top k (needs data.scores):
+    kd: float = 0.0
+    # -log of the rate at which the target accepts the draft's samples, over its top k (needs data.scores):
+    lk: float = 0.0
+    # Weight depth_decay ** depth; 1.0 weighs all depths alike, as PARD does.
     depth_decay: float = 1.0
+    # Weight by the target's probability of the chain's labels before this one (CAT; needs data.scores).
+    cat: bool = False
+    # Weight by how many draft tokens a right draft here is expected to bring (D-PACE); a fourth product with the head.
+    dpace: bool = False
+    # Of D-PACE: how far the draft's label probability is lifted towards 1.
+    dpace_alpha: float = 0.5
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term compares with the target's distribution."""
+        return self.kd > 0 or self.lk > 0
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether anything of a target is needed."""
+        return self.needs_teacher or self.cat
 
 
 @dataclass
@@ -89,6 +114,8 @@ class DataConfig:
     overlong: str = "error"
     # What to do with a row that cannot be taught: error | set_aside (listed in rejects.jsonl, and counted).
     bad_rows: str = "error"
+    # Folder of a target's scores of these very tokens, which data_scripts/score.py wrote; null: no target is asked.
+    scores: Optional[str] = None
     # Slots (real tokens + mask slots) of one pack: the batch size per device, constant for the whole run.
     slot_budget: int = 16384
     # Extra arguments of the chat template, such as {enable_thinking: false} for Qwen3.

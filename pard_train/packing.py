@@ -27,17 +27,20 @@ from pard_train.layout import (
     slot_labels,
     slot_tokens,
 )
-from pard_train.objective import slot_weights
+from pard_train.objective import cat_weights, slot_weights
+from pard_train.scores import Scores, TokenScores
 
-# Legend: D documents, T slots of a pack (the slot budget).
+# Legend: D documents, T slots of a pack (the slot budget), S supervised slots, k tokens of the target's top k.
+# T' and S' are those of one document.
 
 
 @dataclass(frozen=True)
 class Member:
-    """One document of a pack, and the name of its COD draw."""
+    """One document of a pack, the name of its COD draw, and what the target thinks of it if the objective asks."""
 
     document: Document
     key: DrawKey
+    scores: TokenScores | None = None
 
 
 def best_fit(sizes: np.ndarray, budget: int) -> np.ndarray:
@@ -82,6 +85,7 @@ class PackedDataset(Dataset[list[Member]]):
         num_epochs: passes over the corpus, each with fresh chains and a fresh order.
         seed: of order and chains.
         packs_per_step: packs of one optimizer step over all ranks; each epoch's last step is filled up with padding.
+        scores: of the documents, for objectives that need a target.
 
     Raises:
         UserError: if a document does not fit into a pack.
@@ -96,8 +100,9 @@ class PackedDataset(Dataset[list[Member]]):
         num_epochs: int,
         seed: int,
         packs_per_step: int = 1,
+        scores: Scores | None = None,
     ):
-        self.documents, self.seed, self.num_epochs = documents, seed, num_epochs
+        self.documents, self.seed, self.num_epochs, self.scores = documents, seed, num_epochs, scores
         largest = int(bounds.argmax())
         if bounds[largest] > slot_budget:
             raise UserError(
@@ -124,7 +129,8 @@ class PackedDataset(Dataset[list[Member]]):
         if pack < 0:
             return []
         members = self._members[epoch, self._stops[pack - 1] if pack else 0 : self._stops[pack]].tolist()
-        return [Member(self.documents[i], DrawKey(self.seed, epoch, i)) for i in members]
+        scores = self.scores.of_document if self.scores is not None else lambda _: None
+        return [Member(self.documents[i], DrawKey(self.seed, epoch, i), scores(i)) for i in members]
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,11 @@ class PardCollator:
     """Turns one pack into tensors: draws the chains (COD), lays out the slots, appends mask tokens, pads to the budget.
 
     The result is a dict of tensors of shape [1, T]: `input_ids`, `labels`, `document`, `anchor`, `depth` (int64) and
-    `weight` (float32). It depends on the pack alone, not on rank, worker or neighbours.
+    `weight` (float32), the product of the weights that are constants of the data. Where a term compares with a target,
+    there are also `teacher_ids` (int32) and `teacher_logprobs` (int16, the bits of float16, because DeepSpeed's trainer
+    casts whatever is a float) of shape [1, S, k], of the supervised slots in their order.
+
+    It depends on the pack alone, not on rank, worker or neighbours.
     """
 
     draft: DraftConfig
@@ -141,30 +151,65 @@ class PardCollator:
     slot_budget: int
 
     def __call__(self, features: Sequence[Sequence[Member]]) -> dict[str, Tensor]:
+        """Tensors of one pack.
+
+        Raises:
+            ValueError: if the pack is over the budget, or lacks scores that the objective needs.
+        """
         (members,) = features  # the slot budget is the batch size: one pack per forward
-        layouts, tokens, labels = [], [], []
-        for number, member in enumerate(members):
-            document = member.document
-            lengths = sample_chain_lengths(document.loss_mask, self.draft, member.key)
-            layout = lay_out_document(lengths, number)
-            layouts.append(layout)
-            tokens.append(slot_tokens(layout, document.input_ids, self.mask_token_id))
-            labels.append(slot_labels(layout, document.input_ids, document.loss_mask))
-        num_padding = self.slot_budget - sum(map(len, layouts))
+        parts = [self._slots(number, member) for number, member in enumerate(members)]
+        num_padding = self.slot_budget - sum(len(part["depth"]) for part in parts)
         if num_padding < 0:
             raise ValueError(f"a pack of {self.slot_budget - num_padding} slots is over the budget {self.slot_budget}")
-        layouts.append(
-            SlotLayout(np.full(num_padding, PADDING_DOCUMENT), np.arange(num_padding), np.zeros(num_padding, dtype=int))
-        )
-        tokens.append(np.zeros(num_padding, dtype=int))
-        labels.append(np.full(num_padding, IGNORE_INDEX))
-        batch = {
-            "input_ids": tokens,
-            "labels": labels,
-            "document": [layout.document for layout in layouts],
-            "anchor": [layout.anchor for layout in layouts],
-            "depth": [layout.depth for layout in layouts],
+        parts.append(self._padding(num_padding, parts))
+        tensors = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[-1]}
+        weight = slot_weights(tensors["depth"], tensors["labels"], self.objective)
+        if self.objective.cat:
+            weight *= tensors.pop("cat")
+        return {name: tensor[None] for name, tensor in (tensors | {"weight": weight}).items()}
+
+    def _slots(self, number: int, member: Member) -> dict[str, np.ndarray]:
+        """Slots of one document; [T'] each, and [S', k] of its supervised ones."""
+        document = member.document
+        layout = lay_out_document(sample_chain_lengths(document.loss_mask, self.draft, member.key), number)
+        labels = slot_labels(layout, document.input_ids, document.loss_mask)
+        part = {
+            "input_ids": slot_tokens(layout, document.input_ids, self.mask_token_id).astype(np.int64),
+            "labels": labels.astype(np.int64),
+            **_names(layout),
         }
-        tensors = {name: torch.from_numpy(np.concatenate(parts).astype(np.int64)) for name, parts in batch.items()}
-        tensors["weight"] = slot_weights(tensors["depth"], tensors["labels"], self.objective)
-        return {name: tensor[None] for name, tensor in tensors.items()}
+        if not self.objective.needs_scores:
+            return part
+        if member.scores is None:
+            raise ValueError(f"{document.origin} has no scores, but the objective needs them")
+        is_supervised = labels != IGNORE_INDEX
+        order = np.cumsum(document.loss_mask) - 1  # of every supervised token among its document's
+        label = order[layout.position[is_supervised] + 1]  # [S']
+        if self.objective.needs_teacher:
+            part["teacher_ids"] = member.scores.top_ids[label]
+            part["teacher_logprobs"] = member.scores.top_logprobs[label].view(np.int16)
+        if self.objective.cat:
+            part["cat"] = np.ones(len(layout), dtype=np.float32)
+            part["cat"][is_supervised] = cat_weights(member.scores.label_logprobs, label, layout.depth[is_supervised])
+        return part
+
+    def _padding(self, num_slots: int, others: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Slots that nobody sees and nobody learns from."""
+        part = {
+            "input_ids": np.zeros(num_slots, dtype=np.int64),
+            "labels": np.full(num_slots, IGNORE_INDEX, dtype=np.int64),
+            **_names(
+                SlotLayout(np.full(num_slots, PADDING_DOCUMENT), np.arange(num_slots), np.zeros(num_slots, dtype=int))
+            ),
+        }
+        if self.objective.needs_teacher:
+            top_k = others[0]["teacher_ids"].shape[1] if others else 1
+            part["teacher_ids"] = np.zeros((0, top_k), dtype=np.int32)
+            part["teacher_logprobs"] = np.zeros((0, top_k), dtype=np.int16)
+        if self.objective.cat:
+            part["cat"] = np.ones(num_slots, dtype=np.float32)
+        return part
+
+
+def _names(layout: SlotLayout) -> dict[str, np.ndarray]:
+    return {name: getattr(layout, name).astype(np.int64) for name in ("document", "anchor", "depth")}

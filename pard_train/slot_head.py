@@ -6,7 +6,7 @@ of ten thousand slots are 6 GB, and their gradient is as large. Here a chunk of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Legend: S supervised slots, C slots of a chunk, V vocabulary, D hidden size.
+from pard_train.config import ObjectiveConfig
+from pard_train.terms import SlotTargets, mix_terms
+
+# Legend: S supervised slots, C slots of a chunk, V vocabulary, D hidden size, k tokens of the target's top k.
 
 LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32, whatever the vocabulary and however many slots
 # What some models do to the logits after the head; the loss of the head alone would not be theirs.
 AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+
+
+Reweigh = Callable[
+    [Tensor], Tensor
+]  # factors of the weights, from the draft's log-probabilities of the labels; all [S]
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,8 @@ class SlotScores:
     """What the head says about S supervised slots.
 
     Attributes:
-        loss: sum of weight * cross entropy, a float32 scalar with a gradient.
-        losses: cross entropy of each slot in nats, float32 [S].
+        loss: sum of weight * terms, a float32 scalar with a gradient.
+        losses: cross entropy of each slot in nats, whatever the terms are, float32 [S].
         is_correct: whether the arg max is the label, bool [S].
     """
 
@@ -38,23 +46,39 @@ class SlotScores:
     is_correct: Tensor
 
 
-def score_slots(hidden: Tensor, head: nn.Linear, labels: Tensor, weight: Tensor) -> SlotScores:
-    """Weighted cross entropy of slots through the output head, never holding the logits of more than a chunk of them.
+def score_slots(
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: SlotTargets,
+    objective: ObjectiveConfig,
+    reweigh: Reweigh | None = None,
+) -> SlotScores:
+    """Weighted loss of slots through the output head, never holding the logits of more than a chunk of them.
 
     The gradients of hidden states and head are computed with the loss, while a chunk's logits are at hand: three matrix
-    products, as many as with all logits at once. So the weights must be known before.
+    products, as many as with all logits at once. So the weights must be known before. `reweigh` has them depend on the
+    draft: a pass over all chunks without gradients, a fourth product, finds the labels' probabilities first.
 
     Args:
         hidden: [S, D].
         head: D -> V.
-        labels: int [S].
-        weight: float32 [S].
+        targets: of S slots.
+        objective: its terms.
+        reweigh: gives factors of the weights, float32 [S], constants.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        parts = (hidden.to(dtype), head.weight, head.bias, labels, weight, torch.is_grad_enabled())
-        return SlotScores(*_ChunkedLoss.apply(*parts))
+        settings = (targets, objective, reweigh, torch.is_grad_enabled())
+        return SlotScores(*_ChunkedLoss.apply(hidden.to(dtype), head.weight, head.bias, *settings))
+
+
+def _chunks(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """One chunk of slots after the other with its logits, float32 [C, V]."""
+    rows = max(1, LOGITS_PER_CHUNK // len(matrix))
+    for start in range(0, len(hidden), rows):
+        piece = slice(start, start + rows)
+        yield piece, F.linear(hidden[piece], matrix, bias).float()
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -64,37 +88,52 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: Tensor,
         matrix: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
-        weight: Tensor,
+        targets: SlotTargets,
+        objective: ObjectiveConfig,
+        reweigh: Reweigh | None,
         has_backward: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_slots, rows = len(hidden), max(1, LOGITS_PER_CHUNK // len(matrix))
-        losses, is_correct = weight.new_empty(num_slots), labels.new_empty(num_slots, dtype=torch.bool)
-        gradients = _Gradients.zeros(hidden, matrix, bias) if has_backward else None
         # One cast for all chunks: under autocast the master weights are float32.
-        cast_matrix, cast_bias = matrix.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        for start in range(0, num_slots, rows):
-            piece = slice(start, start + rows)
-            logits = F.linear(hidden[piece], cast_matrix, cast_bias).float()  # [C, V]
+        parts = (hidden, matrix.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+        weight = targets.weight
+        if reweigh is not None:
+            weight = weight * reweigh(_label_logprobs(*parts, targets.labels))
+        losses, terms = (torch.empty_like(weight) for _ in range(2))
+        is_correct = torch.empty_like(targets.labels, dtype=torch.bool)
+        gradients = _Gradients.zeros(hidden, matrix, bias) if has_backward else None
+        for piece, logits in _chunks(*parts):
+            part = targets[piece]
+            known = part.known_tokens()  # [C, 1 + k]
             top, choice = logits.max(dim=1)
-            is_correct[piece] = choice == labels[piece]
-            of_label = logits.gather(1, labels[piece, None]).squeeze(1)
+            is_correct[piece] = choice == part.labels
+            of_known = logits.gather(1, known) - top[:, None]
             exponents = logits.sub_(top[:, None]).exp_()
             total = exponents.sum(dim=1)
-            losses[piece] = total.log() + top - of_label
+            logprobs = of_known - total.log()[:, None]
+            losses[piece] = -logprobs[:, 0]
+            terms[piece], pull = mix_terms(logprobs, part.teacher_logprobs, objective)
             if gradients is not None:
-                slope = exponents.mul_((weight[piece] / total)[:, None])  # weight * probability
-                slope.scatter_add_(1, labels[piece, None], -weight[piece, None])
-                gradients.add(piece, slope.to(hidden.dtype), hidden, cast_matrix)
+                pull = pull * weight[piece, None]
+                slope = exponents.mul_((pull.sum(dim=1) / total)[:, None])
+                slope.scatter_add_(1, known, -pull)
+                gradients.add(piece, slope.to(hidden.dtype), *parts[:2])
         ctx.gradients = gradients
         ctx.mark_non_differentiable(losses, is_correct)
-        return losses @ weight, losses, is_correct
+        return terms @ weight, losses, is_correct
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # held by nobody else: the optimizer's own from here on
         hidden, matrix, bias = gradients.scaled(upstream)
-        return hidden, matrix, bias, None, None, None
+        return hidden, matrix, bias, None, None, None, None
+
+
+def _label_logprobs(hidden: Tensor, matrix: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Log-probability of every label, float32 [S]."""
+    result = labels.new_empty(len(labels), dtype=torch.float32)
+    for piece, logits in _chunks(hidden, matrix, bias):
+        result[piece] = logits.gather(1, labels[piece, None]).squeeze(1) - logits.logsumexp(dim=1)
+    return result
 
 
 @dataclass(frozen=True)
@@ -144,28 +183,30 @@ class SlotHead:
 
     def __init__(self, head: nn.Linear):
         self._head, self._logits = head, head.forward
-        self._labels: Tensor | None = None
-        self._weight: Tensor | None = None
+        self._task: tuple[SlotTargets, ObjectiveConfig, Reweigh | None] | None = None
         self.scores: SlotScores | None = None
         head.forward = self._forward  # type: ignore[method-assign]
 
     @contextmanager
-    def scoring(self, labels: Tensor, weight: Tensor) -> Iterator[None]:
+    def scoring(
+        self, targets: SlotTargets, objective: ObjectiveConfig, reweigh: Reweigh | None = None
+    ) -> Iterator[None]:
         """While it lasts, one forward of the model over S slots returns their loss as its `logits`, and fills `scores`.
 
         Args:
-            labels: int [S].
-            weight: float32 [S].
+            targets: of S slots.
+            objective: its terms.
+            reweigh: as in `score_slots`.
         """
-        self._labels, self._weight, self.scores = labels, weight, None
+        self._task, self.scores = (targets, objective, reweigh), None
         try:
             yield
         finally:
-            self._labels = self._weight = None
+            self._task = None
 
     @torch.compiler.disable
     def _forward(self, hidden: Tensor) -> Tensor:
-        if self._labels is None or self._weight is None:
+        if self._task is None:
             return self._logits(hidden)
-        self.scores = score_slots(hidden[0], self._head, self._labels, self._weight)
+        self.scores = score_slots(hidden[0], self._head, *self._task)
         return self.scores.loss

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pard_train.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.chat import ChatEncoder
-from pard_train.config import TrainConfig
+from pard_train.config import ObjectiveConfig, TrainConfig
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout
 from pard_train.model import (
@@ -32,7 +32,8 @@ from pard_train.model import (
 )
 from pard_train.objective import DepthStatistics, PackLoss
 from pard_train.packing import PackedDataset, PardCollator
-from pard_train.run import check_run, claim_run, newest_checkpoint, seal_checkpoint
+from pard_train.run import check_run, claim_run, newest_checkpoint, read_json, seal_checkpoint, write_json
+from pard_train.scores import Scores, open_teacher
 from pard_train.store import TokenStore, open_store
 from pard_train.throughput import (
     ModelShape,
@@ -47,6 +48,7 @@ from pard_train.trackers import ConfigToWandb, MetricsFile, configure_tracker
 
 INITIAL_FOLDER = "init"  # the untrained draft model
 DRAFT_FOLDER = "draft"  # the trained one
+TEACHER_FILE = "teacher.json"  # manifest of the target's scores that the objective used
 
 
 def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -66,6 +68,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     check_output(config)
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
+    scores = teacher_of(config, store)
     if _is_first():  # the other ranks wait below for this one to join them
         claim_run(output_dir, _identity(config))
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
@@ -77,7 +80,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
-    trainer = build_trainer(config, arguments, store)
+    trainer = build_trainer(config, arguments, store, scores)
     for callback in callbacks:
         if isinstance(callback, UsesTrainer):
             callback.trainer = trainer
@@ -144,8 +147,38 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
     return ours | settings.extra
 
 
-def build_trainer(config: TrainConfig, arguments: TrainingArguments, store: TokenStore) -> PardTrainer:
-    """Load the untrained draft model of the output folder and pack its data."""
+def teacher_of(config: TrainConfig, store: TokenStore) -> Scores | None:
+    """The target's scores that the objective needs, None if it needs none.
+
+    Raises:
+        UserError: if they are missing, unfinished or those of other tokens, or if the run went so far with others.
+    """
+    folder = config.data.scores
+    if not config.objective.needs_scores or folder is None:
+        if folder is not None and _is_first():
+            print(f"data.scores={folder} is not used: objective.kd, objective.lk and objective.cat are off")
+        return None
+    scores = open_teacher(Path(folder), store)
+    record = Path(config.output_dir) / TEACHER_FILE
+    if record.exists() and read_json(record)["identity"] != scores.manifest["identity"]:
+        raise UserError(
+            f"data.scores={folder} is of another target than the run in {config.output_dir} has learnt from (see "
+            f"{record}): resume with the scores it began with, or choose another output_dir"
+        )
+    return scores
+
+
+def build_trainer(
+    config: TrainConfig, arguments: TrainingArguments, store: TokenStore, scores: Scores | None = None
+) -> PardTrainer:
+    """Load the untrained draft model of the output folder and pack its data.
+
+    Args:
+        config: validated.
+        arguments: of Trainer.
+        store: the tokens.
+        scores: as `teacher_of` gives them.
+    """
     initial = str(Path(config.output_dir) / INITIAL_FOLDER)
     tokenizer = load_tokenizer(initial)
     dataset = PackedDataset(
@@ -155,7 +188,11 @@ def build_trainer(config: TrainConfig, arguments: TrainingArguments, store: Toke
         num_epochs=config.trainer.num_train_epochs,
         seed=config.seed,
         packs_per_step=arguments.world_size * arguments.gradient_accumulation_steps,
+        scores=scores,
     )
+    if arguments.process_index == 0 and scores is not None:
+        write_json(Path(config.output_dir) / TEACHER_FILE, scores.manifest)
+        print(scores.summary())
     if arguments.process_index == 0:
         print(f"{store.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots")
     attention = resolve_attention(config.model.attention, arguments.device.type)
@@ -177,6 +214,7 @@ def build_trainer(config: TrainConfig, arguments: TrainingArguments, store: Toke
         ],
         attention=attention,
         num_draft_tokens=config.draft.num_draft_tokens,
+        objective=config.objective,
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -187,11 +225,13 @@ def build_trainer(config: TrainConfig, arguments: TrainingArguments, store: Toke
 class PardTrainer(Trainer):
     """A Trainer whose batch is one pack and whose loss is a mean over the supervised slots of the global batch."""
 
-    def __init__(self, *args: Any, initial: str, attention: str, num_draft_tokens: int, **kwargs: Any):
+    def __init__(
+        self, *args: Any, initial: str, attention: str, num_draft_tokens: int, objective: ObjectiveConfig, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is normalized here: no division by accumulation steps
         self.initial = initial  # folder of the untrained draft model, whose tokenizer the trained one keeps
-        self.pack_loss = PackLoss(self.model, attention, num_draft_tokens)
+        self.pack_loss = PackLoss(self.model, attention, num_draft_tokens, objective)
         self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
         self.work = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
         self.shape = ModelShape.of(self.model.config)
@@ -222,7 +262,7 @@ class PardTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """Weighted cross entropy of one pack over the weight of the global batch.
+        """Weighted loss of one pack over the weight of the global batch.
 
         Data-parallel engines average gradients over ranks, so the sum is scaled by their number.
         """

@@ -16,6 +16,7 @@ from pard_train.config import (
     ExportConfig,
     GenerateConfig,
     LoggerConfig,
+    ObjectiveConfig,
     PrepareConfig,
     RegenerateConfig,
     ScoreConfig,
@@ -43,7 +44,7 @@ def validate_train(config: TrainConfig) -> None:
     _one_of("model.attention", config.model.attention, ("auto", "split", "dense", "flex"))
     validate_draft(config.draft)
     _at_least("seed", config.seed, 0)
-    _in_range("objective.depth_decay", config.objective.depth_decay, low=0.0, high=1.0, above=True)
+    validate_objective(config.objective, config.data)
     _validate_data(config.data, config.draft)
     _validate_trainer(config.trainer)
     _validate_logger(config.logger)
@@ -75,6 +76,23 @@ def validate_draft(draft: DraftConfig) -> None:
         _at_least("draft.mask_token_id", draft.mask_token_id, 0)
         if draft.mask_token is not None:
             raise UserError("draft.mask_token_id and draft.mask_token name the same thing: give one of them")
+
+
+def validate_objective(objective: ObjectiveConfig, data: DataConfig) -> None:
+    """Check the loss, and that a target's scores are given where it needs them. Raises UserError."""
+    factors = {name: getattr(objective, name) for name in ("ce", "kd", "lk")}
+    for name, factor in factors.items():
+        _in_range(f"objective.{name}", factor, low=0.0, high=1000.0)
+    if not any(factors.values()):
+        raise UserError("objective.ce, objective.kd and objective.lk are all 0: nothing is learnt; give one above 0")
+    _in_range("objective.depth_decay", objective.depth_decay, low=0.0, high=1.0, above=True)
+    _in_range("objective.dpace_alpha", objective.dpace_alpha, low=0.0, high=1.0)
+    if objective.needs_scores and not data.scores:
+        name = next(name for name in ("kd", "lk", "cat") if getattr(objective, name))
+        raise UserError(
+            f"objective.{name}={getattr(objective, name)} needs a target's scores, but data.scores is null: make them "
+            f"with data_scripts/score.py and give the folder it names, data.scores=FOLDER, or set objective.{name}=0"
+        )
 
 
 def validate_evaluate(config: EvaluateConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import build_model
+from tiny import NUM_ROWS, VOCABULARY, build_model
+from transformers import AutoModelForCausalLM, GraniteConfig
 
 from data_scripts.score import score as score_program
 from pard_train.chat import ChatEncoder
@@ -40,8 +42,10 @@ def write_tokens(base_folder: Path, chats_file: Path, output_dir: Path) -> None:
     encode_corpus(DataConfig(source=str(chats_file)), encoder, output_dir / "tokens")
 
 
-def check_against_direct_forward_passes(store: TokenStore, scores: Scores, target: torch.nn.Module) -> None:
-    """Every score against one plain forward pass per document."""
+def check_against_direct_forward_passes(
+    store: TokenStore, scores: Scores, target: torch.nn.Module, num_tokens: int = NUM_ROWS
+) -> None:
+    """Every score against one plain forward pass per document; the top k among the first `num_tokens` ids."""
     for number, document in enumerate(store):
         ids = torch.from_numpy(document.input_ids).long()
         with torch.no_grad():
@@ -50,7 +54,7 @@ def check_against_direct_forward_passes(store: TokenStore, scores: Scores, targe
         found, top_ids, top = scores.of_document(number)
         expected = logprobs[labels - 1, ids[labels]].numpy()
         np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)  # float16 keeps three digits
-        best = logprobs[labels - 1].topk(TOP_K)
+        best = logprobs[labels - 1, :num_tokens].topk(TOP_K)
         np.testing.assert_allclose(top, best.values.numpy(), rtol=2e-3, atol=2e-3)
         picked = logprobs[labels - 1].gather(1, torch.from_numpy(top_ids.astype(np.int64)))
         np.testing.assert_allclose(picked.numpy(), best.values.numpy(), rtol=1e-4, atol=1e-4)
@@ -118,9 +122,13 @@ def test_two_processes_share_the_work_and_the_manifest_says_what_a_token_costs(
     (folder,) = (tmp_path / "tokens" / "scores").iterdir()
     scores = Scores.open(folder, store, top_k=5)
     assert scores.done.all()
-    check_against_direct_forward_passes(store, scores, load_causal_lm(str(base_folder), dtype=torch.float32).eval())
+    target = load_causal_lm(str(base_folder), dtype=torch.float32).eval()
+    check_against_direct_forward_passes(store, scores, target, VOCABULARY)
+    assert int(scores.top_ids.max()) < VOCABULARY < NUM_ROWS  # rows that no token names are nobody's choice
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["counts"] == {"documents": 40, "tokens": int(store.num_supervised().sum()), "bytes_per_token": 32}
+    outside = 1 - np.exp(scores.top_logprobs.astype(np.float64)).sum(axis=1).mean()
+    assert manifest["mass_outside_top_k"] == pytest.approx(outside, abs=1e-5)
     array_bytes = sum((folder / f"{name}.npy").stat().st_size for name in ("label_logprobs", "top_ids", "top_logprobs"))
     assert array_bytes == pytest.approx(32 * manifest["counts"]["tokens"], abs=3 * 128)  # and three headers
 
@@ -135,3 +143,34 @@ def test_a_target_of_another_family_is_refused(base_folder: Path, chats_file: Pa
     model, scoring = ModelConfig(path=str(base_folder)), ScoreConfig(target=str(other))
     with pytest.raises(UserError, match="have different tokenizers: 1 entries differ, the first is '<other>'"):
         score_program(TrainConfig(model=model, score=scoring, output_dir=str(tmp_path)))
+
+
+def test_a_target_that_scales_its_logits_is_scored_by_the_scaled_ones(store: TokenStore, tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=NUM_ROWS, num_key_value_heads=2, logits_scaling=4.0, initializer_range=0.5, **shape
+    )
+    target = AutoModelForCausalLM.from_config(config).eval()
+    scores = Scores.open(tmp_path, store, top_k=TOP_K, create=True)
+    write_scores(lambda: target, store, scores, 500)
+    check_against_direct_forward_passes(store, scores, target)
+
+
+def test_more_top_tokens_than_the_tokenizer_has_are_refused(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    write_tokens(base_folder, chats_file, tmp_path)
+    model, scoring = ModelConfig(path=str(base_folder)), ScoreConfig(top_k=VOCABULARY + 1)
+    with pytest.raises(UserError, match=f"score.top_k={VOCABULARY + 1}: the tokenizer has {VOCABULARY} tokens"):
+        score_program(TrainConfig(model=model, score=scoring, output_dir=str(tmp_path)))
+
+
+def test_scores_in_another_process_are_the_same_files(store: TokenStore, tmp_path: Path) -> None:
+    scores = Scores.open(tmp_path, store, top_k=TOP_K, create=True)
+    scores.label_logprobs[:] = np.arange(len(scores.label_logprobs)) % 100
+    pickled = pickle.dumps(scores)
+    assert len(pickled) < 5000  # no score travels
+    copy = pickle.loads(pickled)
+    for number in range(len(store)):
+        assert np.array_equal(copy.of_document(number).label_logprobs, scores.of_document(number).label_logprobs)
