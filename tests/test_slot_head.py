@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 from pard_train import slot_head
+from pard_train.attention import attention_inputs
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.layout import (
     IGNORE_INDEX,
     DrawKey,
+    SlotLayout,
     lay_out_document,
     sample_chain_lengths,
     slot_labels,
@@ -222,6 +224,25 @@ def test_a_pack_through_the_head_in_chunks_is_the_pack_with_all_logits(name: str
         train_on(build_model("qwen2", seed=3), name, [pack]),
         train_on(build_model("qwen2", seed=3), name, [pack], is_chunked=False),
     )
+
+
+@all_objectives
+def test_the_loss_of_a_pack_is_the_sum_over_slots_from_the_models_own_logits(name: str) -> None:
+    model, pack, objective = build_model("qwen2", seed=3), random_pack([0, 1], name), OBJECTIVES[name]
+    layout = SlotLayout(*(pack[part][0] for part in ("document", "anchor", "depth")))
+    supervised = torch.nonzero(pack["labels"][0] != IGNORE_INDEX).squeeze(1)
+    with torch.no_grad():
+        inputs = attention_inputs("dense", layout)
+        logits = model(pack["input_ids"], position_ids=layout.position[None], **inputs).logits[0, supervised]
+    labels, ids = pack["labels"][0, supervised], pack["teacher_ids"][0].long()
+    known = pack["teacher_logprobs"][0].view(torch.float16).float()
+    teacher = torch.full_like(logits, -torch.inf).scatter(1, ids, known)
+    weight = pack["weight"][0, supervised]
+    if objective.dpace:
+        probs = logits.softmax(dim=1)[torch.arange(len(labels)), labels]
+        weight = weight * dpace_weights(layout[supervised], probs, objective.dpace_alpha)
+    expected = (table_loss(logits, labels, ids, teacher, objective) * weight).sum() * 0.01
+    torch.testing.assert_close(train_on(model, name, [pack]).loss, expected, atol=1e-5, rtol=1e-4)
 
 
 @all_objectives
