@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.packages import local_model
+from pard_train.products import use_onednn
 from pard_train.run import num_cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -122,6 +123,8 @@ def load_causal_lm(
             output_loading_info=True,
         )
     check_complete(path, found["missing_keys"])
+    if default_device().type == "cpu":
+        use_onednn(model)
     return model
 
 

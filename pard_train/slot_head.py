@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pard_train.config import ObjectiveConfig
+from pard_train.products import add_outer, linear
 from pard_train.terms import SlotTargets, mix_terms
 
 # Legend: S supervised slots, C slots of a chunk, V vocabulary, D hidden size, k tokens of the target's top k.
@@ -25,10 +25,8 @@ LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32, whatever the vocabulary and howe
 # What some models do to the logits after the head; the loss of the head alone would not be theirs.
 AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
-
-Reweigh = Callable[
-    [Tensor], Tensor
-]  # factors of the weights, from the draft's log-probabilities of the labels; all [S]
+# Factors of the weights, from the draft's log-probabilities of the labels; all [S].
+Reweigh = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def _chunks(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Iterator[tup
     rows = max(1, LOGITS_PER_CHUNK // len(matrix))
     for start in range(0, len(hidden), rows):
         piece = slice(start, start + rows)
-        yield piece, F.linear(hidden[piece], matrix, bias).float()
+        yield piece, linear(hidden[piece], matrix, bias).float()
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -154,11 +152,8 @@ class _Gradients:
 
     def add(self, piece: slice, slope: Tensor, hidden: Tensor, matrix: Tensor) -> None:
         """Add a chunk: `slope` [C, V] is the gradient of its logits."""
-        torch.mm(slope, matrix, out=self.hidden[piece])
-        if slope.dtype == torch.float32:
-            self.matrix.addmm_(slope.T, hidden[piece])
-        else:
-            self.matrix.add_(slope.T @ hidden[piece])
+        self.hidden[piece] = linear(slope, matrix.T)
+        add_outer(self.matrix, slope, hidden[piece])
         if self.bias is not None:
             self.bias.add_(slope.sum(dim=0, dtype=torch.float32))
 
