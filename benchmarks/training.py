@@ -37,12 +37,14 @@ from pard_train.model import default_device, device_name
 from pard_train.objective import PackLoss
 from pard_train.packages import local_model
 from pard_train.packing import Member, PardCollator, best_fit
+from pard_train.products import use_onednn
 from pard_train.reference import build_dense_batch, dense_loss, draw_kept, prepare_reference_model
 from pard_train.throughput import ModelShape, Work, chip_of, count_work, step_cost
 
 REFERENCE, OURS = "dense reference", "pard_train"
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
 NO_WORK = Work(0, 0, 0)
+WARM_STEPS = 3  # not timed: the first shows the memory, and after the others the allocator has what it needs
 MASK_TOKEN = 1  # any id: the embedding looks up one row like another
 
 
@@ -86,7 +88,8 @@ def main() -> None:
                 settings += compare(name, length, k, device, arguments)
     page = render(settings, arguments)
     print(page)
-    write_page(f"training-{device.type}-{arguments.precision}", page)
+    variant = "-same-products" if arguments.same_products else ""
+    write_page(f"training-{device.type}-{arguments.precision}{variant}", page)
 
 
 def parse() -> argparse.Namespace:
@@ -103,10 +106,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument(
-        "--rounds", type=int, default=2, help="timed steps of each side, after one that shows its memory"
+        "--rounds", type=int, default=2, help="timed steps of each side, after three that are not"
     )
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--skip-reference", action="store_true")
+    parser.add_argument(
+        "--same-products", action="store_true", help="give the reference our float32 products on a CPU, too (oneDNN)"
+    )
     return parser.parse_args()
 
 
@@ -139,7 +145,7 @@ def compare(name: str, length: int, k: int, device: torch.device, arguments: arg
     for budget in budgets:
         settings.append(Setting(OURS, name, length, k, budget, shape))
         steps.append(our_step(config, documents, draft, budget, device, arguments))
-    for _ in range(1 + arguments.rounds):
+    for _ in range(WARM_STEPS + arguments.rounds):
         for setting, step in zip(settings, steps, strict=True):
             run_step(setting, step, device)
     for setting in settings:
@@ -196,6 +202,8 @@ def reference_step(
     """The reference: padded samples, one dense mask each, eager attention, logits of every slot, checkpointing."""
     model, optimizer = trained(config, device, "eager")
     prepare_reference_model(model)
+    if arguments.same_products and device.type == "cpu":
+        use_onednn(model)
     length = max(len(document.input_ids) for document in documents)
     draw = np.random.default_rng(0)
 
@@ -224,6 +232,8 @@ def our_step(
     """Ours: the collator, the attention and the loss that the trainer uses."""
     attention = resolve_attention(arguments.attention, device.type)
     model, optimizer = trained(config, device, IMPLEMENTATIONS[attention])
+    if device.type == "cpu":
+        use_onednn(model)  # as in load_causal_lm
     pack_loss = PackLoss(model, attention, draft.num_draft_tokens)
     collator = PardCollator(draft, ObjectiveConfig(), MASK_TOKEN, budget)
     bounds = bounds_of(documents, draft)
@@ -265,7 +275,7 @@ def update(model: PreTrainedModel, optimizer: Any) -> None:
 
 
 def run_step(setting: Setting, step: Step, device: torch.device) -> None:
-    """One step of one side: at the first its peak memory (the optimizer's states begin there), then its time."""
+    """One step of one side: at the first its peak memory (the optimizer's states begin there), after warming its time."""
     if setting.failure:
         return
     is_first = setting.num_steps == 0
@@ -281,7 +291,7 @@ def run_step(setting: Setting, step: Step, device: torch.device) -> None:
     if is_first:
         weights = 4 * (setting.shape.layer_weights + setting.shape.head_weights)  # they were there before
         setting.memory = peak(device) - before + weights
-    else:
+    elif setting.num_steps >= WARM_STEPS:
         setting.seconds.append(time.perf_counter() - started)
     setting.num_steps += 1
 
@@ -334,7 +344,8 @@ def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
         f"{device_name()}, {torch.get_num_threads()} threads, {arguments.precision}; {origin()}.",
         f"A step trains on {arguments.tokens:,} tokens of documents or on one document, {arguments.prompt_share:.0%} "
         f"of each a prompt: forward, backward, clipping, AdamW. {arguments.rounds} timed steps of each side, in "
-        "turns, after one that is not timed and shows the memory. "
+        f"turns, after {WARM_STEPS} that are not timed, the first of which shows the memory. "
+        + ("Both sides' float32 products go through oneDNN. " if arguments.same_products else "")
         + (f"Documents are up to {arguments.spread:.0%} shorter than said." if arguments.spread else ""),
         "",
         f"    {command()}",

@@ -227,7 +227,7 @@ def _training(training: Training) -> str:
     rows = [
         ("steps", "unknown" if training.step is None else training.step),
         ("slots per step", f"{slots:,} ({ranks} processes)"),
-        ("objective", "cross entropy; " + ", ".join(f"{k} {v}" for k, v in config["objective"].items())),
+        ("objective", _objective(config["objective"])),
         ("COD", f"retention ratio {draft['retention_ratio']}, at least {draft['min_retention']}"),
         ("learning rate", f"{settings['learning_rate']}, {settings['lr_scheduler_type']}"),
         ("precision", settings["precision"]),
@@ -237,6 +237,13 @@ def _training(training: Training) -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in training.versions.items() if version)),
     ]
     return _table(rows)
+
+
+def _objective(settings: dict[str, float]) -> str:
+    """What of an objective's settings is in use; runs from before there were others have cross entropy alone."""
+    unused = [] if settings.get("dpace") else ["dpace_alpha"]
+    used = {"ce": 1.0, **settings}
+    return ", ".join(f"{name} {value:g}" for name, value in used.items() if value and name not in unused)
 
 
 def _manifest(manifest: dict[str, Any]) -> str:

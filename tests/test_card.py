@@ -164,7 +164,7 @@ def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: P
     (answers / "answers.jsonl").touch()
     settings = {
         "draft": {"num_draft_tokens": 8, "retention_ratio": 0.7, "min_retention": 0.2},
-        "objective": {"depth_decay": 0.9},
+        "objective": {"ce": 1.0, "kd": 0.0, "depth_decay": 0.9, "cat": True, "dpace": False, "dpace_alpha": 0.5},
         "trainer": {
             "gradient_accumulation_steps": 2,
             "learning_rate": 3e-5,
@@ -190,7 +190,7 @@ def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: P
     for row in (
         "| steps | 1250 |",
         "| slots per step | 262,144 (8 processes) |",
-        "| objective | cross entropy; depth_decay 0.9 |",
+        "| objective | ce 1, depth_decay 0.9, cat 1 |",
         "| COD | retention ratio 0.7, at least 0.2 |",
         "| data | answers.jsonl |",
         f"| data: answers | written by {TARGET} at 0; 1,501 rows |",

@@ -96,6 +96,8 @@ def test_every_option_of_every_group_survives_composition(
 ) -> None:
     values = stated(group, option)
     missing = {key: value for key, value in CHOSEN.items() if key not in values}
+    if group == "objective" and option not in ("pard", "depth_decay", "dpace"):
+        missing["data.scores"] = "scores"  # else refused: they compare with a target
     config = composed("train", f"{group}={option}", **missing)
     for key, value in values.items():
         assert OmegaConf.select(config, key) == resolved(config, value), key
@@ -152,6 +154,7 @@ MISTAKES = [
     ("train", ["experiment=quickstart", "trainer.learning_rate=???"], ["not set: trainer.learning_rate"]),
     ("train", [], ["not set: data.source, model.path, output_dir"]),
     ("train", ["model=nope"], ["Could not find 'model/nope'"]),
+    ("train", [*GOOD, "objective=kd"], ["objective.kd=1.0", "data.scores", "data_scripts/score.py"]),
     ("train", [*GOOD, "data.slot_budget=100"], ["data.slot_budget=100", "data.max_length=512", ">=1723"]),
     ("train", [*GOOD, "trainer.lr_scheduler_type=wavy"], ["trainer.lr_scheduler_type=wavy"]),
     ("train", [*GOOD, "seed=-1"], ["seed=-1"]),
