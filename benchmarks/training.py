@@ -105,9 +105,7 @@ def parse() -> argparse.Namespace:
         "--spread", type=float, default=0.0, help="documents are up to this share shorter than the longest"
     )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="timed steps of each side, after three that are not"
-    )
+    parser.add_argument("--rounds", type=int, default=2, help="timed steps of each side, after three that are not")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--skip-reference", action="store_true")
     parser.add_argument(
@@ -275,7 +273,7 @@ def update(model: PreTrainedModel, optimizer: Any) -> None:
 
 
 def run_step(setting: Setting, step: Step, device: torch.device) -> None:
-    """One step of one side: at the first its peak memory (the optimizer's states begin there), after warming its time."""
+    """One step of one side: at the first its peak memory (the optimizer's states begin there), later its time."""
     if setting.failure:
         return
     is_first = setting.num_steps == 0

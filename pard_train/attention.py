@@ -27,7 +27,7 @@ from pard_train.layout import SlotLayout, flex_mask_mod, is_visible
 # Legend: T slots of the pack, Q queries of a block, P text prefix, H heads, G heads per key-value head, D head size.
 
 IMPLEMENTATIONS = {"dense": "sdpa", "split": "pard_split", "flex": "flex_attention"}  # ours -> transformers' name
-MAX_BLOCK_SLOTS = 128  # mask slots per block of the split form: fewer compute less that is masked, more have less overhead
+MAX_BLOCK_SLOTS = 128  # mask slots per block of the split form; smaller blocks mask less and have more overhead
 
 
 @dataclass(frozen=True)
