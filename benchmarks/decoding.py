@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from pages import command, markdown, origin, write_page
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from pard_train.benchmarks import load_benchmark
 from pard_train.chat import ChatEncoder
@@ -35,7 +35,6 @@ from pard_train.model import (
     default_device,
     device_name,
     inspect_base,
-    load_causal_lm,
     load_tokenizer,
     write_initial_draft,
 )
@@ -252,12 +251,17 @@ def steps(bench: Bench, batch_sizes: list[int], machine: Machine) -> Iterator[li
 
 def load_assistant(path: str, target: PreTrainedModel, k: int) -> PreTrainedModel:
     """A draft model as transformers' assisted generation wants it, with so many tokens per step, whatever they are."""
-    model = load_causal_lm(path, dtype=target.dtype).to(target.device).eval()
+    model = as_transformers_loads(path, target.dtype)
     model.resize_token_embeddings(target.config.vocab_size)
     model.generation_config.num_assistant_tokens = k
     model.generation_config.num_assistant_tokens_schedule = "constant"
     model.generation_config.assistant_confidence_threshold = 0.0
     return model
+
+
+def as_transformers_loads(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model without the products that `load_causal_lm` gives it on a CPU."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(default_device()).eval()
 
 
 def load(arguments: argparse.Namespace, folder: Path) -> Bench:
@@ -270,7 +274,7 @@ def load(arguments: argparse.Namespace, folder: Path) -> Bench:
         write_initial_draft(
             inspect_base(ModelConfig(path=path), DraftConfig()), arguments.num_draft_tokens, Path(draft)
         )
-    model = load_causal_lm(path, dtype=dtype).to(device).eval()
+    model = as_transformers_loads(path, dtype)
     model.generation_config.eos_token_id = None
     drafter = Drafter.load(draft, dtype=dtype, device=device)
     drafter.runner = Runner(drafter.model, is_compiled=arguments.compiled)

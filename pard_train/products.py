@@ -1,12 +1,16 @@
-"""Matrix products on a CPU in float32, through oneDNN where PyTorch would take MKL.
+"""Matrix products on a CPU, in float32 through oneDNN where PyTorch would take MKL.
 
 MKL gives processors other than Intel's its AVX2 kernels: on an AMD EPYC with AVX-512, PyTorch's float32 products run at
 less than half of the rate that oneDNN reaches (docs/speed.md). Both libraries come with PyTorch. Products in bfloat16
 go through oneDNN anyway, and on a GPU nothing here differs from PyTorch.
+
+`OneDnnLinear` serves weights that change. `PackedLinear` keeps a copy that is arranged once, for weights that do not:
+worth it where a step has few rows.
 """
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
@@ -16,6 +20,8 @@ from torch import Tensor, nn
 # Legend: M rows, I inputs, O outputs.
 
 ONE_ROW_WEIGHTS = 2**22  # with one row and no more weights than this, MKL is the faster one
+PACKED_ROWS = 8  # rows that the arrangement of packed weights is chosen for; it serves any number
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
 OUTPUTS_PER_TILE = 4096  # of a weight's gradient: the product of a tile is still in the cache when it is added
 
 
@@ -67,6 +73,27 @@ class OneDnnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
         return linear(input, self.weight, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights oneDNN has arranged once; the same operator that `torch.compile` freezes into."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN can arrange these weights: on an x86 CPU, in float32 or bfloat16."""
+    has_onednn = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+    if not has_onednn or weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES:
+        return False
+    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _takes_onednn(left: Tensor, right: Tensor) -> bool:

@@ -14,7 +14,6 @@ queries that share a key head are folded into one, so that keys and values are n
 from __future__ import annotations
 
 import copy
-import platform
 from typing import Any
 
 import torch
@@ -22,34 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from pard_train.products import PackedLinear, can_pack
+
 # Legend: B rows (texts), N tokens read of each, S slots of a row, H heads, G heads per key-value head, D head size,
 #         V vocabulary.
 
 ATTENTION = "pard_slots"
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
 MAX_SHAPES = 64  # that all compiled runners of a process may have together; one more is an error, not a slow step
-PACKED_ROWS = 8  # rows of input that the arrangement of packed weights is chosen for; it serves any number
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weights oneDNN has arranged once; the same operator that `torch.compile` freezes into."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN can arrange these weights: on an x86 CPU, in float32 or bfloat16."""
-    has_onednn = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-    if not has_onednn or weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES:
-        return False
-    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Slots:
@@ -180,7 +158,7 @@ class Runner:
         if is_packed is None:
             is_packed = not is_compiled and can_pack(model.get_input_embeddings().weight)
         for name, module in list(self.model.named_modules()) if is_packed else []:
-            if type(module) is nn.Linear:
+            if isinstance(module, nn.Linear):
                 self.model.set_submodule(name, PackedLinear(module))
         self.is_packed, self.is_compiled = is_packed, is_compiled
         self._step = self._forward

@@ -15,9 +15,10 @@ from pard_train.acceptance import walk, walk_as_vllm
 from pard_train.chat import ChatEncoder
 from pard_train.decoding import Limits, Step, decode, decode_batch
 from pard_train.model import add_mask_token, set_draft_keys
+from pard_train.products import PackedLinear, can_pack
 from pard_train.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter, Task
 from pard_train.replay import replay
-from pard_train.runner import PackedLinear, Runner, can_pack
+from pard_train.runner import Runner
 from pard_train.sampling import GREEDY, Sampling, probabilities
 
 MAX_K = 6
