@@ -232,7 +232,9 @@ def resize_vocabulary(model: PreTrainedModel, num_rows: int) -> None:
     if num_rows == old:
         return
     means = [tensor.float().mean(dim=0) for tensor in vocabulary_tensors(model)]
+    kind = type(model.get_output_embeddings())
     model.resize_token_embeddings(num_rows, mean_resizing=False)
+    model.get_output_embeddings().__class__ = kind  # transformers replaces a head that is not tied by a plain one
     for tensor, mean in zip(vocabulary_tensors(model), means, strict=True):
         tensor[old:] = mean.to(tensor.dtype)
 
