@@ -223,7 +223,7 @@ class PackLoss:
         labels, weight = inputs["labels"][0, supervised], inputs["weight"][0, supervised] * scale
         if not self.objective.needs_teacher:
             return SlotTargets(labels, weight)
-        return SlotTargets(labels, weight, inputs["teacher_ids"][0], inputs["teacher_logprobs"][0].view(torch.float16))
+        return SlotTargets(labels, weight, inputs["teacher_ids"][0], inputs["teacher_logprobs"][0])
 
     def _reweigh(self, layout: SlotLayout) -> Reweigh | None:
         alpha = self.objective.dpace_alpha

@@ -139,8 +139,8 @@ class PardCollator:
 
     The result is a dict of tensors of shape [1, T]: `input_ids`, `labels`, `document`, `anchor`, `depth` (int64) and
     `weight` (float32), the product of the weights that are constants of the data. Where a term compares with a target,
-    there are also `teacher_ids` (int32) and `teacher_logprobs` (int16, the bits of float16, because DeepSpeed's trainer
-    casts whatever is a float) of shape [1, S, k], of the supervised slots in their order.
+    there are also `teacher_ids` (int32) and `teacher_logprobs` (float16) of shape [1, S, k], of the supervised slots in
+    their order.
 
     It depends on the pack alone, not on rank, worker or neighbours.
     """
@@ -187,7 +187,7 @@ class PardCollator:
         label = order[layout.position[is_supervised] + 1]  # [S']
         if self.objective.needs_teacher:
             part["teacher_ids"] = member.scores.top_ids[label]
-            part["teacher_logprobs"] = member.scores.top_logprobs[label].view(np.int16)
+            part["teacher_logprobs"] = member.scores.top_logprobs[label]
         if self.objective.cat:
             part["cat"] = np.ones(len(layout), dtype=np.float32)
             part["cat"][is_supervised] = cat_weights(member.scores.label_logprobs, label, layout.depth[is_supervised])
@@ -205,7 +205,7 @@ class PardCollator:
         if self.objective.needs_teacher:
             top_k = others[0]["teacher_ids"].shape[1] if others else 1
             part["teacher_ids"] = np.zeros((0, top_k), dtype=np.int32)
-            part["teacher_logprobs"] = np.zeros((0, top_k), dtype=np.int16)
+            part["teacher_logprobs"] = np.zeros((0, top_k), dtype=np.float16)
         if self.objective.cat:
             part["cat"] = np.ones(num_slots, dtype=np.float32)
         return part

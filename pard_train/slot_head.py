@@ -21,7 +21,8 @@ from pard_train.terms import SlotTargets, mix_terms
 
 # Legend: S supervised slots, C slots of a chunk, V vocabulary, D hidden size, k tokens of the target's top k.
 
-LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32, whatever the vocabulary and however many slots
+# Whatever the vocabulary and however many slots: 128 MiB in float32; on a CPU 32 MiB, much of which stays in its cache.
+LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_CPU = 2**25, 2**23
 # What some models do to the logits after the head; the loss of the head alone would not be theirs.
 AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
@@ -73,7 +74,8 @@ def score_slots(
 
 def _chunks(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """One chunk of slots after the other with its logits, float32 [C, V]."""
-    rows = max(1, LOGITS_PER_CHUNK // len(matrix))
+    size = LOGITS_PER_CHUNK_CPU if hidden.device.type == "cpu" else LOGITS_PER_CHUNK
+    rows = max(1, size // len(matrix))
     for start in range(0, len(hidden), rows):
         piece = slice(start, start + rows)
         yield piece, linear(hidden[piece], matrix, bias).float()

@@ -169,6 +169,7 @@ class Chip:
 
 
 CHIPS = (
+    Chip(r"\bA100\b", 312e12, "NVIDIA A100 data sheet: 312 TFLOPS"),
     Chip(r"\bH100\b.*\bPCIe\b", 756.5e12, "NVIDIA H100 data sheet: 1,513 TFLOPS with sparsity, half without"),
     Chip(r"\bH100\b.*\bNVL\b", 835.5e12, "NVIDIA H100 data sheet: 1,671 TFLOPS with sparsity, half without"),
     Chip(r"\bH100\b", 989.5e12, "NVIDIA H100 (SXM) data sheet: 1,979 TFLOPS with sparsity, half without"),
@@ -209,33 +210,45 @@ class StepClock(TrainerCallback):
     Nothing waits for the device only to be timed. A device runs behind the host, so the time it takes shows in the
     phase in which the host first needs a result. Under DeepSpeed the optimizer steps inside of the backward pass.
 
-    Phases: `data` (waiting for packs), `forward_backward`, `optimizer` (the step, without gradient clipping).
+    Phases: `data` (waiting for packs), `forward`, `backward` (with the reduction of gradients that goes on meanwhile),
+    `optimizer` (the step, without gradient clipping). A phase inside of another is no part of it.
     """
 
-    PHASES = ("data", "forward_backward", "optimizer")
+    PHASES = ("data", "forward", "backward", "optimizer")
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(self.PHASES, 0.0)
-        self._optimizer_start = 0.0
+        self._phase: str | None = None
+        self._since = 0.0
+
+    def enter(self, name: str | None) -> str | None:
+        """Begin a phase, None for no phase. Returns the one that ends with it."""
+        ended, now = self._phase, time.perf_counter()
+        if ended is not None:
+            self.seconds[ended] += now - self._since
+        self._phase, self._since = name, now
+        return ended
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
+        """A phase that lasts as long as the context, whatever phase is around it."""
+        around = self.enter(name)
+        try:
+            yield
+        finally:
+            self.enter(around)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Start the optimizer's time."""
-        self._optimizer_start = time.perf_counter()
+        self.enter("optimizer")
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """End the optimizer's time."""
-        self.seconds["optimizer"] += time.perf_counter() - self._optimizer_start
+        self.enter(None)
 
     def report(self) -> dict[str, float]:
         """Seconds by phase; begins anew."""

@@ -135,6 +135,7 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
         "report_to": configure_tracker(config),
         "use_cpu": is_cpu,
         "ddp_backend": "gloo" if is_cpu and "RANK" in os.environ else None,
+        "ddp_find_unused_parameters": False,  # there are none; looking for them walks the graph at every step
         "deepspeed": config.deepspeed or None,
     }
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -250,9 +251,13 @@ class PardTrainer(Trainer):
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(weight, reduction="sum")
 
+    def _prepare_input(self, data: Any) -> Any:
+        """A batch on the device, in its own dtypes: under DeepSpeed, Trainer would round its weights to the model's."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one pack."""
-        with self.clock.phase("forward_backward"):
+        with self.clock.phase("backward"):  # `compute_loss` takes its own time out of it
             return super().training_step(*args, **kwargs)
 
     def compute_loss(
@@ -266,7 +271,8 @@ class PardTrainer(Trainer):
 
         Data-parallel engines average gradients over ranks, so the sum is scaled by their number.
         """
-        loss, statistics = self.pack_loss(model, inputs, self.args.world_size / cast(Tensor, num_items_in_batch))
+        with self.clock.phase("forward"):
+            loss, statistics = self.pack_loss(model, inputs, self.args.world_size / cast(Tensor, num_items_in_batch))
         self.statistics.add(statistics)
         layout = SlotLayout(*(inputs[name] for name in ("document", "anchor", "depth")))
         self.work += count_work(layout, inputs["labels"])

@@ -142,7 +142,7 @@ def test_a_known_chip_has_its_peak_with_a_source(name: str, peak: float) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu"]
+    "name", ["NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA L40S", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu"]
 )
 def test_a_chip_that_is_not_in_the_list_has_no_peak(name: str) -> None:
     assert chip_of(name) is None
@@ -182,6 +182,20 @@ def test_a_clock_adds_up_each_phase_and_begins_anew_after_a_report(tmp_path: obj
     seconds = clock.report()
     assert seconds["data"] >= 0.04
     assert seconds["optimizer"] >= 0.06
-    assert seconds["forward_backward"] == 0
+    assert seconds["forward"] == seconds["backward"] == 0
     assert sum(seconds.values()) <= time.perf_counter() - started - 0.1
     assert set(clock.report().values()) == {0.0}
+
+
+def test_a_phase_inside_of_another_is_no_part_of_it() -> None:
+    clock = StepClock()
+    with clock.phase("backward"):
+        time.sleep(0.02)
+        with pytest.raises(KeyError), clock.phase("forward"):
+            time.sleep(0.2)
+            raise KeyError
+        time.sleep(0.02)
+    time.sleep(0.1)
+    seconds = clock.report()
+    assert seconds["forward"] >= 0.2
+    assert 0.04 <= seconds["backward"] < 0.2

@@ -81,7 +81,7 @@ def test_the_log_says_how_fast_training_is_and_where_its_time_goes(
         assert row["throughput/slots_per_second"] * seconds == pytest.approx(num_slots)
         assert row["throughput/supervised_tokens_per_second"] * seconds == pytest.approx(num_tokens)
         assert row["throughput/model_flops_per_second"] * seconds == pytest.approx(cost.flops)
-        shares = [row[f"throughput/share_{phase}"] for phase in ("data", "forward_backward", "optimizer")]
+        shares = [row[f"throughput/share_{phase}"] for phase in ("data", "forward", "backward", "optimizer")]
         assert all(share > 0 for share in shares)
         assert sum(shares) <= 1
         assert "throughput/share_of_peak" not in row  # nothing is known of this processor
