@@ -25,8 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pages import command, origin, write_page
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from pard_train.attention import IMPLEMENTATIONS, resolve_attention
@@ -37,7 +39,7 @@ from pard_train.model import default_device, device_name
 from pard_train.objective import PackLoss
 from pard_train.packages import local_model
 from pard_train.packing import Member, PardCollator, best_fit
-from pard_train.products import use_onednn
+from pard_train.products import linear, use_onednn
 from pard_train.reference import build_dense_batch, dense_loss, draw_kept, prepare_reference_model
 from pard_train.throughput import ModelShape, Work, chip_of, count_work, step_cost
 
@@ -352,10 +354,29 @@ def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
         "",
         *cost_table(settings, size),
         "",
+        product_line(),
+        "",
         *growth_lines(settings),
         "",
     ]
     return "\n".join(lines)
+
+
+def product_line() -> str:
+    """What matrix products of a layer's size reach alone on this device: the limit of a step that is made of them."""
+    device = default_device()
+    rows, weight = torch.randn(2048, 576, device=device), torch.randn(1536, 576, device=device)
+    narrow = (rows.bfloat16(), weight.bfloat16())
+    ways = {"float32 by PyTorch": (F.linear, (rows, weight)), "bfloat16 by PyTorch": (F.linear, narrow)}
+    if device.type == "cpu":
+        ways["float32 through oneDNN"] = (linear, (rows, weight))
+    rates = {}
+    for name, (product, operands) in ways.items():
+        names = {"product": product, "operands": operands}
+        timer = Timer("product(*operands)", globals=names, num_threads=torch.get_num_threads())
+        rates[name] = 2 * rows.numel() * len(weight) / timer.blocked_autorange(min_run_time=0.5).median
+    listed = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in rates.items())
+    return f"One product of {len(rows):,} rows by a matrix of 576 x 1,536, alone, in TFLOP/s: {listed}."
 
 
 def ratio_table(settings: Sequence[Setting]) -> list[str]:
