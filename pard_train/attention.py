@@ -48,6 +48,16 @@ class ChainBlock:
     mask: Tensor  # bool [Q, P + Q]
 
 
+class SplitPlan:
+    """The pieces of a pack, in slot order and covering every slot.
+
+    `torch.compile` looks into the lists that pass through a model, and would compile for each anew. It leaves this alone.
+    """
+
+    def __init__(self, pieces: list[TextSpan | ChainBlock]):
+        self.pieces = pieces
+
+
 def resolve_attention(name: str, device_type: str) -> str:
     """The form that `model.attention=auto` stands for: flex on an accelerator, split on the CPU.
 
@@ -71,7 +81,7 @@ def attention_inputs(name: str, layout: SlotLayout) -> dict[str, Any]:
     if name == "dense":
         return {"attention_mask": is_visible(layout, layout)[None, None]}  # [1, 1, T, T]
     if name == "split":
-        return {"split_plan": plan_split(layout)}
+        return {"split_plan": SplitPlan(plan_split(layout))}
     size = len(layout)
     block_mask = create_block_mask(flex_mask_mod(layout), None, None, size, size, device=layout.anchor.device.type)
     return {"attention_mask": block_mask}
@@ -107,6 +117,7 @@ def _chain_blocks(depth: np.ndarray, start: int, stop: int) -> list[tuple[int, i
     return blocks
 
 
+@torch.compiler.disable  # its pieces are others in every pack
 def split_attention(
     module: nn.Module,
     query: Tensor,
@@ -115,7 +126,7 @@ def split_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    split_plan: list[TextSpan | ChainBlock] | None = None,
+    split_plan: SplitPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of the split form, registered with `transformers` as `pard_split`.
@@ -124,19 +135,18 @@ def split_attention(
         query: [1, H, T, D].
         key: [1, H / G, T, D].
         value: [1, H / G, T, D].
-        split_plan: pieces made by `plan_split`; None means an ordinary causal sequence.
+        split_plan: of the pack; None means an ordinary causal sequence.
 
     Returns:
         Output [1, T, H, D] and None for the attention weights.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if split_plan is None:
-        split_plan = [TextSpan(0, query.shape[2])]
+    pieces = [TextSpan(0, query.shape[2])] if split_plan is None else split_plan.pieces
     # One split instead of many slices: the backward pass of a slice fills a whole pack with zeros.
-    sizes = [piece.stop - piece.start for piece in split_plan]
+    sizes = [piece.stop - piece.start for piece in pieces]
     outputs = []
-    for piece, q, k, v in zip(split_plan, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
+    for piece, q, k, v in zip(pieces, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
         if isinstance(piece, TextSpan):
             text_k, text_v = k, v  # [1, H, L, D]: the chains that follow are of this document
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
