@@ -51,7 +51,7 @@ class ChainBlock:
 class SplitPlan:
     """The pieces of a pack, in slot order and covering every slot.
 
-    `torch.compile` looks into the lists that pass through a model, and would compile for each anew. It leaves this alone.
+    `torch.compile` looks into lists that pass through a model, and would compile for each anew. It leaves this alone.
     """
 
     def __init__(self, pieces: list[TextSpan | ChainBlock]):
