@@ -303,8 +303,9 @@ class PardTrainer(Trainer):
     def write_draft(self, folder: Path) -> Path:
         """Write the trained model as a draft folder, whole or not at all, from whatever shards the ranks hold."""
         state = self.accelerator.get_state_dict(self.model_wrapped)
+        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state or {}).items()}  # of torch.compile
         if self.args.should_save and not folder.exists():
-            model = self.accelerator.unwrap_model(self.model)
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             write_model_folder(model, self.initial, folder, state_dict=state)
         self.accelerator.wait_for_everyone()
         return folder
