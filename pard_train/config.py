@@ -143,12 +143,16 @@ class TrainerConfig:
     # bf16 (autocast over float32 weights) | fp32
     precision: str = "bf16"
     gradient_checkpointing: bool = False
+    # Any name of TrainingArguments.optim. DeepSpeed shards it like the default.
+    optimizer: str = "adamw_torch_fused"
+    # Run the model through torch.compile: for a GPU, with minutes of compiling in the first step.
+    compile: bool = False
     logging_steps: int = 10
     # Steps between checkpoints; 0 saves only at the end.
     save_steps: int = 500
     save_total_limit: int = 2
     dataloader_num_workers: int = 2
-    # Any other field of TrainingArguments, for example {torch_compile: true}.
+    # Any other field of TrainingArguments, for example {adam_beta2: 0.95}.
     extra: dict[str, Any] = field(default_factory=dict)
 
 

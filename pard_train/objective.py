@@ -205,6 +205,7 @@ class PackLoss:
         """
         layout = SlotLayout(*(inputs[name][0] for name in ("document", "anchor", "depth")))
         supervised = torch.nonzero(inputs["labels"][0] != IGNORE_INDEX).squeeze(1)  # [S]
+        torch._dynamo.maybe_mark_dynamic(supervised, 0)  # else `torch.compile` compiles the first pack for its S alone
         forward = partial(
             model,
             input_ids=inputs["input_ids"],

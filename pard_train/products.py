@@ -99,11 +99,11 @@ def can_pack(weight: Tensor) -> bool:
 def _takes_onednn(left: Tensor, right: Tensor) -> bool:
     """Whether their product is in float32 on a CPU. A compiler is left to choose for itself."""
     return (
-        left.device.type == right.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: a compiler would stumble over the rest
+        and left.device.type == right.device.type == "cpu"
         and left.dtype == right.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -1,4 +1,4 @@
-"""What a training step costs in operations and bytes, what the device could do, and where the time of a step goes.
+"""What a training step costs in operations and bytes, and what the device could do.
 
 Model FLOPs are those of the mathematics, forward and backward, a multiplication with its addition counted as two:
 matrix products of the layers for every slot, of the head for supervised slots, and attention for the pairs that see
@@ -9,14 +9,11 @@ of them, so that their rate compares programs that learn the same.
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PretrainedConfig
 
 from pard_train.layout import IGNORE_INDEX, SlotLayout
 
@@ -170,12 +167,16 @@ class Chip:
 
 CHIPS = (
     Chip(r"\bA100\b", 312e12, "NVIDIA A100 data sheet: 312 TFLOPS"),
+    Chip(r"\bL40S\b", 362.05e12, "NVIDIA L40S data sheet: 362.05 TFLOPS"),
     Chip(r"\bH100\b.*\bPCIe\b", 756.5e12, "NVIDIA H100 data sheet: 1,513 TFLOPS with sparsity, half without"),
     Chip(r"\bH100\b.*\bNVL\b", 835.5e12, "NVIDIA H100 data sheet: 1,671 TFLOPS with sparsity, half without"),
     Chip(r"\bH100\b", 989.5e12, "NVIDIA H100 (SXM) data sheet: 1,979 TFLOPS with sparsity, half without"),
     Chip(r"\bH200\b.*\bNVL\b", 835.5e12, "NVIDIA H200 data sheet: 1,671 TFLOPS with sparsity, half without"),
     Chip(r"\bH200\b", 989.5e12, "NVIDIA H200 (SXM) data sheet: 1,979 TFLOPS with sparsity, half without"),
-    Chip(r"\bB200\b", 2250e12, "NVIDIA HGX B200 data sheet: 36 PFLOPS with sparsity for eight, half without"),
+    Chip(r"\bB200\b", 2250e12, "NVIDIA HGX B200 data sheet: 4.5 PFLOPS with sparsity for one GPU, half without"),
+    Chip(r"\bGB200\b", 2500e12, "NVIDIA GB200 NVL72 data sheet: 5 PFLOPS with sparsity for one GPU, half without"),
+    Chip(r"\bMI210\b", 181.0e12, "AMD MI210 data sheet: 181.0 TFLOPS"),
+    Chip(r"\bMI250\b", 181.05e12, "AMD MI250 data sheet: 362.1 TFLOPS for two dies, each a device"),
     Chip(r"\bMI250X\b", 191.5e12, "AMD MI250X data sheet: 383.0 TFLOPS for two dies, each a device"),
     Chip(r"\bMI300X\b", 1307.4e12, "AMD MI300X data sheet: 1,307.4 TFLOPS"),
     Chip(r"\bMI325X\b", 1307.4e12, "AMD MI325X data sheet: 1,307.4 TFLOPS"),
@@ -197,63 +198,6 @@ def chip_of(device_name: str) -> Chip | None:
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes that tensors took on an accelerator since the program began, None on the CPU."""
     return None if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where the time goes
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class StepClock(TrainerCallback):
-    """Seconds of this process's host clock by phase, since the last report.
-
-    Nothing waits for the device only to be timed. A device runs behind the host, so the time it takes shows in the
-    phase in which the host first needs a result. Under DeepSpeed the optimizer steps inside of the backward pass.
-
-    Phases: `data` (waiting for packs), `forward`, `backward` (with the reduction of gradients that goes on meanwhile),
-    `optimizer` (the step, without gradient clipping). A phase inside of another is no part of it.
-    """
-
-    PHASES = ("data", "forward", "backward", "optimizer")
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(self.PHASES, 0.0)
-        self._phase: str | None = None
-        self._since = 0.0
-
-    def enter(self, name: str | None) -> str | None:
-        """Begin a phase, None for no phase. Returns the one that ends with it."""
-        ended, now = self._phase, time.perf_counter()
-        if ended is not None:
-            self.seconds[ended] += now - self._since
-        self._phase, self._since = name, now
-        return ended
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A phase that lasts as long as the context, whatever phase is around it."""
-        around = self.enter(name)
-        try:
-            yield
-        finally:
-            self.enter(around)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Start the optimizer's time."""
-        self.enter("optimizer")
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """End the optimizer's time."""
-        self.enter(None)
-
-    def report(self) -> dict[str, float]:
-        """Seconds by phase; begins anew."""
-        seconds, self.seconds = self.seconds, dict.fromkeys(self.PHASES, 0.0)
-        return seconds
 
 
 def throughput_metrics(

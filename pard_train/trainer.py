@@ -11,12 +11,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
 
 from pard_train.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.chat import ChatEncoder
+from pard_train.clock import StepClock, device_mark, num_compilations
 from pard_train.config import ObjectiveConfig, TrainConfig
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout
@@ -37,7 +40,6 @@ from pard_train.scores import Scores, open_teacher
 from pard_train.store import TokenStore, open_store
 from pard_train.throughput import (
     ModelShape,
-    StepClock,
     Work,
     chip_of,
     count_work,
@@ -48,6 +50,7 @@ from pard_train.trackers import ConfigToWandb, MetricsFile, configure_tracker
 
 INITIAL_FOLDER = "init"  # the untrained draft model
 DRAFT_FOLDER = "draft"  # the trained one
+WARM_UP_LOGS = 2  # the first pack is compiled for, and the second, whose number of supervised slots is another one
 TEACHER_FILE = "teacher.json"  # manifest of the target's scores that the objective used
 
 
@@ -108,7 +111,8 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments for an experiment.
 
     Raises:
-        UserError: if trainer.extra has a field that TrainingArguments lacks or that is set elsewhere.
+        UserError: if trainer.optimizer is unknown, or trainer.extra has a field that TrainingArguments lacks or that is
+            set elsewhere.
     """
     settings = config.trainer
     is_cpu = default_device().type == "cpu"
@@ -125,6 +129,8 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "bf16": settings.precision == "bf16",
+        "optim": settings.optimizer,
+        "torch_compile": settings.compile,
         "logging_steps": settings.logging_steps,
         "logging_first_step": True,
         "save_strategy": "steps" if settings.save_steps else "no",
@@ -138,6 +144,9 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
         "ddp_find_unused_parameters": False,  # there are none; looking for them walks the graph at every step
         "deepspeed": config.deepspeed or None,
     }
+    optimizers = [name.value for name in OptimizerNames]
+    if settings.optimizer not in optimizers:
+        raise UserError(f"trainer.optimizer={settings.optimizer}: allowed are {', '.join(optimizers)}")
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     if settings.gradient_checkpointing:  # transformers 5.23 renamed it
         ours["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
@@ -237,8 +246,11 @@ class PardTrainer(Trainer):
         self.work = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
         self.shape = ModelShape.of(self.model.config)
         self.chip = chip_of(device_name()) if self.args.bf16 else None  # its peak is that of bfloat16
-        self.clock = StepClock()
+        self.clock = StepClock(device_mark(self.args.device))
+        self.is_watched = False  # DDP, whose reductions the clock tells from the backward pass
         self.add_callback(self.clock)
+        self.is_compiled = self.args.torch_compile or attention == "flex"
+        self.compiled_before = num_compilations()  # this window
         self.window_start = time.perf_counter()
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
@@ -249,16 +261,21 @@ class PardTrainer(Trainer):
         with self.clock.phase("data"):
             batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
-        return batches, self.accelerator.reduce(weight, reduction="sum")
+        with self.clock.phase("communication"):
+            return batches, self.accelerator.reduce(weight, reduction="sum")
 
     def _prepare_input(self, data: Any) -> Any:
         """A batch on the device, in its own dtypes: under DeepSpeed, Trainer would round its weights to the model's."""
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one pack."""
+        wrapped = getattr(model, "_orig_mod", model)  # inside of what `torch.compile` makes of it
+        if not self.is_watched and isinstance(wrapped, DistributedDataParallel):
+            self.clock.watch_reductions(wrapped)
+            self.is_watched = True
         with self.clock.phase("backward"):  # `compute_loss` takes its own time out of it
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -289,10 +306,18 @@ class PardTrainer(Trainer):
             seconds, self.window_start = now - self.window_start, now
             logs["supervised_slots_per_second"] = logs["supervised_slots"] / seconds
             logs |= {f"throughput/{name}": value for name, value in self._throughput(seconds).items()}
-            logs |= {f"throughput/share_{name}": spent / seconds for name, spent in self.clock.report().items()}
+            spent = self.clock.report()
+            if not self.is_watched:  # one process, or an engine that reduces gradients where the clock cannot see it
+                del spent["communication"]
+            logs |= {f"throughput/share_{name}": value / seconds for name, value in spent.items()}
+            logs |= self._count_compilations()
             for tensor in sums:
                 tensor.zero_()
         super().log(logs, *args, **kwargs)
+
+    def _count_compilations(self) -> dict[str, float]:
+        before, self.compiled_before = self.compiled_before, num_compilations()
+        return {"throughput/compilations": self.compiled_before - before} if self.is_compiled else {}
 
     def _throughput(self, seconds: float) -> dict[str, float]:
         work, num_tokens = Work(*map(int, self.work.tolist())), float(self.statistics.slots[0])
@@ -342,6 +367,10 @@ class SealCheckpoint(TrainerCallback):
 class ShortProgress(ProgressCallback):
     """Trainer's progress bar with one short line per log."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_logs, self.has_warned = 0, False
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -350,9 +379,18 @@ class ShortProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Print loss, expected accepted length and speed above the bar."""
+        """Print loss, expected accepted length and speed above the bar, and once that something was compiled again."""
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.write(
                 f"step {state.global_step:>6}  loss {float(logs['loss']):.3f}  expected accepted length "
                 f"{logs['accepted_length']:.2f}  {logs['supervised_slots_per_second']:,.0f} supervised slots/s"
+                f"{self._warning(logs)}"
             )
+
+    def _warning(self, logs: dict[str, float]) -> str:
+        self.num_logs += 1
+        num_graphs = logs.get("throughput/compilations", 0)
+        if self.num_logs <= WARM_UP_LOGS or self.has_warned or not num_graphs:
+            return ""
+        self.has_warned = True
+        return f"  ({num_graphs} graphs were compiled again, which takes time; TORCH_LOGS=recompiles tells why)"

@@ -91,6 +91,10 @@ def test_two_processes_train_as_one(
     for mine, theirs in zip(log, expected, strict=True):
         for name in ("loss", "accepted_length", "supervised_slots", "accuracy/depth_1"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3), (name, mine["step"])
+        shares = {name: value for name, value in mine.items() if name.startswith("throughput/share_")}
+        assert all(share > 0 for share in shares.values()) or deepspeed != "none"
+        assert ("throughput/share_communication" in shares) == (deepspeed == "none")  # DeepSpeed reduces out of sight
+        assert sum(shares.values()) <= 1
     ours, reference = (load_file(folder / "draft" / "model.safetensors") for folder in (tmp_path / "run", alone))
     assert ours.keys() == reference.keys()
     worst = max(float((ours[name].float() - reference[name]).abs().max()) for name in ours)

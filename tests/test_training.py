@@ -84,6 +84,7 @@ def test_the_log_says_how_fast_training_is_and_where_its_time_goes(
         shares = [row[f"throughput/share_{phase}"] for phase in ("data", "forward", "backward", "optimizer")]
         assert all(share > 0 for share in shares)
         assert sum(shares) <= 1
+        assert "throughput/share_communication" not in row  # there is nobody to talk to
         assert "throughput/share_of_peak" not in row  # nothing is known of this processor
         assert "throughput/peak_memory_gb" not in row
 
