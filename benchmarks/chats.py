@@ -14,12 +14,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from pard_train.chat import ChatEncoder
 from pard_train.config import SourceConfig
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.packages import cache_folder, local_model, read_packaged
+from pard_train.data.rows import read_rows
+from pard_train.data.schemas import to_chat
 from pard_train.model import load_tokenizer
-from pard_train.packages import cache_folder, local_model, read_packaged
-from pard_train.rows import read_rows
-from pard_train.schemas import to_chat
 
 CHATS = "llamafactory==0.9.5"  # Apache-2.0; a source distribution, so pip runs its build backend for the metadata
 SAMPLES = ("alpaca_en", "alpaca_zh", "glaive_toolcall_en", "glaive_toolcall_zh", "kto_en", "reason_tool_use")

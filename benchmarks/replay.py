@@ -22,12 +22,16 @@ import torch
 from pages import command, origin, write_page
 from transformers import PreTrainedModel
 
-from pard_train.acceptance import Trace, pool, walk
-from pard_train.benchmarks import load_benchmark
-from pard_train.chains import Pair
-from pard_train.chat import ChatEncoder
 from pard_train.config import DraftConfig, ModelConfig
-from pard_train.decoding import Decoded, Limits, decode, decode_batch, end_ids_of
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.packages import local_model
+from pard_train.evaluation.acceptance import Trace, pool, walk
+from pard_train.evaluation.benchmarks import load_benchmark
+from pard_train.evaluation.chains import Pair
+from pard_train.evaluation.replay import choices, replay_counted
+from pard_train.generation.decoding import Decoded, Limits, decode, decode_batch, end_ids_of
+from pard_train.generation.proposers import Drafter
+from pard_train.generation.runner import Runner
 from pard_train.layout import SlotLayout, is_visible, lay_out_document, slot_tokens
 from pard_train.model import (
     DTYPES,
@@ -38,10 +42,6 @@ from pard_train.model import (
     load_tokenizer,
     write_initial_draft,
 )
-from pard_train.packages import local_model
-from pard_train.proposers import Drafter
-from pard_train.replay import choices, replay_counted
-from pard_train.runner import Runner
 
 
 @dataclass(frozen=True)

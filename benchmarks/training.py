@@ -6,8 +6,8 @@
         --precision bf16 --tokens 16384 --slot-budgets 32768 131072 --rounds 10          # on a GPU
 
 Both sides train on the same documents of random tokens with the same labels: padded samples and one dense mask each
-for the reference (pard_train/reference.py), packs of chains for us. A step is forward, backward and AdamW. Models of
-the true shape have random weights, which run as fast as trained ones. On a CPU, set what the Makefile sets
+for the reference (pard_train/training/reference.py), packs of chains for us. A step is forward, backward and AdamW.
+Models of the true shape have random weights, which run as fast as trained ones. On a CPU, set what the Makefile sets
 (OMP_WAIT_POLICY, MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_): memory that is given back is faulted in again at
 every step. Prints tables and writes benchmarks/results/DATE-training-DEVICE-PRECISION.md.
 """
@@ -31,17 +31,17 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
-from pard_train.attention import IMPLEMENTATIONS, resolve_attention
-from pard_train.chat import Document
 from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
+from pard_train.core.objective import PackLoss
+from pard_train.core.products import linear, use_onednn
+from pard_train.data.chat import Document
+from pard_train.data.packages import local_model
+from pard_train.data.packing import Member, PardCollator, best_fit
 from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, slot_bounds, supervised_runs
 from pard_train.model import default_device, device_name
-from pard_train.objective import PackLoss
-from pard_train.packages import local_model
-from pard_train.packing import Member, PardCollator, best_fit
-from pard_train.products import linear, use_onednn
-from pard_train.reference import build_dense_batch, dense_loss, draw_kept, prepare_reference_model
-from pard_train.throughput import ModelShape, Work, chip_of, count_work, step_cost
+from pard_train.training.reference import build_dense_batch, dense_loss, draw_kept, prepare_reference_model
+from pard_train.training.throughput import ModelShape, Work, chip_of, count_work, step_cost
 
 REFERENCE, OURS = "dense reference", "pard_train"
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pard_train.chat import ChatEncoder
 from pard_train.config import DataConfig, TrainConfig
-from pard_train.encoding import corpus_identity, encode_corpus
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.encoding import corpus_identity, encode_corpus
+from pard_train.data.packages import local_model
+from pard_train.data.store import TokenStore, is_store
 from pard_train.errors import UserError
 from pard_train.model import load_tokenizer
-from pard_train.packages import local_model
-from pard_train.store import TokenStore, is_store
 from pard_train.validation import validate_encode
 from recipes.app import hydra_program
 

@@ -26,9 +26,8 @@ import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
-from pard_train.benchmarks import Benchmark, load_benchmark
 from pard_train.config import PrepareConfig, SourceConfig, TrainConfig
-from pard_train.dedupe import (
+from pard_train.data.dedupe import (
     NUM_HASHES,
     Contamination,
     content_key,
@@ -39,11 +38,12 @@ from pard_train.dedupe import (
     shuffled,
     signature,
 )
+from pard_train.data.rows import OnBadRow, Rejects, read_rows, source_version, stop
+from pard_train.data.schemas import to_chat
+from pard_train.data.store import new_array
 from pard_train.errors import RowError, UserError
-from pard_train.rows import OnBadRow, Rejects, read_rows, source_version, stop
+from pard_train.evaluation.benchmarks import Benchmark, load_benchmark
 from pard_train.run import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, read_json, write_json
-from pard_train.schemas import to_chat
-from pard_train.store import new_array
 from pard_train.validation import validate_prepare
 from recipes.app import hydra_program
 

@@ -31,17 +31,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from pard_train.chat import ChatEncoder
 from pard_train.config import RegenerateConfig, SourceConfig, TrainConfig
-from pard_train.decoding import Limits, end_ids_of
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.packages import local_model
+from pard_train.data.rows import read_jsonl, source_version
+from pard_train.data.schemas import check_messages
 from pard_train.errors import UserError
-from pard_train.model import DTYPES, default_device, load_causal_lm, load_tokenizer
-from pard_train.packages import local_model
-from pard_train.rows import read_jsonl, source_version
-from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
-from pard_train.schemas import check_messages
-from pard_train.servers import NoServerLeftError, Server, ServerPool, open_servers, run_together
-from pard_train.target_text import (
+from pard_train.evaluation.servers import NoServerLeftError, Server, ServerPool, open_servers, run_together
+from pard_train.evaluation.target_text import (
     GREEDY,
     Answer,
     AnswerCache,
@@ -55,6 +52,9 @@ from pard_train.target_text import (
     split_batches,
     write_batches,
 )
+from pard_train.generation.decoding import Limits, end_ids_of
+from pard_train.model import DTYPES, default_device, load_causal_lm, load_tokenizer
+from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
 from pard_train.validation import validate_regenerate
 from recipes.app import hydra_program
 

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 data_scripts/score.py ...        # every process takes its share
 
 Writes TOKENS/scores/FINGERPRINT/ and prints its name, which recipes/train.py takes as data.scores: see
-pard_train/scores.py. Restartable: what is done is kept.
+pard_train/data/scores.py. Restartable: what is done is kept.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from accelerate import PartialState
 
 from data_scripts.encode import TOKENS_FOLDER
 from pard_train.config import TrainConfig
+from pard_train.data.packages import local_model
+from pard_train.data.scores import Scores, write_scores
+from pard_train.data.store import TokenStore
 from pard_train.errors import UserError
+from pard_train.evaluation.target_text import model_fingerprint
 from pard_train.model import DTYPES, check_same_tokenizer, default_device, load_causal_lm, load_tokenizer
-from pard_train.packages import local_model
 from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
-from pard_train.scores import Scores, write_scores
-from pard_train.store import TokenStore
-from pard_train.target_text import model_fingerprint
 from pard_train.validation import validate_score
 from recipes.app import hydra_program
 

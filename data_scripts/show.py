@@ -17,11 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from pard_train.chat import ChatEncoder, Document
 from pard_train.config import DataConfig, TrainConfig
-from pard_train.encoding import source_of
-from pard_train.errors import RowError, UserError
-from pard_train.inspection import (
+from pard_train.data.chat import ChatEncoder, Document
+from pard_train.data.encoding import source_of
+from pard_train.data.inspection import (
     check_taught,
     count_taught,
     cut,
@@ -31,12 +30,13 @@ from pard_train.inspection import (
     slot_table,
     summary,
 )
+from pard_train.data.pattern import draw_pattern, shorten
+from pard_train.data.rows import read_rows, stop
+from pard_train.data.schemas import to_chat
+from pard_train.data.store import is_store, open_store
+from pard_train.errors import RowError, UserError
 from pard_train.layout import DrawKey
 from pard_train.model import Base, inspect_base
-from pard_train.pattern import draw_pattern, shorten
-from pard_train.rows import read_rows, stop
-from pard_train.schemas import to_chat
-from pard_train.store import is_store, open_store
 from pard_train.validation import validate_draft, validate_encode, validate_show
 from recipes.app import hydra_program
 

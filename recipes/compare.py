@@ -14,7 +14,7 @@ from recipes.app import hydra_program
 
 def run(config: CompareConfig) -> None:
     """Compare, print the table, and check the ratios."""
-    from pard_train.comparison import compare, ratios_below, render_comparison
+    from pard_train.reports.comparison import compare, ratios_below, render_comparison
 
     comparison = compare(config)
     print(render_comparison(comparison))

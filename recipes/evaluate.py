@@ -20,9 +20,9 @@ from recipes.app import hydra_program
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate, print the report, and check the thresholds."""
-    from pard_train.evaluation import evaluate
-    from pard_train.report import PAGE_FILE, render_report, tau_below
-    from pard_train.trackers import log_evaluation
+    from pard_train.evaluation.evaluation import evaluate
+    from pard_train.reports.report import PAGE_FILE, render_report, tau_below
+    from pard_train.training.trackers import log_evaluation
 
     document = evaluate(config)
     folder = Path(config.output_dir or "")

@@ -13,8 +13,8 @@ from recipes.app import hydra_program
 
 def run(config: ExportConfig) -> None:
     """Export, say where, and upload if asked to."""
-    from pard_train.candidates import write_custom_generate
-    from pard_train.export import export, push_to_hub
+    from pard_train.engines.candidates import write_custom_generate
+    from pard_train.publishing.export import export, push_to_hub
 
     folders = export(config)
     for folder in folders:

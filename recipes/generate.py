@@ -12,7 +12,7 @@ from recipes.app import hydra_program
 
 def run(config: GenerateConfig) -> None:
     """Answer one prompt, or chat until an empty line."""
-    from pard_train.terminal import ChatSession
+    from pard_train.generation.terminal import ChatSession
 
     session = ChatSession(config)
     if config.prompt is not None:

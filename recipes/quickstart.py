@@ -36,14 +36,14 @@ def run(config: TrainConfig) -> None:
     """Run the steps in order."""
     from data_scripts.prepare import PROMPTS_FOLDER, prepare
     from data_scripts.regenerate import ANSWERS_FOLDER, write_answers
-    from pard_train.candidates import write_custom_generate
-    from pard_train.evaluation import evaluate, read_document
-    from pard_train.export import export
-    from pard_train.monitor import build_monitor
-    from pard_train.records import ACCEPTANCE_FILE
-    from pard_train.report import PAGE_FILE, render_report
+    from pard_train.engines.candidates import write_custom_generate
+    from pard_train.evaluation.evaluation import evaluate, read_document
+    from pard_train.evaluation.monitor import build_monitor
+    from pard_train.publishing.export import export
+    from pard_train.reports.records import ACCEPTANCE_FILE
+    from pard_train.reports.report import PAGE_FILE, render_report
     from pard_train.run import CONFIG_FILE
-    from pard_train.trainer import DRAFT_FOLDER, INITIAL_FOLDER, train
+    from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER, train
 
     root, started = Path(config.output_dir), time.time()
     targets = config.regenerate.targets or [config.model.path]

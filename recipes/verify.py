@@ -20,7 +20,7 @@ DIFFERS = 3  # exit status
 
 def run(config: VerifyConfig) -> None:
     """Verify, show the counters, and say by the exit status whether they agree."""
-    from pard_train.verification import VERIFICATION_FILE, render_verification, verify
+    from pard_train.publishing.verification import VERIFICATION_FILE, render_verification, verify
 
     report = verify(config)
     print(f"\n{render_verification(report)}\nresult: {config.output_dir}/{VERIFICATION_FILE}")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pard_train.acceptance import (
+from pard_train.evaluation.acceptance import (
     Acceptance,
     Trace,
     group_traces,

@@ -9,11 +9,11 @@ from tiny import build_model, conversations
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.attention import IMPLEMENTATIONS, MAX_BLOCK_SLOTS, ChainBlock, attention_inputs, plan_split
-from pard_train.chat import ChatEncoder
 from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.core.attention import IMPLEMENTATIONS, MAX_BLOCK_SLOTS, ChainBlock, attention_inputs, plan_split
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.packing import Member, PardCollator
 from pard_train.layout import DrawKey, SlotLayout, lay_out_document, sample_chain_lengths
-from pard_train.packing import Member, PardCollator
 
 MASK = 300
 TOLERANCE = 2e-5  # of logits around 7 in float32

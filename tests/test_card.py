@@ -13,12 +13,20 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import PretrainedConfig, Qwen2Config
 
-from pard_train.candidates import write_custom_generate
-from pard_train.card import Card, is_hub_name, public_name, read_acceptance, read_licence, read_training, write_card
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
+from pard_train.engines.candidates import write_custom_generate
 from pard_train.errors import UserError
-from pard_train.export import export
 from pard_train.model import inspect_base, write_initial_draft
+from pard_train.publishing.card import (
+    Card,
+    is_hub_name,
+    public_name,
+    read_acceptance,
+    read_licence,
+    read_training,
+    write_card,
+)
+from pard_train.publishing.export import export
 
 TARGET = "Qwen/Qwen2.5-7B-Instruct"
 

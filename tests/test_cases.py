@@ -12,13 +12,13 @@ from fake_server import FakeServer
 from tiny import conversations
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.benchmarks import Benchmark, load_benchmark
-from pard_train.cases import Target, answer_turns, longest_text, write_case
-from pard_train.chat import ChatEncoder
-from pard_train.compatibility import Model
 from pard_train.config import EvaluateConfig
-from pard_train.decoding import Limits
-from pard_train.target_text import Answer, answer_text
+from pard_train.data.chat import ChatEncoder
+from pard_train.evaluation.benchmarks import Benchmark, load_benchmark
+from pard_train.evaluation.cases import Target, answer_turns, longest_text, write_case
+from pard_train.evaluation.compatibility import Model
+from pard_train.evaluation.target_text import Answer, answer_text
+from pard_train.generation.decoding import Limits
 
 LIMITS = Limits(12, frozenset({2}))
 

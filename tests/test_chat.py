@@ -11,7 +11,7 @@ import pytest
 from tiny import CHATML, build_tokenizer, conversations
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.chat import ChatEncoder, Document
+from pard_train.data.chat import ChatEncoder, Document
 from pard_train.errors import RowError, UserError
 
 LLAMA3 = (

@@ -18,9 +18,16 @@ from test_launchers import LAUNCHERS, launch
 from tiny import experiment
 from torch import Tensor
 
-from pard_train.checkpoints import Checkpoint, find_checkpoint, join_flat, join_sliced, load_weights, read_shards
 from pard_train.errors import UserError
-from pard_train.trainer import train
+from pard_train.training.checkpoints import (
+    Checkpoint,
+    find_checkpoint,
+    join_flat,
+    join_sliced,
+    load_weights,
+    read_shards,
+)
+from pard_train.training.trainer import train
 
 
 def random_groups(draw: random.Random) -> list[dict[str, Tensor]]:

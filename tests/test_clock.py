@@ -11,7 +11,7 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from pard_train.clock import StepClock, device_mark
+from pard_train.training.clock import StepClock, device_mark
 
 DELAY = 0.5  # seconds that a rank is late
 

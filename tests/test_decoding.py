@@ -11,15 +11,15 @@ import torch
 from tiny import build_model, conversations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.acceptance import walk, walk_as_vllm
-from pard_train.chat import ChatEncoder
-from pard_train.decoding import Limits, Step, decode, decode_batch
+from pard_train.core.products import PackedLinear, can_pack
+from pard_train.data.chat import ChatEncoder
+from pard_train.evaluation.acceptance import walk, walk_as_vllm
+from pard_train.evaluation.replay import replay
+from pard_train.generation.decoding import Limits, Step, decode, decode_batch
+from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter, Task
+from pard_train.generation.runner import Runner
+from pard_train.generation.sampling import GREEDY, Sampling, probabilities
 from pard_train.model import add_mask_token, set_draft_keys
-from pard_train.products import PackedLinear, can_pack
-from pard_train.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter, Task
-from pard_train.replay import replay
-from pard_train.runner import Runner
-from pard_train.sampling import GREEDY, Sampling, probabilities
 
 MAX_K = 6
 

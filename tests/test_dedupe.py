@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import conversations
 
-from pard_train.dedupe import (
+from pard_train.data.dedupe import (
     BLOCK_ROWS,
     MAX_COMPARISONS,
     MIN_WHOLE_WORDS,
@@ -395,7 +395,7 @@ def test_everything_is_the_same_in_every_process() -> None:
     program = """
 import random
 import numpy as np
-from pard_train.dedupe import *
+from pard_train.data.dedupe import *
 draw = random.Random(0)
 texts = [" ".join(map(str, draw.choices(range(50), k=10 + i // 2))) for i in range(60)]
 texts += [text + " 1" for text in texts[::2]]

@@ -15,12 +15,12 @@ from tiny import build_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.acceptance import Trace, pool
-from pard_train.decoding import Limits, decode_batch
-from pard_train.estimate import ScoredText, estimate_acceptance, expected_steps, temper
+from pard_train.evaluation.acceptance import Trace, pool
+from pard_train.evaluation.estimate import ScoredText, estimate_acceptance, expected_steps, temper
+from pard_train.generation.decoding import Limits, decode_batch
+from pard_train.generation.proposers import Drafter
+from pard_train.generation.sampling import Sampling, probabilities
 from pard_train.model import set_draft_keys
-from pard_train.proposers import Drafter
-from pard_train.sampling import Sampling, probabilities
 
 WORDS, MASK, ROWS = 4, 5, 6  # a vocabulary that can be enumerated
 LENGTH, K = 3, 2

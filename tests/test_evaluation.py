@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import EvaluateConfig
 from pard_train.errors import UserError
-from pard_train.evaluation import evaluate, read_document
-from pard_train.trainer import train
+from pard_train.evaluation.evaluation import evaluate, read_document
+from pard_train.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 FIELDS = """draft target benchmark mode method temperature top_p num_draft_tokens batch_size max_new_tokens dtype

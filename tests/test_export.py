@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
 from pard_train.errors import UserError
-from pard_train.export import (
+from pard_train.model import inspect_base, load_config, write_initial_draft
+from pard_train.publishing.export import (
     check_access,
     export,
     family_end_ids,
@@ -29,8 +30,7 @@ from pard_train.export import (
     plan_export,
     public_address,
 )
-from pard_train.model import inspect_base, load_config, write_initial_draft
-from pard_train.trainer import train
+from pard_train.training.trainer import train
 from pard_train.validation import validate_export
 
 MASK = 300  # the first spare row of the tiny tokenizer

@@ -19,16 +19,16 @@ from tiny import CHATML, FAMILIES, build_tokenizer, conversations, experiment
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
-from pard_train.acceptance import walk
-from pard_train.chat import ChatEncoder
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
-from pard_train.decoding import Limits, decode, end_ids_of
+from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
-from pard_train.export import export
+from pard_train.evaluation.acceptance import walk
+from pard_train.evaluation.replay import replay
+from pard_train.generation.decoding import Limits, decode, end_ids_of
+from pard_train.generation.proposers import Drafter
 from pard_train.model import choose_mask_token, inspect_base, load_causal_lm, load_tokenizer
-from pard_train.proposers import Drafter
-from pard_train.replay import replay
-from pard_train.trainer import train
+from pard_train.publishing.export import export
+from pard_train.training.trainer import train
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}<|unused|>\n\n{{ m.content | trim }}<|im_end|>"

@@ -18,11 +18,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_scripts.show import run
-from pard_train.chat import ChatEncoder, Document
 from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig, ShowConfig
-from pard_train.encoding import encode_corpus
-from pard_train.errors import RowError, UserError
-from pard_train.inspection import (
+from pard_train.data.chat import ChatEncoder, Document
+from pard_train.data.encoding import encode_corpus
+from pard_train.data.inspection import (
     STYLES,
     TABLE_SLOTS,
     Slots,
@@ -33,9 +32,10 @@ from pard_train.inspection import (
     slot_table,
     visible,
 )
+from pard_train.data.pattern import HIDDEN, OWN_CHAIN, PATTERN_COLOURS, PATTERN_SLOTS, SELF, TEXT, draw_pattern, shorten
+from pard_train.errors import RowError, UserError
 from pard_train.layout import DrawKey, is_visible, sample_chain_lengths
 from pard_train.model import load_tokenizer
-from pard_train.pattern import HIDDEN, OWN_CHAIN, PATTERN_COLOURS, PATTERN_SLOTS, SELF, TEXT, draw_pattern, shorten
 
 ROOT = Path(__file__).parents[1]
 MASK = VOCABULARY + 5  # a spare row

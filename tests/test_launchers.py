@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny import experiment
 
-from pard_train.trainer import train
+from pard_train.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

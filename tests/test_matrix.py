@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pard_train.matrix import Matrix
+from pard_train.evaluation.matrix import Matrix
 
 
 def test_a_finished_cell_is_not_computed_again_and_keeps_what_it_was_made_by(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pard_train import slot_head
 from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.core import slot_head
+from pard_train.core.objective import DepthStatistics, PackLoss, slot_weights
+from pard_train.core.slot_head import SlotHead, score_slots
+from pard_train.core.terms import SlotTargets
 from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, lay_out_document, sample_chain_lengths, slot_labels
-from pard_train.objective import DepthStatistics, PackLoss, slot_weights
-from pard_train.slot_head import SlotHead, score_slots
-from pard_train.terms import SlotTargets
 
 NUM_DRAFT_TOKENS = 8
 

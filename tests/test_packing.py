@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pard_train.chat import Document
 from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.data.chat import Document
+from pard_train.data.packing import Member, PackedDataset, PardCollator, best_fit
 from pard_train.errors import UserError
 from pard_train.layout import (
     IGNORE_INDEX,
@@ -27,7 +28,6 @@ from pard_train.layout import (
     slot_bounds,
     supervised_runs,
 )
-from pard_train.packing import Member, PackedDataset, PardCollator, best_fit
 
 MASK = 9999
 BUDGET = 600

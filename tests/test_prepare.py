@@ -13,8 +13,8 @@ import pytest
 
 from data_scripts.prepare import mix, prepare
 from pard_train.config import PrepareConfig, SourceConfig
+from pard_train.data.rows import source_version
 from pard_train.errors import UserError
-from pard_train.rows import source_version
 
 ROOT = Path(__file__).parents[1]
 CODE = "from typing import List\n\n\ndef has_close_elements(numbers: List[float], threshold: float) -> bool:\n"

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pard_train import products
+from pard_train.core.products import OneDnnLinear, add_outer, linear, use_onednn
 from pard_train.model import default_device, load_causal_lm
-from pard_train.products import OneDnnLinear, add_outer, linear, use_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 

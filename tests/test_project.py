@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import pard_train
-
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("train", "evaluate", "compare", "export", "verify", "generate")
-LIBRARY = sorted((ROOT / "pard_train").glob("*.py"))
+LIBRARY = sorted((ROOT / "pard_train").rglob("*.py"))
+PACKAGES = sorted(path.parent for path in LIBRARY if path.stem == "__init__")
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -31,13 +30,23 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-def test_imports_run_one_way_in_the_order_that_the_package_names() -> None:
-    order = re.findall(r"[a-z_]+", pard_train.__doc__.split("one way:")[1])
-    assert sorted(order) == sorted(path.stem for path in LIBRARY if path.stem != "__init__")
-    for path in LIBRARY:
-        for name in imported_modules(path):
-            if name.startswith("pard_train.") and path.stem != "__init__":
-                assert order.index(name.split(".")[1]) < order.index(path.stem), f"{path.name} imports {name}"
+def import_order(package: Path) -> list[str]:
+    """Modules and packages inside of a package, as its docstring names them."""
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    return re.findall(r"[a-z_]+", re.split(r"one way:|order of imports:", text)[1])
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_imports_run_one_way_in_the_order_that_the_package_names(package: Path) -> None:
+    order, prefix = import_order(package), ".".join(package.relative_to(ROOT).parts) + "."
+    parts = [path for path in package.iterdir() if path.suffix == ".py" or path in PACKAGES]
+    assert sorted(order) == sorted(path.stem for path in parts if path.stem != "__init__")
+    for part in parts:
+        for path in [part] if part.is_file() else part.rglob("*.py"):
+            for name in imported_modules(path):
+                other = name.removeprefix(prefix).split(".")[0]
+                if name.startswith(prefix) and other != part.stem and part.stem != "__init__":
+                    assert order.index(other) < order.index(part.stem), f"{path} imports {name}"
 
 
 def test_hydra_stays_at_the_edge() -> None:

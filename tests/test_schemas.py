@@ -14,9 +14,9 @@ import yaml
 from tiny import conversations
 
 from pard_train.config import SourceConfig
+from pard_train.data.rows import read_rows
+from pard_train.data.schemas import SCHEMAS, Chat, to_chat
 from pard_train.errors import RowError
-from pard_train.rows import read_rows
-from pard_train.schemas import SCHEMAS, Chat, to_chat
 
 Row = dict[str, Any]
 PRESETS = sorted((Path(__file__).parents[1] / "conf" / "source").glob("*.yaml"))

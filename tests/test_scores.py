@@ -16,13 +16,13 @@ from tiny import NUM_ROWS, VOCABULARY, build_model
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from data_scripts.score import score as score_program
-from pard_train.chat import ChatEncoder
 from pard_train.config import DataConfig, ModelConfig, ScoreConfig, TrainConfig
-from pard_train.encoding import encode_corpus
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.encoding import encode_corpus
+from pard_train.data.scores import Scores, write_scores
+from pard_train.data.store import TokenStore
 from pard_train.errors import UserError
 from pard_train.model import load_causal_lm, load_tokenizer
-from pard_train.scores import Scores, write_scores
-from pard_train.store import TokenStore
 
 ROOT = Path(__file__).parents[1]
 TOP_K = 5

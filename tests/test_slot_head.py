@@ -14,9 +14,12 @@ from tiny import NUM_ROWS, build_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
-from pard_train import slot_head
-from pard_train.attention import attention_inputs
 from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.core import slot_head
+from pard_train.core.attention import attention_inputs
+from pard_train.core.objective import DepthStatistics, PackLoss, cat_weights, dpace_weights, slot_weights
+from pard_train.core.slot_head import Reweigh, score_slots
+from pard_train.core.terms import SlotTargets
 from pard_train.layout import (
     IGNORE_INDEX,
     DrawKey,
@@ -25,9 +28,6 @@ from pard_train.layout import (
     sample_chain_lengths,
     slot_labels,
 )
-from pard_train.objective import DepthStatistics, PackLoss, cat_weights, dpace_weights, slot_weights
-from pard_train.slot_head import Reweigh, score_slots
-from pard_train.terms import SlotTargets
 
 TOP_K = 6
 OBJECTIVES = {

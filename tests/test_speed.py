@@ -10,14 +10,10 @@ from test_decoding import build_drafter, perturbed, prompts
 from tiny import build_model
 from transformers import PreTrainedTokenizerBase
 
-import pard_train.speed
-from pard_train.acceptance import Trace, walk
-from pard_train.decoding import Decoded, Limits, Step, decode
-from pard_train.model import device_name
-from pard_train.proposers import PromptLookup, SequentialDrafter
-from pard_train.replay import replay
-from pard_train.sampling import Sampling
-from pard_train.speed import (
+import pard_train.evaluation.speed
+from pard_train.evaluation.acceptance import Trace, walk
+from pard_train.evaluation.replay import replay
+from pard_train.evaluation.speed import (
     Latencies,
     Timing,
     measure_latencies,
@@ -28,6 +24,10 @@ from pard_train.speed import (
     take_turns,
     time_proposers,
 )
+from pard_train.generation.decoding import Decoded, Limits, Step, decode
+from pard_train.generation.proposers import PromptLookup, SequentialDrafter
+from pard_train.generation.sampling import Sampling
+from pard_train.model import device_name
 
 LIMITS = Limits(16, frozenset(range(40, 50)))
 
@@ -103,7 +103,7 @@ def test_the_median_leaves_out_the_first_try_and_what_goes_before(monkeypatch: p
     def before() -> None:
         now[0] += 50.0
 
-    monkeypatch.setattr(pard_train.speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pard_train.evaluation.speed.time, "perf_counter", lambda: now[0])
     assert median_seconds(run, before=before, repeats=3) == 2.0
 
 

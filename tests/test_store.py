@@ -17,12 +17,12 @@ from tiny import CHATML, build_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from data_scripts.encode import run as encode_program
-from pard_train.chat import ChatEncoder, Document
 from pard_train.config import DataConfig, DraftConfig, ModelConfig, TrainConfig
-from pard_train.encoding import encode_corpus
+from pard_train.data.chat import ChatEncoder, Document
+from pard_train.data.encoding import encode_corpus
+from pard_train.data.store import TokenStore, new_array, open_store
 from pard_train.errors import UserError
 from pard_train.layout import slot_bounds, supervised_runs
-from pard_train.store import TokenStore, new_array, open_store
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat runs"}]}
 
@@ -274,7 +274,7 @@ def test_an_array_takes_its_room_on_the_disk_at_once_or_leaves_nothing(tmp_path:
     assert new_array(path, np.uint8, (1000, 1000)).shape == (1000, 1000)
     assert path.stat().st_blocks * 512 >= 1_000_000  # no hole that a full disk could not fill
     program = (
-        "import resource, sys; from pathlib import Path; from pard_train.store import new_array\n"
+        "import resource, sys; from pathlib import Path; from pard_train.data.store import new_array\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "try: new_array(Path(sys.argv[1]), 'uint8', (2000, 1000))\n"
         "except OSError as error: print(error)\n"

@@ -10,9 +10,8 @@ import pytest
 from tiny import build_model, conversations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.chat import ChatEncoder
-from pard_train.decoding import Limits, decode
-from pard_train.target_text import (
+from pard_train.data.chat import ChatEncoder
+from pard_train.evaluation.target_text import (
     GREEDY,
     Answer,
     AnswerCache,
@@ -28,6 +27,7 @@ from pard_train.target_text import (
     split_batches,
     write_batches,
 )
+from pard_train.generation.decoding import Limits, decode
 
 LIMITS = Limits(12, frozenset(range(2, 300, 17)))  # so many ends that some answers come to one
 

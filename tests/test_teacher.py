@@ -19,16 +19,16 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from data_scripts.score import score as score_program
-from pard_train.chat import ChatEncoder
 from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig, ScoreConfig, TrainConfig
-from pard_train.encoding import encode_corpus
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.encoding import encode_corpus
+from pard_train.data.packing import Member, PackedDataset, PardCollator
+from pard_train.data.scores import open_teacher
+from pard_train.data.store import TokenStore
 from pard_train.errors import UserError
 from pard_train.layout import IGNORE_INDEX, DrawKey
 from pard_train.model import load_causal_lm, load_tokenizer
-from pard_train.packing import Member, PackedDataset, PardCollator
-from pard_train.scores import open_teacher
-from pard_train.store import TokenStore
-from pard_train.trainer import build_trainer, teacher_of, train, training_settings
+from pard_train.training.trainer import build_trainer, teacher_of, train, training_settings
 from pard_train.validation import validate_train
 
 ROOT = Path(__file__).parents[1]

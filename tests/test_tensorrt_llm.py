@@ -14,15 +14,15 @@ import yaml
 from tiny import build_model
 
 from pard_train.config import DraftConfig, ModelConfig
-from pard_train.errors import UserError
-from pard_train.model import inspect_base, write_initial_draft
-from pard_train.tensorrt_llm import (
+from pard_train.engines.tensorrt_llm import (
     llm_snippet,
     mask_token_it_reads,
     required_mask_token,
     serve_command,
     serve_config,
 )
+from pard_train.errors import UserError
+from pard_train.model import inspect_base, write_initial_draft
 
 # Fields of PARDDecodingConfig in the API reference of TensorRT-LLM 1.4.0rc1 that we set.
 DOCUMENTED_FIELDS = {"decoding_type", "max_draft_len", "speculative_model", "mask_token_id"}

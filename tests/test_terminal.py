@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from pard_train.config import DraftConfig, GenerateConfig, ModelConfig
+from pard_train.generation.terminal import ChatSession
 from pard_train.model import inspect_base, write_initial_draft
-from pard_train.terminal import ChatSession
 
 
 @pytest.fixture(scope="module")

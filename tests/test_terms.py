@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pard_train import objective, terms
 from pard_train.config import ObjectiveConfig
-from pard_train.terms import SlotTargets, acceptance_term, ce_term, kl_term, mix_terms
+from pard_train.core.terms import SlotTargets, acceptance_term, ce_term, kl_term, mix_terms
 
 NUM_TOKENS = 23
 OBJECTIVES = {

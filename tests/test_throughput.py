@@ -20,7 +20,7 @@ from pard_train.layout import (
     lay_out_document,
     sample_chain_lengths,
 )
-from pard_train.throughput import (
+from pard_train.training.throughput import (
     CHIPS,
     ModelShape,
     Work,

@@ -22,17 +22,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from pard_train.attention import attention_inputs
-from pard_train.chat import ChatEncoder
 from pard_train.config import LoggerConfig, TrainConfig
+from pard_train.core.attention import attention_inputs
+from pard_train.core.objective import PackLoss
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.store import open_store
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout, is_visible
 from pard_train.model import inspect_base, write_initial_draft
-from pard_train.objective import PackLoss
 from pard_train.run import SEAL_FILE
-from pard_train.store import open_store
-from pard_train.throughput import ModelShape, Work, step_cost
-from pard_train.trainer import build_trainer, train, training_settings
+from pard_train.training.throughput import ModelShape, Work, step_cost
+from pard_train.training.trainer import build_trainer, train, training_settings
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

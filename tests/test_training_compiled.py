@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from tiny import build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from pard_train.attention import IMPLEMENTATIONS, attention_inputs
-from pard_train.chat import ChatEncoder
-from pard_train.clock import num_compilations
 from pard_train.config import DraftConfig, ObjectiveConfig, TrainConfig
+from pard_train.core.attention import IMPLEMENTATIONS, attention_inputs
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.packing import Member, PardCollator
 from pard_train.errors import UserError
 from pard_train.layout import DrawKey, SlotLayout
-from pard_train.packing import Member, PardCollator
-from pard_train.trainer import train, training_settings
+from pard_train.training.clock import num_compilations
+from pard_train.training.trainer import train, training_settings
 
 NUM_STEPS = 6
 WARM_UP_STEPS = 2  # the first pack is compiled for, and the second, whose number of supervised slots is another one

@@ -24,15 +24,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from vllm_server import ROOT, vllm_python
 
 from data_scripts.regenerate import write_answers
-from pard_train.acceptance import vllm_counts
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig, RegenerateConfig, VerifyConfig
-from pard_train.decoding import Drafter, Limits
+from pard_train.data.packages import unpack_smollm2
+from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
 from pard_train.errors import UserError
-from pard_train.export import export
+from pard_train.evaluation.acceptance import vllm_counts
+from pard_train.generation.decoding import Drafter, Limits
 from pard_train.model import inspect_base, write_initial_draft
-from pard_train.packages import unpack_smollm2
-from pard_train.trainer import train
-from pard_train.verification import (
+from pard_train.publishing.export import export
+from pard_train.publishing.verification import (
     FIRST_POSITION,
     LATER_POSITION,
     NOT_DRAFTED,
@@ -49,7 +49,7 @@ from pard_train.verification import (
     render_verification,
     verify,
 )
-from pard_train.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
+from pard_train.training.trainer import train
 
 MASK = 300  # the one row of these models that is no token
 PROMPTS = [[1, 120, 130, 140, 2], [1, 40, 50, 60, 2], [1, 90, 2]]
@@ -504,7 +504,7 @@ def test_an_engine_that_takes_too_long_is_ended_with_its_children(tmp_path: Path
 def test_an_engine_does_not_outlive_who_started_it(sleeper: tuple[str, Path], tmp_path: Path) -> None:
     python, pid_file = sleeper
     program = (
-        "from pathlib import Path; from pard_train.vllm_engine import EngineRequest, run; "
+        "from pathlib import Path; from pard_train.engines.vllm_engine import EngineRequest, run; "
         f"run({REQUEST!r}, python={python!r}, folder=Path({str(tmp_path / 'out')!r}), timeout=600)"
     )
     ours = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)

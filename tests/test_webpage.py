@@ -15,9 +15,19 @@ from xml.etree import ElementTree
 import pytest
 from records import KS, document, predictions, samples
 
-from pard_train.charts import Axes, Point, Series, bar_chart, interval_chart, line_chart, nice_top, swatch, thinned
-from pard_train.comparison import compare_documents, render_comparison_page
-from pard_train.webpage import TEMPLATES, render_page
+from pard_train.reports.charts import (
+    Axes,
+    Point,
+    Series,
+    bar_chart,
+    interval_chart,
+    line_chart,
+    nice_top,
+    swatch,
+    thinned,
+)
+from pard_train.reports.comparison import compare_documents, render_comparison_page
+from pard_train.reports.webpage import TEMPLATES, render_page
 
 VOID = {"meta", "br"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

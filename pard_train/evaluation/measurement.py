@@ -1,0 +1,315 @@
+"""What one draft does on one case, as records of acceptance.json: by replay, and live.
+
+Each measurement is a cell of the matrix: finished once, it is never computed again for the same models and settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from pard_train.config import EvaluateConfig
+from pard_train.evaluation.acceptance import Trace, group_traces, length_bucket, pool, walk, walk_as_vllm
+from pard_train.evaluation.cases import Case, Target, Turn
+from pard_train.evaluation.compatibility import Model
+from pard_train.evaluation.estimate import estimate_acceptance
+from pard_train.evaluation.matrix import Matrix
+from pard_train.evaluation.replay import replay_all
+from pard_train.evaluation.scored_cases import ScoredCase
+from pard_train.evaluation.speed import Latencies, measure_latencies, prediction, time_proposers
+from pard_train.evaluation.target_text import model_fingerprint
+from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
+from pard_train.generation.runner import Runner
+from pard_train.generation.sampling import GREEDY, Sampling
+from pard_train.model import DTYPES, default_device, device_name
+from pard_train.reports.records import Record
+
+NUM_SAMPLES = 3  # answers of each draft and case that the page shows
+SAMPLE_K = 8  # K of the samples, or the largest one measured
+NO_DRAFT = "-"  # stands for a draft model where prompt look-up drafts
+
+Matches = list[list[int]]
+
+
+class Draft:
+    """A draft model whose weights are loaded when something needs them, and only then."""
+
+    def __init__(self, name: str, model: Model, config: EvaluateConfig):
+        self.name, self.model = name, model
+        self.fingerprint = model_fingerprint(model.path)
+        self._config = config
+        self._drafter: Drafter | None = None
+
+    def drafter(self) -> Drafter:
+        """The draft model on the device."""
+        if self._drafter is None:
+            trust, dtype = self._config.trust_remote_code, DTYPES[self._config.dtype]
+            self._drafter = Drafter.load(self.model.path, dtype=dtype, device=default_device(), trust_remote_code=trust)
+            if self._config.live_compiled:
+                self._drafter.runner = Runner(self._drafter.model, is_compiled=True)
+        return self._drafter
+
+    def unload(self) -> None:
+        """Free its memory."""
+        self._drafter = None
+
+
+def sampling_at(temperature: float, config: EvaluateConfig) -> Sampling:
+    """How tokens are chosen at one of `config.temperatures`."""
+    return Sampling(temperature, config.top_p, config.seed) if temperature else GREEDY
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replay
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def replay_case(
+    matrix: Matrix, draft: Draft, case: Case, config: EvaluateConfig
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """For every turn, how many drafts in a row match from each place of the answer; and what this was made by."""
+    max_k = max(config.num_draft_tokens)
+    identity = {**case.identity, "draft_fingerprint": draft.fingerprint, "max_draft_tokens": max_k}
+
+    def compute() -> list[list[int]]:
+        pairs = [(turn.prompt_ids, turn.answer.ids) for turn in case.turns]
+        description = f"replay {draft.name} on {case.benchmark.name}"
+        return [matches.tolist() for matches in replay_all(draft.drafter(), pairs, max_k, description=description)]
+
+    return matrix.cell("replay", identity | {"dtype": config.dtype}, compute)
+
+
+def replay_records(
+    draft: Draft, case: Case, matches: list[list[int]], config: EvaluateConfig, made_by: dict[str, Any]
+) -> Iterator[Record]:
+    """One record per K, all from one replay."""
+    for k in sorted(set(config.num_draft_tokens)):
+        drafts, accepted = np.sum([walk_as_vllm(m, k) for m in matches], axis=0).tolist()
+        yield {
+            **head(draft.name, draft.fingerprint, case, config),
+            "mode": "replay",
+            "method": "pard",
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "batch_size": None,
+            **measured([walk(m, k) for m in matches], case.turns, k),
+            "vllm_drafts": drafts,
+            "vllm_accepted": accepted,
+            "vllm_tau": 1 + accepted / drafts if drafts else None,
+            "speed": None,
+            "made_by": made_by,
+        }
+
+
+def head(draft: str, draft_fingerprint: str, case: Case, config: EvaluateConfig) -> Record:
+    """What a record is about."""
+    return {
+        "draft": draft,
+        "target": case.target,
+        "benchmark": case.benchmark.name,
+        "max_new_tokens": config.max_new_tokens,
+        "dtype": config.dtype,
+        "system_prompt": config.system_prompt,
+        "template_kwargs": dict(config.template_kwargs),
+        "instruction": case.benchmark.instruction,
+        "draft_fingerprint": draft_fingerprint,
+        "target_fingerprint": case.identity["target_fingerprint"],
+        "benchmark_fingerprint": case.benchmark.fingerprint,
+    }
+
+
+def measured(traces: Sequence[Trace], turns: Sequence[Turn], num_draft_tokens: int) -> Record:
+    """Numbers of one record: pooled, and by category, turn, length and position."""
+    prompts = [turn.prompt_id for turn in turns]
+    names = {
+        "category": [turn.category for turn in turns],
+        "turn": [str(turn.number + 1) for turn in turns],
+        "prompt_length": [length_bucket(len(turn.prompt_ids)) for turn in turns],
+    }
+    return {
+        **pool(traces, num_draft_tokens, prompts=prompts).record(),
+        "groups": group_traces(traces, prompts=prompts, names=names),
+    }
+
+
+def sample_answers(
+    draft: Draft, case: Case, matches: list[list[int]], config: EvaluateConfig
+) -> Iterator[dict[str, Any]]:
+    """Some answers, cut into what each step accepted and what the target added."""
+    k = SAMPLE_K if SAMPLE_K in config.num_draft_tokens else max(config.num_draft_tokens)
+    for turn, match in list(zip(case.turns, matches, strict=True))[:NUM_SAMPLES]:
+        steps, place, ids = [], 0, turn.answer.ids
+        texts = _growing_texts(draft.model, ids)
+        for accepted in walk(match, k).accepted:
+            end = min(place + accepted + 1, len(ids))
+            middle = place + accepted
+            steps.append({"accepted": texts[middle][len(texts[place]) :], "own": texts[end][len(texts[middle]) :]})
+            place = end
+        yield {
+            "draft": draft.name,
+            "target": case.target,
+            "benchmark": case.benchmark.name,
+            "prompt_id": turn.prompt_id,
+            "num_draft_tokens": k,
+            "question": turn.question,
+            "steps": steps,
+        }
+
+
+def _growing_texts(model: Model, ids: list[int]) -> list[str]:
+    """Text of the first 0, 1, ... tokens; half a character belongs to the token that completes it."""
+    texts = [""]
+    for stop in range(1, len(ids) + 1):
+        text = model.tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)
+        texts.append(texts[-1] if text.endswith("\ufffd") else text)
+    return texts
+
+
+def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase, config: EvaluateConfig) -> Iterator[Record]:
+    """One record per K: expected acceptance on texts that the target drew at a temperature."""
+    sampling, case = scored.sampling, scored.case
+    for k in sorted(set(config.num_draft_tokens)):
+        identity = {**case.identity, "draft_fingerprint": draft.fingerprint, "num_draft_tokens": k}
+
+        def compute(k: int = k) -> Record:
+            drafter = draft.drafter()
+            return estimate_acceptance(drafter, scored.texts, k, sampling, is_own_sample=True).record()
+
+        estimated, made_by = matrix.cell("estimate", identity, compute)
+        yield {
+            **head(draft.name, draft.fingerprint, case, config),
+            "method": "pard",
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "batch_size": None,
+            **estimated,
+            "mean_prompt_tau": None,
+            "groups": [],
+            "speed": None,
+            "made_by": made_by,
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Live
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def live_turns(case: Case, config: EvaluateConfig) -> list[Turn]:
+    """All turns of the first `live_prompts` prompts."""
+    ids = list(dict.fromkeys(turn.prompt_id for turn in case.turns))
+    return [turn for turn in case.turns if turn.prompt_id in ids[: config.live_prompts]]
+
+
+def live_records(
+    matrix: Matrix, drafts: Sequence[Draft], target: Target, case: Case, config: EvaluateConfig
+) -> Iterator[Record]:
+    """One record per way to draft, temperature and batch size; all ways take turns on the same prompts."""
+    turns = live_turns(case, config)
+    for temperature in config.temperatures:
+        for batch_size in config.live_batch_sizes:
+            with matrix.surviving(target=case.target, benchmark=case.benchmark.name):
+                sampling = sampling_at(temperature, config)
+                yield from _timed_records(matrix, drafts, target, case, turns, config, sampling, batch_size)
+
+
+def _timed_records(
+    matrix: Matrix,
+    drafts: Sequence[Draft],
+    target: Target,
+    case: Case,
+    turns: Sequence[Turn],
+    config: EvaluateConfig,
+    sampling: Sampling,
+    batch_size: int,
+) -> Iterator[Record]:
+    k = config.live_num_draft_tokens
+    ways = [(method, draft) for method in config.live_methods for draft in (drafts if method != "ngram" else [None])]
+    identity = {
+        **case.identity,
+        "prompts": sorted({turn.prompt_id for turn in turns}),
+        "ways": [[method, draft.fingerprint if draft else None] for method, draft in ways],
+        "sampling": asdict(sampling),
+        "num_draft_tokens": k,
+        "batch_size": batch_size,
+        "num_rounds": config.live_rounds,
+        "is_compiled": config.live_compiled,
+        "device": device_name(),
+    }
+
+    def compute() -> list[dict[str, Any]]:
+        timings = time_proposers(
+            target.runner(),
+            {str(number): _proposer(method, draft) for number, (method, draft) in enumerate(ways)},
+            [turn.prompt_ids for turn in turns],
+            case.limits,
+            num_draft_tokens=k,
+            batch_size=batch_size,
+            num_rounds=config.live_rounds,
+            sampling=sampling,
+        )
+        return [{"traces": [asdict(trace) for trace in t.traces], "speed": t.record()} for t in timings]
+
+    timings, made_by = matrix.cell("live", identity, compute)
+    for (method, draft), timing in zip(ways, timings, strict=True):
+        yield {
+            **head(draft.name if draft else NO_DRAFT, draft.fingerprint if draft else NO_DRAFT, case, config),
+            "mode": "live",
+            "method": method,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "batch_size": batch_size,
+            **measured([Trace(**trace) for trace in timing["traces"]], turns, k),
+            "speed": timing["speed"],
+            "made_by": made_by,
+        }
+
+
+def _proposer(method: str, draft: Draft | None) -> Proposer:
+    if draft is None:
+        return PromptLookup()
+    return draft.drafter() if method == "pard" else SequentialDrafter(draft.drafter())
+
+
+def measure_steps(
+    matrix: Matrix, drafts: Sequence[Draft], target: Target, cases: Sequence[Case], config: EvaluateConfig
+) -> Iterator[tuple[Draft, Target, Latencies]]:
+    """Single forward passes of every draft and the target, in the middle of a typical answer."""
+    lengths = [len(turn.prompt_ids) + len(turn.answer.ids) // 2 for case in cases for turn in case.turns]
+    if not lengths or 0.0 not in config.temperatures:
+        return
+    context = int(np.median(lengths))
+    for draft in drafts:
+        for batch_size in config.live_batch_sizes:
+            with matrix.surviving(draft=draft.name, target=target.label):
+                identity = {
+                    "models": [draft.fingerprint, target.fingerprint],
+                    "settings": [config.dtype, sorted(config.num_draft_tokens), batch_size, context],
+                    "is_compiled": config.live_compiled,
+                    "device": device_name(),
+                }
+
+                def compute(draft: Draft = draft, batch_size: int = batch_size) -> dict[str, Any]:
+                    ks = config.num_draft_tokens
+                    return asdict(measure_latencies(target.runner(), draft.drafter(), ks, batch_size, context))
+
+                kept, _ = matrix.cell("latencies", identity, compute)
+                by_k = {
+                    name: {int(k): s for k, s in kept[name].items()} for name in ("draft_seconds", "verify_seconds")
+                }
+                yield draft, target, Latencies(**{**kept, **by_k})
+
+
+def predict_speedup(records: Sequence[Record], draft: Draft, target: Target, latencies: Latencies) -> dict[str, Any]:
+    """Speed-up of every K from tau over all benchmarks and measured latencies."""
+    names = {"draft": draft.name, "target": target.label}
+    mine = [r for r in records if r["mode"] == "replay" and {"draft": r["draft"], "target": r["target"]} == names]
+    tau_by_k = {
+        k: sum(r["num_tokens"] for r in mine if r["num_draft_tokens"] == k)
+        / sum(r["num_steps"] for r in mine if r["num_draft_tokens"] == k)
+        for k in {r["num_draft_tokens"] for r in mine}
+    }
+    return names | prediction(tau_by_k, latencies)

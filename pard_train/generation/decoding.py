@@ -1,0 +1,231 @@
+"""Live speculative decoding: one draft, one target forward pass per step, with keys and values of both models kept.
+
+Greedy output equals the target's own greedy text for any draft; sampled output has the target's distribution for any
+draft (`sampling.verify`). Texts that are decoded together advance at their own pace, and an answer that has ended is no
+longer read. Greedy means the arg max of the target's logits: a repetition penalty or a forced token in the target's
+generation config plays no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pard_train.generation.proposers import Drafter, DraftStream, Proposal, Proposer, Task
+from pard_train.generation.runner import Runner
+from pard_train.generation.sampling import GREEDY, NO_TOKEN, Dice, Sampling, probabilities, verify
+from pard_train.model import load_config
+
+__all__ = ["Decoded", "Drafter", "Limits", "Step", "decode", "decode_batch", "end_ids_of", "num_leading_matches"]
+
+# Legend: B answers under way, K draft tokens, V vocabulary of the target.
+
+
+@dataclass(frozen=True)
+class Step:
+    """One target forward pass, as one answer sees it.
+
+    Attributes:
+        tokens: what it emitted, up to the end of the turn or the length limit.
+        num_accepted: how many of them are accepted draft tokens; the rest, at most one, is the target's own.
+    """
+
+    tokens: list[int]
+    num_accepted: int
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One answer, step by step."""
+
+    steps: list[Step]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that was emitted."""
+        return [token for step in self.steps for token in step.tokens]
+
+    @property
+    def accepted(self) -> list[int]:
+        """Accepted draft tokens of each step."""
+        return [step.num_accepted for step in self.steps]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an answer ends."""
+
+    max_new_tokens: int
+    end_ids: frozenset[int]
+
+    def cut(self, tokens: list[int], num_so_far: int) -> list[int]:
+        """What counts of `tokens` after `num_so_far` tokens: up to the first end-of-turn id and the limit."""
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.end_ids), len(tokens))
+        return tokens[: min(end, self.max_new_tokens - num_so_far)]
+
+    def is_over(self, tokens: list[int]) -> bool:
+        """Whether an answer ends here."""
+        return len(tokens) >= self.max_new_tokens or (bool(tokens) and tokens[-1] in self.end_ids)
+
+
+def end_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every id that ends a turn of this model: all of its generation config's, and the tokenizer's."""
+    try:
+        configured = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # older folders keep it in config.json
+        configured = load_config(path).eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def decode(
+    target: PreTrainedModel | Runner,
+    prompt_ids: list[int],
+    limits: Limits,
+    *,
+    drafter: Proposer | None = None,
+    num_draft_tokens: int = 0,
+    sampling: Sampling = GREEDY,
+) -> Iterator[Step]:
+    """Decode one answer, step by step; speculative with a drafter, plain without.
+
+    The first step prefills the prompt and verifies the first draft in the same pass.
+
+    Args:
+        target: model whose text comes out. Give a Runner if there are several prompts: making one takes time.
+        prompt_ids: the rendered prompt, at least one token.
+        limits: when the answer ends.
+        drafter: proposes up to K tokens per step; None decodes one token at a time.
+        num_draft_tokens: K.
+        sampling: how tokens are chosen.
+
+    Yields:
+        One Step per target forward pass.
+    """
+    for steps in _decode(target, [prompt_ids], limits, drafter, num_draft_tokens, sampling):
+        yield steps[0]
+
+
+def decode_batch(
+    target: PreTrainedModel | Runner,
+    prompts: Sequence[list[int]],
+    limits: Limits,
+    *,
+    drafter: Proposer | None = None,
+    num_draft_tokens: int = 0,
+    sampling: Sampling = GREEDY,
+) -> list[Decoded]:
+    """Decode several answers side by side, as `decode` would decode each.
+
+    Each answer advances by what it accepts. Memory holds the keys and values of the longest text for every prompt.
+
+    Args:
+        target: model whose text comes out.
+        prompts: rendered prompts, all under way at once.
+        limits: when an answer ends.
+        drafter: proposes up to K tokens per step; None decodes one token at a time.
+        num_draft_tokens: K.
+        sampling: how tokens are chosen. A prompt's draws are its own, whatever is decoded beside it.
+
+    Returns:
+        Answers in the order of `prompts`.
+    """
+    answers: list[list[Step]] = [[] for _ in prompts]
+    if not prompts:
+        return []
+    for steps in _decode(target, prompts, limits, drafter, num_draft_tokens, sampling):
+        for row, step in steps.items():
+            answers[row].append(step)
+    return [Decoded(steps) for steps in answers]
+
+
+@torch.inference_mode()
+def _decode(
+    target: PreTrainedModel | Runner,
+    prompts: Sequence[list[int]],
+    limits: Limits,
+    drafter: Proposer | None,
+    num_draft_tokens: int,
+    sampling: Sampling,
+) -> Iterator[dict[int, Step]]:
+    """One step of every answer under way, by number of the prompt, per target forward pass."""
+    runner = target if isinstance(target, Runner) else Runner(target, is_packed=False)  # one answer repays no packing
+    dice = None if sampling.is_greedy else Dice(prompts, sampling)
+    num_slots = max(map(len, prompts)) + limits.max_new_tokens + num_draft_tokens
+    width = 1 + num_draft_tokens if drafter is not None else 1
+    reader = runner.start(len(prompts), num_slots, width=width, num_logits=width)
+    task = Task(len(prompts), num_slots, num_draft_tokens, sampling, dice)
+    stream: DraftStream = drafter.start(task) if drafter is not None else _NoDraft()
+    texts = [list(prompt) for prompt in prompts]
+    outputs: list[list[int]] = [[] for _ in prompts]
+    rows = [row for row, output in enumerate(outputs) if not limits.is_over(output)]
+    while rows:
+        running = [texts[row] for row in rows]
+        proposal = stream.propose(rows, running)
+        logits = reader.read(running, proposal.tokens)
+        emitted = _verify(logits, proposal, sampling, None if dice is None else dice.roll(rows, 1 + num_draft_tokens))
+        steps = {}
+        for row, (num_kept, tokens) in zip(rows, emitted, strict=True):
+            tokens = limits.cut(tokens, len(outputs[row]))
+            steps[row] = Step(tokens, min(num_kept, len(tokens)))
+            texts[row] += tokens
+            outputs[row] += tokens
+        yield steps
+        going_on = [i for i, row in enumerate(rows) if not limits.is_over(outputs[row])]
+        if going_on and len(going_on) < len(rows):
+            reader.keep(going_on)
+            stream.keep(going_on)
+        rows = [rows[i] for i in going_on]
+
+
+class _NoDraft:
+    """Plain decoding: the draft of no tokens."""
+
+    def propose(self, rows: list[int], texts: list[list[int]]) -> Proposal:
+        return Proposal([[] for _ in rows])
+
+    def keep(self, which: list[int]) -> None:
+        pass
+
+
+def _verify(
+    logits: Tensor, proposal: Proposal, sampling: Sampling, rolls: Tensor | None
+) -> list[tuple[int, list[int]]]:
+    """For every answer, the number of draft tokens kept, and these with the target's own token.
+
+    Args:
+        logits: [B, M + 1, V], aligned at the end, where M <= K is the most draft tokens of any answer.
+        proposal: draft tokens.
+        sampling: how tokens are chosen.
+        rolls: uniform numbers, as many for every step whatever is proposed, float64 [B, K + 1]; None if greedy.
+    """
+    drafts = proposal.tokens
+    if rolls is None:
+        chosen = logits.argmax(dim=-1).tolist()  # after the text, and after each draft token
+        owns = [row[len(row) - len(draft) - 1 :] for row, draft in zip(chosen, drafts, strict=True)]
+        kept = [num_leading_matches(draft, own) for draft, own in zip(drafts, owns, strict=True)]
+        return [(n, [*draft[:n], own[n]]) for n, draft, own in zip(kept, drafts, owns, strict=True)]
+    most = max(map(len, drafts))
+    device = logits.device
+    lengths = torch.tensor([len(draft) for draft in drafts], device=device)
+    places = (torch.arange(most + 1, device=device) + (most - lengths)[:, None]).clamp(max=most)  # aligned at the start
+    probs = probabilities(logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), sampling)
+    padded = torch.tensor([draft + [NO_TOKEN] * (most - len(draft)) for draft in drafts], device=device)
+    draft_probs = None if proposal.probs is None else proposal.probs.to(device)
+    used = torch.cat([rolls[:, :most], rolls[:, -1:]], dim=1).to(device)
+    num_kept, own_tokens = verify(padded.long(), draft_probs, probs, used)
+    numbered = zip(num_kept.tolist(), drafts, own_tokens.tolist(), strict=True)
+    return [(n, [*draft[:n], own]) for n, draft, own in numbered]
+
+
+def num_leading_matches(draft: list[int], own: list[int]) -> int:
+    """Draft tokens that the target would have chosen itself, counted until the first that it would not.
+
+    >>> num_leading_matches([5, 6, 7], [5, 6, 9, 1])
+    2
+    """
+    return next((i for i, (d, t) in enumerate(zip(draft, own, strict=False)) if d != t), len(draft))

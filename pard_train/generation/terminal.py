@@ -1,0 +1,92 @@
+"""A chat in the terminal that shows speculative decoding at work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from pard_train.config import GenerateConfig
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.packages import local_model
+from pard_train.generation.decoding import Limits, Step, decode, end_ids_of
+from pard_train.generation.proposers import Drafter
+from pard_train.generation.runner import Runner
+from pard_train.generation.sampling import Sampling
+from pard_train.model import DTYPES, check_same_tokenizer, default_device, load_causal_lm, load_tokenizer
+
+ACCEPTED_STYLE = "bold green"
+
+
+class ChatSession:
+    """One conversation with a target model, drafted by a draft model. Raises UserError if they do not fit."""
+
+    def __init__(self, config: GenerateConfig, console: Console | None = None):
+        self.config = config
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        trust, dtype, device = config.trust_remote_code, DTYPES[config.dtype], default_device()
+        target = local_model(config.target)
+        self.tokenizer = load_tokenizer(target, trust_remote_code=trust)
+        self.drafter = Drafter.load(config.draft, dtype=dtype, device=device, trust_remote_code=trust)
+        check_same_tokenizer(self.drafter.tokenizer, self.tokenizer, config.draft, config.target)
+        self.target = Runner(load_causal_lm(target, dtype=dtype, trust_remote_code=trust).to(device))
+        self.draft = self.drafter.runner  # made ready now, so that the clock of the first answer is for decoding only
+        self.encoder = ChatEncoder(self.tokenizer, config.template_kwargs)
+        self.limits = Limits(config.max_new_tokens, end_ids_of(target, self.tokenizer))
+        self.sampling = Sampling(config.temperature, config.top_p, config.seed)
+        self.messages = [{"role": "system", "content": config.system}] if config.system else []
+
+    def answer(self, question: str) -> str:
+        """Stream the answer to the console, then its tau and speed; the conversation goes on from it."""
+        self.messages.append({"role": "user", "content": question})
+        prompt = self.encoder.encode_prompt(self.messages)
+        printer = TokenPrinter(self.tokenizer, self.console)
+        steps, seconds = self._decode(prompt, self.drafter, printer.show)
+        self.console.print()
+        tokens = [token for step in steps for token in step.tokens]
+        summary = f"tau {len(tokens) / len(steps):.2f}   {len(tokens) / seconds:.1f} tokens/s"
+        if self.config.compare:
+            steps, seconds = self._decode(prompt, None, lambda step: None)
+            plain = [token for step in steps for token in step.tokens]
+            summary += f"   without draft {len(plain) / seconds:.1f} tokens/s"
+            if self.sampling.is_greedy:
+                summary += "   same text" if plain == tokens else "   TEXT DIFFERS"
+        self.console.print(f"({summary})", style="dim")
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        self.messages.append({"role": "assistant", "content": text})
+        return text
+
+    def _decode(
+        self, prompt: list[int], drafter: Drafter | None, show: Callable[[Step], None]
+    ) -> tuple[list[Step], float]:
+        """Decode an answer, showing every step as it comes: its steps and seconds."""
+        steps, start = [], time.perf_counter()
+        k = self.config.num_draft_tokens if drafter is not None else 0
+        for step in decode(
+            self.target, prompt, self.limits, drafter=drafter, num_draft_tokens=k, sampling=self.sampling
+        ):
+            steps.append(step)
+            show(step)
+        return steps, time.perf_counter() - start
+
+
+class TokenPrinter:
+    """Prints tokens as they come, accepted draft tokens in a colour of their own; holds back half a character."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console):
+        self.tokenizer = tokenizer
+        self.console = console
+        self.held: list[int] = []
+
+    def show(self, step: Step) -> None:
+        """Print one step."""
+        for number, token in enumerate(step.tokens):
+            self.held.append(token)
+            text = self.tokenizer.decode(self.held, skip_special_tokens=True)
+            if text.endswith("\ufffd"):  # the bytes of this character are not all here yet
+                continue
+            self.held = []
+            self.console.print(Text(text, style=ACCEPTED_STYLE if number < step.num_accepted else ""), end="")

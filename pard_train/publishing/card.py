@@ -1,0 +1,299 @@
+"""The model card of an exported draft: what it is, what it was made from, what it accepts, and how to serve it.
+
+Everything is read from files that are there anyway: the run's settings and log, the manifests of its data, and
+acceptance.json of recipes/evaluate.py. What is not known is said to be unknown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PretrainedConfig
+
+from pard_train import __version__
+from pard_train.errors import UserError
+from pard_train.model import file_of
+from pard_train.run import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
+from pard_train.training.trackers import METRICS_FILE
+
+DEFAULT_K = 8  # shown beside the largest K measured; and K of the commands where that of training is unknown
+MEASURED_MODES = ("replay", "live", "engine")  # of acceptance.json, the most exact first; an estimate is no measurement
+UNKNOWN_LICENCE = "Unknown. A draft model is made from its base model, whose licence holds for it."
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run's own files say of it.
+
+    Attributes:
+        config: its settings.
+        step: optimizer step of the weights, None if unknown.
+        manifests: of its data, by the folder they stand in.
+        versions: of the packages that trained it.
+    """
+
+    config: dict[str, Any]
+    step: int | None
+    manifests: dict[str, dict[str, Any]]
+    versions: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything that a model card says.
+
+    Attributes:
+        name: folder as the user gave it, or repository on the hub: what the commands call the draft.
+        config: of the exported model.
+        dtype: of its weights.
+        targets: that it was exported for.
+        base: folder or hub name of the model it was made from, None if unknown.
+        licence: keys of the card's head: license, and license_name and license_link where there are any.
+        training: None for a draft from elsewhere.
+        records: of acceptance.json, those of this draft.
+    """
+
+    name: str
+    config: PretrainedConfig
+    dtype: str
+    targets: Sequence[str] = ()
+    base: str | None = None
+    licence: dict[str, str] = field(default_factory=dict)
+    training: Training | None = None
+    records: Sequence[dict[str, Any]] = ()
+
+
+def write_card(card: Card, folder: Path) -> None:
+    """Write README.md."""
+    k = getattr(card.config, "pard_num_draft_tokens", DEFAULT_K)
+    settings = {"method": "draft_model", "model": card.name, "num_speculative_tokens": k, "parallel_drafting": True}
+    text = Template(TEMPLATE.read_text()).substitute(
+        title=public_name(card.name),
+        name=card.name,
+        version=__version__,
+        num_rows=card.config.vocab_size,
+        facts=_facts(card),
+        training=_training(card.training) if card.training else "Unknown.",
+        acceptance=_acceptance(card.records),
+        target=card.targets[0] if card.targets else "TARGET",
+        settings=settings,
+        settings_json=json.dumps(settings),
+        k=k,
+        licence=card.licence.get("license_name") or card.licence.get("license") or UNKNOWN_LICENCE,
+    )
+    ModelCard(f"---\n{_head(card).to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_training(run: Path, step: int | None) -> Training:
+    """What a run says of itself.
+
+    Args:
+        run: its output folder.
+        step: of the checkpoint; None takes the last that was logged.
+    """
+    config = read_json(run / CONFIG_FILE)
+    logged = (run / METRICS_FILE).read_text().splitlines() if (run / METRICS_FILE).is_file() else []
+    steps = [row["step"] for row in map(json.loads, logged) if "step" in row]
+    if step is None:
+        step = max(steps, default=None)
+    return Training(config, step, _manifests(config["data"]["source"]), read_json(run / RUN_FILE)["versions"])
+
+
+def _manifests(source: str) -> dict[str, dict[str, Any]]:
+    """Manifests beside the data of a run: of the tokens or answers themselves, and of the prompts they come from."""
+    path = Path(source)
+    own = path if path.is_dir() else path.parent
+    folders = [own, own.parent / "prompts"] if path.exists() else []
+    return {f.name: read_json(f / MANIFEST_FILE) for f in folders if (f / MANIFEST_FILE).is_file()}
+
+
+def read_acceptance(path: str, draft: str | None) -> list[dict[str, Any]]:
+    """Measured records of one draft from acceptance.json.
+
+    Args:
+        path: of the file.
+        draft: its name there; None takes the only one.
+
+    Raises:
+        UserError: if it is no such file, or does not say which draft is meant.
+    """
+    try:
+        content = read_json(Path(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"acceptance={path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or content.get("schema_version") != 1:
+        raise UserError(
+            f"acceptance={path} is not an acceptance.json of this version: measure with recipes/evaluate.py"
+        )
+    records = [r for r in content["records"] if r["mode"] in MEASURED_MODES and r.get("method", "pard") == "pard"]
+    names = sorted({record["draft"] for record in records})
+    if draft not in names and (draft is not None or len(names) != 1):
+        raise UserError(f"acceptance_draft={draft}: {path} has measured {', '.join(names) or 'nothing'}; name one")
+    return [record for record in records if record["draft"] in (draft or names)]
+
+
+def read_licence(licence: str | None, base: str | None) -> dict[str, str]:
+    """The licence given, else that of the base model's card; empty if neither is known."""
+    if licence is not None:
+        return {"license": licence}
+    if base is None or not (is_hub_name(base) or Path(base).is_dir()):
+        return {}
+    card = file_of(base, "README.md")
+    if card is None:
+        return {}
+    head = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    return {key: head[key] for key in ("license", "license_name", "license_link") if head.get(key)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _head(card: Card) -> ModelCardData:
+    manifests = card.training.manifests if card.training else {}
+    sources = manifests.get("prompts", {}).get("identity", {}).get("config", {}).get("sources", {})
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=card.base if is_hub_name(card.base) else None,
+        datasets=sorted({s["path"] for s in sources.values() if is_hub_name(s["path"])}) or None,
+        tags=["speculative-decoding", "parallel-draft-model", "pard", "pard_train"],
+        model_name=public_name(card.name),
+        eval_results=[_eval_result(record) for record in _best(card.records).values()] or None,
+        license=card.licence.get("license"),
+        license_name=card.licence.get("license_name"),
+        license_link=card.licence.get("license_link"),
+    )
+
+
+def is_hub_name(name: str | None) -> bool:
+    """Whether this may be NAMESPACE/NAME on the hub rather than a folder."""
+    return bool(name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists())
+
+
+def public_name(name: str) -> str:
+    """A hub name as it is; of a folder, which means nothing to a reader, the last part."""
+    return name if is_hub_name(name) or ":" in name else Path(name).name
+
+
+def _eval_result(record: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=record["benchmark"],
+        dataset_name=record["benchmark"],
+        metric_type="accepted_length",
+        metric_name=f"tau at K = {record['num_draft_tokens']} for {record['target']}",
+        metric_value=round(record["tau"], 3),
+    )
+
+
+def _table(rows: Sequence[tuple[str, Any]]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _facts(card: Card) -> str:
+    config = card.config
+    return _table(
+        [
+            ("base model", public_name(card.base) if card.base else "unknown"),
+            ("architecture", f"{config.architectures[0]}, {card.dtype}"),
+            ("targets", ", ".join(map(public_name, card.targets)) or "those of its own vocabulary size"),
+            ("vocabulary rows", config.vocab_size),
+            ("mask token id", config.pard_token),
+            ("K in training", f"{getattr(config, 'pard_num_draft_tokens', 'unknown')} (may be larger when serving)"),
+        ]
+    )
+
+
+def _training(training: Training) -> str:
+    config = training.config
+    draft, settings = config["draft"], config["trainer"]
+    ranks = config.get("world_size", 1)
+    slots = config["data"]["slot_budget"] * ranks * settings["gradient_accumulation_steps"]
+    rows = [
+        ("steps", "unknown" if training.step is None else training.step),
+        ("slots per step", f"{slots:,} ({ranks} processes)"),
+        ("objective", _objective(config["objective"])),
+        ("COD", f"retention ratio {draft['retention_ratio']}, at least {draft['min_retention']}"),
+        ("learning rate", f"{settings['learning_rate']}, {settings['lr_scheduler_type']}"),
+        ("precision", settings["precision"]),
+        ("longest document", f"{config['data']['max_length']} tokens"),
+        ("data", public_name(config["data"]["source"])),
+        *((f"data: {name}", _manifest(manifest)) for name, manifest in training.manifests.items()),
+        ("versions", ", ".join(f"{name} {version}" for name, version in training.versions.items() if version)),
+    ]
+    return _table(rows)
+
+
+def _objective(settings: dict[str, float]) -> str:
+    """What of an objective's settings is in use; runs from before there were others have cross entropy alone."""
+    unused = [] if settings.get("dpace") else ["dpace_alpha"]
+    used = {"ce": 1.0, **settings}
+    return ", ".join(f"{name} {value:g}" for name, value in used.items() if value and name not in unused)
+
+
+def _manifest(manifest: dict[str, Any]) -> str:
+    """One line of a manifest: who wrote it and the counts of each source."""
+    parts = []
+    if "targets" in manifest:
+        parts.append(f"written by {', '.join(map(public_name, manifest['targets']))} at {manifest['temperature']:g}")
+    sources = manifest.get("identity", {}).get("config", {}).get("sources", {})
+    for name, count in manifest.get("counts", {}).items():
+        if isinstance(count, dict):
+            licence = sources.get(name, {}).get("licence")
+            parts.append(f"{name}{f' ({licence})' if licence else ''}: {_counts(count)}")
+    flat = {name: count for name, count in manifest.get("counts", {}).items() if not isinstance(count, dict)}
+    return "; ".join([*parts, *([_counts(flat)] if flat else [])])
+
+
+def _counts(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{value:,} {name}" for name, value in counts.items() if isinstance(value, int))
+
+
+def _best(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Greedy records by (target, benchmark, K), each in the most exact mode, at K = 8 and at the largest K."""
+    greedy = sorted(
+        (record for record in records if record.get("temperature", 0.0) == 0.0),
+        key=lambda record: MEASURED_MODES.index(record["mode"]),
+    )
+    best: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for record in greedy:
+        best.setdefault((record["target"], record["benchmark"], record["num_draft_tokens"]), record)
+    shown = {DEFAULT_K, max((k for _, _, k in best), default=DEFAULT_K)}
+    return {key: record for key, record in sorted(best.items()) if key[2] in shown}
+
+
+def _acceptance(records: Sequence[dict[str, Any]]) -> str:
+    best = _best(records)
+    if not best:
+        return "Not measured."
+    shown = sorted({k for _, _, k in best})
+    lines = [
+        "| target | benchmark | prompts | " + " | ".join(f"tau, K = {k}" for k in shown) + " |",
+        "| --- | --- | --- |" + " --- |" * len(shown),
+    ]
+    for target, benchmark in dict.fromkeys(key[:2] for key in best):
+        row = [best.get((target, benchmark, k)) for k in shown]
+        prompts = next(record["num_prompts"] for record in row if record)
+        cells = [f"{r['tau']:.2f} [{r['tau_low']:.2f}, {r['tau_high']:.2f}]" if r else "" for r in row]
+        lines.append(f"| {target} | {benchmark} | {prompts} | " + " | ".join(cells) + " |")
+    one = next(iter(best.values()))
+    return (
+        "tau is the mean number of tokens per target forward pass, the target's own token included, "
+        "with a bootstrap 95% interval over prompts; greedy decoding, "
+        f"{one['max_new_tokens']} new tokens at most, {one['dtype']}.\n\n" + "\n".join(lines)
+    )

@@ -1,0 +1,127 @@
+"""Where metrics and results go: metrics.jsonl always, TensorBoard or Weights & Biases on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pard_train.config import LoggerConfig, TrainConfig
+from pard_train.reports.records import Record, at_largest_k, distinct, flatten, label_of, measured
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def configure_tracker(config: TrainConfig) -> list[str]:
+    """Prepare the chosen tracker and return what TrainingArguments.report_to wants.
+
+    Weights & Biases reads its key from the environment or `wandb login`; no secret passes through here.
+    """
+    settings = config.logger
+    if settings.report_to == "none":
+        return []
+    if settings.report_to == "wandb":
+        os.environ["WANDB_MODE"] = settings.wandb_mode
+        os.environ["WANDB_PROJECT"] = settings.wandb_project
+        os.environ["WANDB_NAME"] = settings.run_name or Path(config.output_dir).name
+        os.environ["WANDB_DIR"] = config.output_dir
+    if settings.report_to == "tensorboard":
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
+    return [settings.report_to]
+
+
+class ConfigToWandb(TrainerCallback):
+    """Adds the resolved settings of the experiment to the run on the W&B dashboard."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Trainer's own callback has opened the run by now."""
+        if state.is_world_process_zero and "wandb" in args.report_to:
+            import wandb
+
+            wandb.config.update({"pard_train": asdict(self.config)})
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to metrics.jsonl, one JSON object per line, on the first rank."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / METRICS_FILE
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop lines past the step a resumed run starts from, so that no step is logged twice."""
+        if state.is_world_process_zero and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one line. Names that begin with `eval_` begin with `eval/`, as the trackers show them."""
+        if state.is_world_process_zero:
+            named = {re.sub("^eval_", "eval/", name): value for name, value in (logs or {}).items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **named}) + "\n")
+
+
+def log_evaluation(logger: LoggerConfig, name: str, document: dict[str, Any], page: Path | None) -> None:
+    """Put a result on the W&B dashboard if that is the chosen tracker: every record, tau by name, charts, the page.
+
+    Args:
+        logger: where to.
+        name: of the run, unless the settings name it.
+        document: acceptance.json.
+        page: report.html; the files of the run are written beside it.
+    """
+    if logger.report_to != "wandb":
+        return
+    import wandb
+
+    with wandb.init(
+        project=logger.wandb_project,
+        name=logger.run_name or name,
+        mode="offline" if logger.wandb_mode == "offline" else "online",
+        job_type="evaluation",
+        dir=page and page.parent,
+    ) as run:
+        rows = [flatten({k: v for k, v in r.items() if k != "groups"}) for r in document["records"]]
+        columns = distinct(column for row in rows for column in row)
+        table = wandb.Table(columns=[*columns], data=[[row.get(column) for column in columns] for row in rows])
+        run.log({"eval/records": table} | _survival_charts(at_largest_k(measured(document))))
+        for r in at_largest_k(measured(document)):
+            run.summary[f"eval/tau/{r['target']}/{r['benchmark']}/{label_of(r)}"] = r["tau"]
+        if page:
+            run.log({"eval/report": wandb.Html(page.read_text(), inject=False)})
+
+
+def _survival_charts(records: list[Record]) -> dict[str, Any]:
+    """One chart for every target and benchmark, with one line for every draft."""
+    import wandb
+
+    charts = {}
+    for target, benchmark in distinct((r["target"], r["benchmark"]) for r in records):
+        mine = [r for r in records if (r["target"], r["benchmark"]) == (target, benchmark)]
+        charts[f"eval/survival/{target}/{benchmark}"] = wandb.plot.line_series(
+            xs=[list(range(1, len(r["survival"]) + 1)) for r in mine],
+            ys=[r["survival"] for r in mine],
+            keys=[label_of(r) for r in mine],
+            title=f"share of steps accepted: {benchmark} on {target}",
+            xname="draft position",
+        )
+    return charts

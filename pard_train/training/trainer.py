@@ -1,0 +1,396 @@
+"""Training: `transformers.Trainer` with our batch, our loss and our log. DeepSpeed, resume and trackers are its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
+
+from pard_train.config import ObjectiveConfig, TrainConfig
+from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
+from pard_train.core.objective import DepthStatistics, PackLoss
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.packing import PackedDataset, PardCollator
+from pard_train.data.scores import Scores, open_teacher
+from pard_train.data.store import TokenStore, open_store
+from pard_train.errors import UserError
+from pard_train.layout import SlotLayout
+from pard_train.model import (
+    default_device,
+    device_name,
+    inspect_base,
+    load_causal_lm,
+    load_tokenizer,
+    required_mask_token_of,
+    write_initial_draft,
+    write_model_folder,
+)
+from pard_train.run import check_run, claim_run, newest_checkpoint, read_json, seal_checkpoint, write_json
+from pard_train.training.clock import StepClock, device_mark, num_compilations
+from pard_train.training.throughput import (
+    ModelShape,
+    Work,
+    chip_of,
+    count_work,
+    peak_memory,
+    throughput_metrics,
+)
+from pard_train.training.trackers import ConfigToWandb, MetricsFile, configure_tracker
+
+INITIAL_FOLDER = "init"  # the untrained draft model
+DRAFT_FOLDER = "draft"  # the trained one
+WARM_UP_LOGS = 2  # the first pack is compiled for, and the second, whose number of supervised slots is another one
+TEACHER_FILE = "teacher.json"  # manifest of the target's scores that the objective used
+
+
+def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Train a draft model: the whole of `recipes/train.py`.
+
+    Args:
+        config: validated.
+        callbacks: added to our own.
+
+    Returns:
+        Folder of the trained draft model, output_dir/draft.
+
+    Raises:
+        UserError: for bad data, a base that cannot draft, or an output folder that is taken.
+    """
+    output_dir, settings = Path(config.output_dir), training_settings(config)
+    check_output(config)
+    base = inspect_base(config.model, config.draft)
+    store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
+    scores = teacher_of(config, store)
+    if _is_first():  # the other ranks wait below for this one to join them
+        claim_run(output_dir, _identity(config))
+        write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
+    # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), which takes all ranks.
+    arguments = TrainingArguments(**settings)
+    if arguments.n_gpu > 1:
+        print(f"no launcher: training on one of {arguments.n_gpu} GPUs (torchrun or deepspeed uses them all)")
+        arguments._n_gpu = 1  # else Trainer would wrap the model in DataParallel, which splits packs
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    checkpoint = newest_checkpoint(output_dir) if config.resume else None
+    trainer = build_trainer(config, arguments, store, scores)
+    for callback in callbacks:
+        if isinstance(callback, UsesTrainer):
+            callback.trainer = trainer
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.write_draft(output_dir / DRAFT_FOLDER)
+
+
+def check_output(config: TrainConfig) -> None:
+    """Check that the run may write to its output folder. Raises UserError if another run stands there."""
+    if _is_first():
+        check_run(Path(config.output_dir), _identity(config), resume=config.resume)
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What a run is made with. The number of processes decides what a step is made of, so a resumed run has as many."""
+    return dataclasses.asdict(config) | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
+
+
+def training_settings(config: TrainConfig) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments for an experiment.
+
+    Raises:
+        UserError: if trainer.optimizer is unknown, or trainer.extra has a field that TrainingArguments lacks or that is
+            set elsewhere.
+    """
+    settings = config.trainer
+    is_cpu = default_device().type == "cpu"
+    ours: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": 1,  # the packs of all epochs are one list
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": 1,  # one pack; data.slot_budget is the batch size
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "bf16": settings.precision == "bf16",
+        "optim": settings.optimizer,
+        "torch_compile": settings.compile,
+        "logging_steps": settings.logging_steps,
+        "logging_first_step": True,
+        "save_strategy": "steps" if settings.save_steps else "no",
+        "save_steps": settings.save_steps or 500,
+        "save_total_limit": settings.save_total_limit,
+        "dataloader_num_workers": settings.dataloader_num_workers,
+        "remove_unused_columns": False,
+        "report_to": configure_tracker(config),
+        "use_cpu": is_cpu,
+        "ddp_backend": "gloo" if is_cpu and "RANK" in os.environ else None,
+        "ddp_find_unused_parameters": False,  # there are none; looking for them walks the graph at every step
+        "deepspeed": config.deepspeed or None,
+    }
+    optimizers = [name.value for name in OptimizerNames]
+    if settings.optimizer not in optimizers:
+        raise UserError(f"trainer.optimizer={settings.optimizer}: allowed are {', '.join(optimizers)}")
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    if settings.gradient_checkpointing:  # transformers 5.23 renamed it
+        ours["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
+    for name in settings.extra:
+        if name not in known or name in ours:
+            reason = "is set by a field of its own" if name in ours else "is not a field of TrainingArguments"
+            raise UserError(f"trainer.extra.{name} {reason}")
+    return ours | settings.extra
+
+
+def teacher_of(config: TrainConfig, store: TokenStore) -> Scores | None:
+    """The target's scores that the objective needs, None if it needs none.
+
+    Raises:
+        UserError: if they are missing, unfinished or those of other tokens, or if the run went so far with others.
+    """
+    folder = config.data.scores
+    if not config.objective.needs_scores or folder is None:
+        if folder is not None and _is_first():
+            print(f"data.scores={folder} is not used: objective.kd, objective.lk and objective.cat are off")
+        return None
+    scores = open_teacher(Path(folder), store)
+    record = Path(config.output_dir) / TEACHER_FILE
+    if record.exists() and read_json(record)["identity"] != scores.manifest["identity"]:
+        raise UserError(
+            f"data.scores={folder} is of another target than the run in {config.output_dir} has learnt from (see "
+            f"{record}): resume with the scores it began with, or choose another output_dir"
+        )
+    return scores
+
+
+def build_trainer(
+    config: TrainConfig, arguments: TrainingArguments, store: TokenStore, scores: Scores | None = None
+) -> PardTrainer:
+    """Load the untrained draft model of the output folder and pack its data.
+
+    Args:
+        config: validated.
+        arguments: of Trainer.
+        store: the tokens.
+        scores: as `teacher_of` gives them.
+    """
+    initial = str(Path(config.output_dir) / INITIAL_FOLDER)
+    tokenizer = load_tokenizer(initial)
+    dataset = PackedDataset(
+        store,
+        store.slot_bounds(config.draft),
+        slot_budget=config.data.slot_budget,
+        num_epochs=config.trainer.num_train_epochs,
+        seed=config.seed,
+        packs_per_step=arguments.world_size * arguments.gradient_accumulation_steps,
+        scores=scores,
+    )
+    if arguments.process_index == 0 and scores is not None:
+        write_json(Path(config.output_dir) / TEACHER_FILE, scores.manifest)
+        print(scores.summary())
+    if arguments.process_index == 0:
+        print(f"{store.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots")
+    attention = resolve_attention(config.model.attention, arguments.device.type)
+    model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
+    mask_token_id = required_mask_token_of(model.config)
+    collator = PardCollator(config.draft, config.objective, mask_token_id, config.data.slot_budget)
+    trainer = PardTrainer(
+        initial=initial,
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[
+            DataEpoch(dataset.num_epochs),
+            SealCheckpoint(),
+            MetricsFile(Path(config.output_dir)),
+            ConfigToWandb(config),
+        ],
+        attention=attention,
+        num_draft_tokens=config.draft.num_draft_tokens,
+        objective=config.objective,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ShortProgress)
+    return trainer
+
+
+class PardTrainer(Trainer):
+    """A Trainer whose batch is one pack and whose loss is a mean over the supervised slots of the global batch."""
+
+    def __init__(
+        self, *args: Any, initial: str, attention: str, num_draft_tokens: int, objective: ObjectiveConfig, **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is normalized here: no division by accumulation steps
+        self.initial = initial  # folder of the untrained draft model, whose tokenizer the trained one keeps
+        self.pack_loss = PackLoss(self.model, attention, num_draft_tokens, objective)
+        self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
+        self.work = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
+        self.shape = ModelShape.of(self.model.config)
+        self.chip = chip_of(device_name()) if self.args.bf16 else None  # its peak is that of bfloat16
+        self.clock = StepClock(device_mark(self.args.device))
+        self.is_watched = False  # DDP, whose reductions the clock tells from the backward pass
+        self.add_callback(self.clock)
+        self.is_compiled = self.args.torch_compile or attention == "flex"
+        self.compiled_before = num_compilations()  # this window
+        self.window_start = time.perf_counter()
+
+    def _get_train_sampler(self, *args: Any) -> Sampler[int]:
+        return SequentialSampler(cast(PackedDataset, self.train_dataset))  # the packs already stand in training order
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        """Micro-batches of one optimizer step, and the sum of their weights over all ranks (a float32 scalar)."""
+        with self.clock.phase("data"):
+            batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
+        with self.clock.phase("communication"):
+            return batches, self.accelerator.reduce(weight, reduction="sum")
+
+    def _prepare_input(self, data: Any) -> Any:
+        """A batch on the device, in its own dtypes: under DeepSpeed, Trainer would round its weights to the model's."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one pack."""
+        wrapped = getattr(model, "_orig_mod", model)  # inside of what `torch.compile` makes of it
+        if not self.is_watched and isinstance(wrapped, DistributedDataParallel):
+            self.clock.watch_reductions(wrapped)
+            self.is_watched = True
+        with self.clock.phase("backward"):  # `compute_loss` takes its own time out of it
+            return super().training_step(model, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """Weighted loss of one pack over the weight of the global batch.
+
+        Data-parallel engines average gradients over ranks, so the sum is scaled by their number.
+        """
+        with self.clock.phase("forward"):
+            loss, statistics = self.pack_loss(model, inputs, self.args.world_size / cast(Tensor, num_items_in_batch))
+        self.statistics.add(statistics)
+        layout = SlotLayout(*(inputs[name] for name in ("document", "anchor", "depth")))
+        self.work += count_work(layout, inputs["labels"])
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log a window of steps, with accuracy per depth, expected accepted length and throughput over all ranks."""
+        if "loss" in logs:
+            sums = (*self.statistics.tensors(), self.work)
+            for tensor in sums:
+                tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
+            logs |= self.statistics.metrics()
+            now = time.perf_counter()
+            seconds, self.window_start = now - self.window_start, now
+            logs["supervised_slots_per_second"] = logs["supervised_slots"] / seconds
+            logs |= {f"throughput/{name}": value for name, value in self._throughput(seconds).items()}
+            spent = self.clock.report()
+            if not self.is_watched:  # one process, or an engine that reduces gradients where the clock cannot see it
+                del spent["communication"]
+            logs |= {f"throughput/share_{name}": value / seconds for name, value in spent.items()}
+            logs |= self._count_compilations()
+            for tensor in sums:
+                tensor.zero_()
+        super().log(logs, *args, **kwargs)
+
+    def _count_compilations(self) -> dict[str, float]:
+        before, self.compiled_before = self.compiled_before, num_compilations()
+        return {"throughput/compilations": self.compiled_before - before} if self.is_compiled else {}
+
+    def _throughput(self, seconds: float) -> dict[str, float]:
+        work, num_tokens = Work(*map(int, self.work.tolist())), float(self.statistics.slots[0])
+        metrics = throughput_metrics(work, num_tokens, seconds, self.shape, self.chip, self.args.world_size)
+        memory = peak_memory(self.args.device)
+        return metrics if memory is None else metrics | {"peak_memory_gb": memory / 1e9}
+
+    def write_draft(self, folder: Path) -> Path:
+        """Write the trained model as a draft folder, whole or not at all, from whatever shards the ranks hold."""
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state or {}).items()}  # of torch.compile
+        if self.args.should_save and not folder.exists():
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            write_model_folder(model, self.initial, folder, state_dict=state)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+
+class UsesTrainer(TrainerCallback):
+    """A callback that works with the trainer itself, which `train` gives it."""
+
+    trainer: PardTrainer
+
+
+class DataEpoch(TrainerCallback):
+    """Shows epochs over the data: to Trainer, the packs of all epochs are one epoch."""
+
+    def __init__(self, num_epochs: int):
+        self.num_epochs = num_epochs
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stretch Trainer's 0..1 to 0..num_epochs."""
+        state.epoch = (state.epoch or 0.0) * self.num_epochs
+
+
+class SealCheckpoint(TrainerCallback):
+    """Marks a checkpoint as whole, once every rank has written its part."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Wait for all ranks, then write the list of files."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class ShortProgress(ProgressCallback):
+    """Trainer's progress bar with one short line per log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_logs, self.has_warned = 0, False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print loss, expected accepted length and speed above the bar, and once that something was compiled again."""
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.write(
+                f"step {state.global_step:>6}  loss {float(logs['loss']):.3f}  expected accepted length "
+                f"{logs['accepted_length']:.2f}  {logs['supervised_slots_per_second']:,.0f} supervised slots/s"
+                f"{self._warning(logs)}"
+            )
+
+    def _warning(self, logs: dict[str, float]) -> str:
+        self.num_logs += 1
+        num_graphs = logs.get("throughput/compilations", 0)
+        if self.num_logs <= WARM_UP_LOGS or self.has_warned or not num_graphs:
+            return ""
+        self.has_warned = True
+        return f"  ({num_graphs} graphs were compiled again, which takes time; TORCH_LOGS=recompiles tells why)"
