@@ -10,10 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.config import DraftConfig, ObjectiveConfig
-from pard_train.core.attention import IMPLEMENTATIONS, MAX_BLOCK_SLOTS, ChainBlock, attention_inputs, plan_split
+from pard_train.core.attention import (
+    IMPLEMENTATIONS,
+    MAX_BLOCK_SLOTS,
+    ChainBlock,
+    attention_inputs,
+    plan_split,
+    split_attention,
+)
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import Member, PardCollator
-from pard_train.layout import DrawKey, SlotLayout, lay_out_document, sample_chain_lengths
+from pard_train.layout import DrawKey, SlotLayout, is_visible, lay_out_document, sample_chain_lengths
 
 MASK = 300
 TOLERANCE = 2e-5  # of logits around 7 in float32
@@ -129,3 +136,31 @@ def test_blocks_of_the_split_form_hold_whole_chains_and_stay_small() -> None:
     for block in blocks:
         assert layout.depth[block.start] == 1
         assert block.stop - block.start < MAX_BLOCK_SLOTS + draft.num_draft_tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_draft_tokens", [1, 2, 8, 16])
+def test_split_attention_equals_one_masked_softmax(num_draft_tokens: int, dtype: torch.dtype) -> None:
+    """Output and gradients of random queries, keys and values with grouped heads, against all pairs at once."""
+    draft = DraftConfig(num_draft_tokens=num_draft_tokens)
+    loss_masks = [np.array([False] * p + [True] * a) for p, a in ((7, 150), (2, 1), (30, 60))]
+    documents = [
+        lay_out_document(sample_chain_lengths(mask, draft, DrawKey(0, 0, i)), i) for i, mask in enumerate(loss_masks)
+    ]
+    parts = ([getattr(d, name) for d in documents] for name in ("document", "anchor", "depth"))
+    layout = SlotLayout(*(torch.from_numpy(np.concatenate(part)) for part in parts))
+    generator = torch.Generator().manual_seed(num_draft_tokens)
+    shapes = [(1, heads, len(layout), 16) for heads in (6, 2, 2)]
+    inputs = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    upstream = torch.randn(1, len(layout), 6, 16, generator=generator).to(dtype)
+    out, _ = split_attention(torch.nn.Module(), *inputs, None, scaling=0.3, **attention_inputs("split", layout))
+    ours = [out, *torch.autograd.grad(out, inputs, upstream)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    q, k, v = exact[0], *(x.repeat_interleave(3, dim=1) for x in exact[1:])
+    scores = (0.3 * q @ k.transpose(2, 3)).masked_fill(~is_visible(layout, layout), -torch.inf)
+    dense = (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    theirs = [dense, *torch.autograd.grad(dense, exact, upstream.double())]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    for mine, oracle in zip(ours, theirs, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), oracle, atol=tolerance, rtol=tolerance)
