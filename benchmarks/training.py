@@ -25,16 +25,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pages import command, origin, write_page
+from stages import PRODUCT, StageTimes, product_rates, time_stages
 from torch import Tensor
-from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.core.objective import PackLoss
-from pard_train.core.products import linear, use_onednn
+from pard_train.core.products import use_onednn
 from pard_train.data.chat import Document
 from pard_train.data.packages import local_model
 from pard_train.data.packing import Member, PardCollator, best_fit
@@ -65,6 +64,7 @@ class Setting:
     memory: float = 0.0  # peak in bytes, of this side alone
     work: Work = NO_WORK
     num_tokens: int = 0  # supervised tokens of a step
+    stages: StageTimes | None = None  # of our side
     failure: str = ""
 
     @property
@@ -148,7 +148,9 @@ def compare(name: str, length: int, k: int, device: torch.device, arguments: arg
     for _ in range(WARM_STEPS + arguments.rounds):
         for setting, step in zip(settings, steps, strict=True):
             run_step(setting, step, device)
-    for setting in settings:
+    for setting, step in zip(settings, steps, strict=True):
+        if not setting.failure:
+            setting.stages = step.time_stages(shape)
         print(describe(setting), flush=True)
     return settings
 
@@ -178,7 +180,12 @@ def bounds_of(documents: Sequence[Document], draft: DraftConfig) -> np.ndarray:
     return slot_bounds(sizes, np.concatenate(runs), owner, draft)
 
 
-Step = Callable[[int], tuple[Work, int]]  # number of the step -> what it learned from, supervised tokens
+@dataclass(frozen=True)
+class Step:
+    """One side's step."""
+
+    run: Callable[[int], tuple[Work, int]]  # number of the step -> what it learned from, supervised tokens
+    time_stages: Callable[[ModelShape], StageTimes | None] = lambda shape: None
 
 
 def trained(config: PretrainedConfig, device: torch.device, attention: str) -> tuple[PreTrainedModel, Any]:
@@ -218,7 +225,7 @@ def reference_step(
         work = Work(batch.labels.numel(), int(is_supervised.sum()), int((batch.mask == 0).sum()))
         return work, int(is_supervised[:, :length].sum())  # depth 0 comes first
 
-    return step
+    return Step(step)
 
 
 def our_step(
@@ -243,11 +250,14 @@ def our_step(
     bins = np.empty_like(order)
     bins[order] = best_fit(bounds[order], budget)
 
-    def step(number: int) -> tuple[Work, int]:
-        work, num_tokens = torch.zeros(3, dtype=torch.float64, device=device), 0
+    def packs_of(number: int) -> list[dict[str, Tensor]]:
         members = [Member(document, DrawKey(0, number, i)) for i, document in enumerate(documents)]
         packs = [[m for m, b in zip(members, bins, strict=True) if b == bin_] for bin_ in range(bins.max() + 1)]
-        batches = [{k: v.to(device) for k, v in collator([pack]).items()} for pack in packs]
+        return [{k: v.to(device) for k, v in collator([pack]).items()} for pack in packs]
+
+    def step(number: int) -> tuple[Work, int]:
+        work, num_tokens = torch.zeros(3, dtype=torch.float64, device=device), 0
+        batches = packs_of(number)
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum()
         for batch in batches:
             with precision_of(arguments, device):
@@ -259,7 +269,11 @@ def our_step(
         update(model, optimizer)
         return Work(*map(int, work.tolist())), num_tokens
 
-    return step
+    def stages(shape: ModelShape) -> StageTimes:
+        dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+        return time_stages(model, shape, packs_of(0), attention, dtype, lambda: update(model, optimizer, keep=True))
+
+    return Step(step, stages)
 
 
 def supervised_tokens(batch: dict[str, Tensor]) -> int:
@@ -267,11 +281,12 @@ def supervised_tokens(batch: dict[str, Tensor]) -> int:
     return int(((batch["labels"] != IGNORE_INDEX) & (batch["depth"] == 0)).sum())
 
 
-def update(model: PreTrainedModel, optimizer: Any) -> None:
-    """The optimizer's step, with the clipping that both sides train with."""
+def update(model: PreTrainedModel, optimizer: Any, keep: bool = False) -> None:
+    """The optimizer's step, with the clipping that both sides train with; may keep the gradients for another."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    optimizer.zero_grad()
+    if not keep:
+        optimizer.zero_grad()
 
 
 def run_step(setting: Setting, step: Step, device: torch.device) -> None:
@@ -283,7 +298,7 @@ def run_step(setting: Setting, step: Step, device: torch.device) -> None:
     wait()
     started = time.perf_counter()
     try:
-        setting.work, setting.num_tokens = step(setting.num_steps)
+        setting.work, setting.num_tokens = step.run(setting.num_steps)
     except torch.OutOfMemoryError as error:
         setting.failure = str(error).splitlines()[0]
         return
@@ -354,29 +369,12 @@ def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
         "",
         *cost_table(settings, size),
         "",
-        product_line(),
+        *stage_table(settings, size),
         "",
         *growth_lines(settings),
         "",
     ]
     return "\n".join(lines)
-
-
-def product_line() -> str:
-    """What matrix products of a layer's size reach alone on this device: the limit of a step that is made of them."""
-    device = default_device()
-    rows, weight = torch.randn(2048, 576, device=device), torch.randn(1536, 576, device=device)
-    narrow = (rows.bfloat16(), weight.bfloat16())
-    ways = {"float32 by PyTorch": (F.linear, (rows, weight)), "bfloat16 by PyTorch": (F.linear, narrow)}
-    if device.type == "cpu":
-        ways["float32 through oneDNN"] = (linear, (rows, weight))
-    rates = {}
-    for name, (product, operands) in ways.items():
-        names = {"product": product, "operands": operands}
-        timer = Timer("product(*operands)", globals=names, num_threads=torch.get_num_threads())
-        rates[name] = 2 * rows.numel() * len(weight) / timer.blocked_autorange(min_run_time=0.5).median
-    listed = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in rates.items())
-    return f"One product of {len(rows):,} rows by a matrix of 576 x 1,536, alone, in TFLOP/s: {listed}."
 
 
 def ratio_table(settings: Sequence[Setting]) -> list[str]:
@@ -447,17 +445,58 @@ def cost_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
     ]
 
 
+def stage_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
+    """Our step by stages: the time of each, and how far its rate is from that of a product alone."""
+    rates = product_rates(default_device())
+    limit = max(rate for name, rate in rates.items() if name.startswith("bfloat16") == (bytes_per_value == 2))
+    num_rows, inputs, outputs = PRODUCT
+    lines = [
+        f"One product of {num_rows:,} rows by a matrix of {inputs} x {outputs:,}, alone, in TFLOP/s: "
+        + ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in rates.items())
+        + ".",
+        "",
+        "| model | tokens | K | stage of our step | s | share of the step | TFLOP/s | of the product alone |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for s in settings:
+        if s.failure or s.stages is None:
+            continue
+        cost = step_cost(s.shape, s.work, bytes_per_value)
+        rest = s.median - s.stages.head - s.stages.attention - s.stages.optimizer
+        for name, seconds, flops in (
+            ("head and loss", s.stages.head, cost.head),
+            ("attention", s.stages.attention, cost.attention),
+            ("layers: products, norms, activations, copies", rest, cost.layers),
+            ("clipping and AdamW", s.stages.optimizer, None),
+        ):
+            rate = "" if flops is None else f"{flops / seconds / 1e12:.3f} | {flops / seconds / limit:.0%}"
+            lines.append(
+                f"| {s.model} | {s.length:,} | {s.k} | {name} | {seconds:.2f} | {seconds / s.median:.0%} | "
+                f"{rate or ' | '} |"
+            )
+    return [*lines, "", "Head, attention and optimizer are timed alone, on the same packs; the layers are the rest."]
+
+
 def growth_lines(settings: Sequence[Setting]) -> list[str]:
-    """How step time grows with slots: the exponent of a fitted power law, where there are two sizes or more."""
-    lines = ["Growth of a step's time with its slots, fitted as a power:", ""]
+    """How time grows with slots and memory with length: exponents of fitted powers, where there are sizes to fit."""
+    lines = ["Growth, fitted as powers:", ""]
     groups = sorted({(s.model, s.k, s.side) for s in settings})
     for model, k, side in groups:
         rows = [s for s in settings if (s.model, s.k, s.side) == (model, k, side) and not s.failure]
-        slots, seconds = [s.work.slots for s in rows], [s.median for s in rows]
-        if rows and max(slots) > 1.5 * min(slots):
-            exponent = np.polyfit(np.log(slots), np.log(seconds), 1)[0]
-            lines.append(f"- {model}, K {k}, {side}: slots to the power of {exponent:.2f}")
+        time_power = fitted_power([s.work.slots for s in rows], [s.median for s in rows])
+        memory_power = fitted_power([s.length for s in rows], [s.memory for s in rows])
+        parts = [f"time of a step as slots to the power of {time_power:.2f}" if time_power else ""]
+        parts += [f"peak memory as length to the power of {memory_power:.2f}" if memory_power else ""]
+        if any(parts):
+            lines.append(f"- {model}, K {k}, {side}: {', '.join(filter(None, parts))}")
     return lines if len(lines) > 2 else ["Growth is not known: steps of about one size only."]
+
+
+def fitted_power(sizes: Sequence[float], values: Sequence[float]) -> float | None:
+    """Exponent of a power law through the points, None where sizes hardly differ."""
+    if not sizes or max(sizes) < 1.5 * min(sizes):
+        return None
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 if __name__ == "__main__":
