@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import build_model, conversations
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.config import DraftConfig, ObjectiveConfig
@@ -15,12 +16,13 @@ from pard_train.core.attention import (
     MAX_BLOCK_SLOTS,
     ChainBlock,
     attention_inputs,
+    chain_block_mask,
     plan_split,
     split_attention,
 )
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import Member, PardCollator
-from pard_train.layout import DrawKey, SlotLayout, is_visible, lay_out_document, sample_chain_lengths
+from pard_train.layout import DrawKey, SlotLayout, flex_mask_mod, is_visible, lay_out_document, sample_chain_lengths
 
 MASK = 300
 TOLERANCE = 2e-5  # of logits around 7 in float32
@@ -89,6 +91,29 @@ def test_split_attention_has_the_gradients_of_the_dense_oracle(family: str, toke
         gradients[form] = [p.grad.clone() for p in model.parameters()]
     for split, dense in zip(gradients["split"], gradients["dense"], strict=True):
         torch.testing.assert_close(split, dense, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 4, 8, 40])
+@pytest.mark.parametrize("num_padding", [0, 1, 300])
+def test_the_block_mask_is_the_one_that_all_pairs_give(num_draft_tokens: int, num_padding: int) -> None:
+    draft = DraftConfig(num_draft_tokens=num_draft_tokens, min_retention=0.4)
+    sizes = ((300, 400), (1, 1), (20, 3), (0, 128), (900, 20), (128, 128))
+    documents = []
+    for number, (num_prompt, num_answer) in enumerate(sizes):
+        loss_mask = np.array([False] * num_prompt + [True] * num_answer)
+        documents.append(lay_out_document(sample_chain_lengths(loss_mask, draft, DrawKey(0, 0, number)), number))
+    padding = lay_out_document(np.zeros(num_padding, dtype=np.int64), -1)
+    parts = ([getattr(d, name) for d in (*documents, padding)] for name in ("document", "anchor", "depth"))
+    layout = SlotLayout(*(torch.from_numpy(np.concatenate(part)) for part in parts))
+    ours = chain_block_mask(layout)
+    theirs = create_block_mask(flex_mask_mod(layout), None, None, len(layout), len(layout), device="cpu")
+    assert ours.seq_lengths == theirs.seq_lengths
+    assert ours.full_kv_num_blocks.sum() > 0
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = (getattr(theirs, f"{name}_{part}") for part in ("num_blocks", "indices"))
+        assert torch.equal(getattr(ours, f"{name}_num_blocks"), counts), name
+        is_listed = torch.arange(indices.shape[-1]) < counts[..., None]
+        assert torch.equal(getattr(ours, f"{name}_indices")[is_listed], indices[is_listed]), name
 
 
 @pytest.mark.gpu

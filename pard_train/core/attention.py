@@ -18,15 +18,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout, flex_mask_mod, is_visible
 
-# Legend: T slots of the pack, Q queries of a block, P text prefix, H heads, G heads per key-value head, D head size.
+# Legend: T slots of the pack, N blocks of FlexAttention, Q queries of a block, P text prefix, H heads, G heads per
+# key-value head, D head size.
 
 IMPLEMENTATIONS = {"dense": "sdpa", "split": "pard_split", "flex": "flex_attention"}  # ours -> transformers' name
+FLEX_BLOCK = 128  # slots of a block, as FlexAttention has it by default
 MAX_BLOCK_SLOTS = 128  # mask slots per block of the split form; smaller blocks mask less and have more overhead
 
 
@@ -82,9 +84,55 @@ def attention_inputs(name: str, layout: SlotLayout) -> dict[str, Any]:
         return {"attention_mask": is_visible(layout, layout)[None, None]}  # [1, 1, T, T]
     if name == "split":
         return {"split_plan": SplitPlan(plan_split(layout))}
-    size = len(layout)
-    block_mask = create_block_mask(flex_mask_mod(layout), None, None, size, size, device=layout.anchor.device.type)
-    return {"attention_mask": block_mask}
+    return {"attention_mask": chain_block_mask(layout)}
+
+
+def chain_block_mask(layout: SlotLayout) -> BlockMask:
+    """FlexAttention's block mask of a pack, from O(T) numbers and a table of (T / 128)^2 blocks.
+
+    PyTorch's `create_block_mask` asks its mask about all T * T pairs: gigabytes at 32k slots, in every step. But what
+    a slot sees is two runs of slots: text from its document's start to its anchor, and its chain up to itself. The
+    blocks that a run meets, and those that it covers, follow from its ends.
+
+    Args:
+        layout: T slots, tensors [T]; the slots of a document, and those of a chain, lie next to each other.
+    """
+    slot = torch.arange(len(layout), device=layout.depth.device)
+    is_first = torch.diff(layout.document, prepend=layout.document[:1] - 1) != 0
+    start = torch.where(is_first, slot, 0).cummax(dim=0).values
+    text_stop, chain_start, chain_stop = start + layout.anchor + 1, slot - layout.depth + 1, slot + 1
+    is_met = _count_runs(start // FLEX_BLOCK, _ceil(text_stop)) > 0
+    is_met |= _count_runs(chain_start // FLEX_BLOCK, _ceil(chain_stop)) > 0
+    is_full = _count_runs(_ceil(start), torch.maximum(_ceil(start), text_stop // FLEX_BLOCK)) == FLEX_BLOCK
+    return BlockMask.from_kv_blocks(
+        *_list_blocks(is_met & ~is_full),
+        *_list_blocks(is_full),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=flex_mask_mod(layout),
+        seq_lengths=(len(layout), len(layout)),
+    )
+
+
+def _ceil(slots: Tensor) -> Tensor:
+    """Blocks that begin before these slots."""
+    return -(-slots // FLEX_BLOCK)
+
+
+def _count_runs(first: Tensor, stop: Tensor) -> Tensor:
+    """In how many slots' runs of key blocks [first, stop), both [T], each block is, by block of queries: [N, N]."""
+    row = torch.arange(len(first), device=first.device) // FLEX_BLOCK
+    num_blocks = -(-len(first) // FLEX_BLOCK)
+    edges = torch.zeros(num_blocks, num_blocks + 1, dtype=torch.int32, device=first.device)
+    one = torch.ones_like(first, dtype=torch.int32)
+    edges.index_put_((row, first), one, accumulate=True)
+    edges.index_put_((row, stop), -one, accumulate=True)
+    return edges.cumsum(dim=1)[:, :num_blocks]
+
+
+def _list_blocks(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a bool table [N, N], how many are set in each row and which, those first; int32 [1, 1, N] and [1, 1, N, N]."""
+    order = table.int().argsort(dim=1, descending=True, stable=True)
+    return table.sum(dim=1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 def plan_split(layout: SlotLayout) -> list[TextSpan | ChainBlock]:
