@@ -182,7 +182,7 @@ def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: fl
     request_path, result_path, log_path = (folder / name for name in (REQUEST_FILE, RESULT_FILE, LOG_FILE))
     result_path.unlink(missing_ok=True)
     request_path.write_text(json.dumps(asdict(request)))
-    # -P: the folder of this file, with modules named `run` and `config`, stays off the engine's path.
+    # -P: the folder of this file, where modules of ours lie, stays off the engine's path.
     command = [python or sys.executable, "-P", __file__, str(request_path.resolve()), str(result_path.resolve())]
     try:
         with log_path.open("w") as log, _process(command, log) as process:
