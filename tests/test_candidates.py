@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 
-from pard_train import candidates
 from pard_train.data.chat import ChatEncoder
+from pard_train.engines import candidates
 from pard_train.engines.candidates import Draft, Ending, PardCandidates, generate, write_custom_generate
 from pard_train.generation.decoding import Drafter, Limits, decode
 from pard_train.model import add_mask_token, set_draft_keys

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pard_train import objective, terms
 from pard_train.config import ObjectiveConfig
+from pard_train.core import objective, terms
 from pard_train.core.terms import SlotTargets, acceptance_term, ce_term, kl_term, mix_terms
 
 NUM_TOKENS = 23
