@@ -21,7 +21,7 @@ from pard_train.core.terms import SlotTargets
 from pard_train.layout import IGNORE_INDEX, SlotLayout
 from pard_train.training.throughput import ModelShape
 
-REPEATS = 5
+REPEATS = 3
 PRODUCT = (2048, 576, 1536)  # rows, inputs, outputs: a matrix of SmolLM2-135M
 
 

@@ -2,6 +2,8 @@
 
     python benchmarks/training.py                          # some minutes on two cores
     python benchmarks/training.py --models smollm2-135m --lengths 300 --rounds 5
+    python benchmarks/training.py --models qwen2.5-0.5b:2 --lengths 512 1024 2048 4096 --k 8 16 --skip-reference \
+        --rounds 1 --name growth                           # how ours grows
     python benchmarks/training.py --models qwen2.5-0.5b --lengths 512 1024 2048 4096 8192 32768 --k 8 16 \
         --precision bf16 --tokens 16384 --slot-budgets 32768 131072 --rounds 10          # on a GPU
 
@@ -9,7 +11,7 @@ Both sides train on the same documents of random tokens with the same labels: pa
 for the reference (pard_train/training/reference.py), packs of chains for us. A step is forward, backward and AdamW.
 Models of the true shape have random weights, which run as fast as trained ones. On a CPU, set what the Makefile sets
 (OMP_WAIT_POLICY, MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_): memory that is given back is faulted in again at
-every step. Prints tables and writes benchmarks/results/DATE-training-DEVICE-PRECISION.md.
+every step. Prints tables and writes benchmarks/results/DATE-training-DEVICE-PRECISION[-NAME].md.
 """
 
 from __future__ import annotations
@@ -90,8 +92,7 @@ def main() -> None:
                 settings += compare(name, length, k, device, arguments)
     page = render(settings, arguments)
     print(page)
-    variant = "-same-products" if arguments.same_products else ""
-    write_page(f"training-{device.type}-{arguments.precision}{variant}", page)
+    write_page("-".join(filter(None, ["training", device.type, arguments.precision, arguments.name])), page)
 
 
 def parse() -> argparse.Namespace:
@@ -110,6 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each side, after three that are not")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--skip-reference", action="store_true")
+    parser.add_argument("--name", help="added to the page's name")
     parser.add_argument(
         "--same-products", action="store_true", help="give the reference our float32 products on a CPU, too (oneDNN)"
     )
