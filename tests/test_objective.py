@@ -118,7 +118,7 @@ CHUNK_SLOTS = 7  # does not divide the numbers of slots below
 @pytest.fixture(params=[CHUNK_SLOTS, 1000], ids=["chunks", "one chunk"])
 def chunk_slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """So many slots at a time through a head of NUM_ROWS rows."""
-    monkeypatch.setattr(slot_head, "LOGITS_PER_CHUNK_CPU", request.param * NUM_ROWS)
+    monkeypatch.setattr(slot_head, "CHUNK_SLOTS_CPU", request.param)
     return request.param
 
 
@@ -172,7 +172,7 @@ def test_chunks_under_autocast_are_as_near_to_the_exact_gradients_as_all_logits_
 
 
 def test_a_chunk_is_all_the_logits_that_are_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot_head, "LOGITS_PER_CHUNK_CPU", CHUNK_SLOTS * NUM_ROWS)
+    monkeypatch.setattr(slot_head, "CHUNK_SLOTS_CPU", CHUNK_SLOTS)
     hidden, head, targets = random_slots(500, has_bias=False)
     sizes = LargestTensor()
     with sizes:
@@ -198,7 +198,7 @@ def test_a_pack_through_the_head_in_chunks_is_the_pack_with_all_logits(
     family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss, gradients of every parameter, and statistics per depth."""
-    monkeypatch.setattr(slot_head, "LOGITS_PER_CHUNK_CPU", CHUNK_SLOTS * NUM_ROWS)
+    monkeypatch.setattr(slot_head, "CHUNK_SLOTS_CPU", CHUNK_SLOTS)
     batch = random_pack()
     results = []
     for is_chunked in (True, False):

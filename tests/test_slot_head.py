@@ -43,7 +43,7 @@ all_objectives = pytest.mark.parametrize("name", OBJECTIVES)
 
 @pytest.fixture(autouse=True)
 def _chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot_head, "LOGITS_PER_CHUNK_CPU", CHUNK_SLOTS * NUM_ROWS)
+    monkeypatch.setattr(slot_head, "CHUNK_SLOTS_CPU", CHUNK_SLOTS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
