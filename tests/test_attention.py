@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.core.attention import (
+    FLEX_BLOCK,
     IMPLEMENTATIONS,
     MAX_BLOCK_SLOTS,
     ChainBlock,
@@ -94,14 +95,16 @@ def test_split_attention_has_the_gradients_of_the_dense_oracle(family: str, toke
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 4, 8, 40])
-@pytest.mark.parametrize("num_padding", [0, 1, 300])
-def test_the_block_mask_is_the_one_that_all_pairs_give(num_draft_tokens: int, num_padding: int) -> None:
+@pytest.mark.parametrize("num_padding", [0, 1, 300, "to one slot short of a block"])
+def test_the_block_mask_is_the_one_that_all_pairs_give(num_draft_tokens: int, num_padding: int | str) -> None:
     draft = DraftConfig(num_draft_tokens=num_draft_tokens, min_retention=0.4)
     sizes = ((300, 400), (1, 1), (20, 3), (0, 128), (900, 20), (128, 128))
     documents = []
     for number, (num_prompt, num_answer) in enumerate(sizes):
         loss_mask = np.array([False] * num_prompt + [True] * num_answer)
         documents.append(lay_out_document(sample_chain_lengths(loss_mask, draft, DrawKey(0, 0, number)), number))
+    if isinstance(num_padding, str):  # every slot of the last block sees all of the two before
+        num_padding = 2 * FLEX_BLOCK + (-1 - sum(map(len, documents))) % FLEX_BLOCK
     padding = lay_out_document(np.zeros(num_padding, dtype=np.int64), -1)
     parts = ([getattr(d, name) for d in (*documents, padding)] for name in ("document", "anchor", "depth"))
     layout = SlotLayout(*(torch.from_numpy(np.concatenate(part)) for part in parts))
