@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.core import attention
 from pard_train.core.attention import (
     FLEX_BLOCK,
     IMPLEMENTATIONS,
@@ -166,10 +167,16 @@ def test_blocks_of_the_split_form_hold_whole_chains_and_stay_small() -> None:
         assert block.stop - block.start < MAX_BLOCK_SLOTS + draft.num_draft_tokens
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "in_blocks"),
+    [(torch.float64, False), (torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
+)
 @pytest.mark.parametrize("num_draft_tokens", [1, 2, 8, 16])
-def test_split_attention_equals_one_masked_softmax(num_draft_tokens: int, dtype: torch.dtype) -> None:
+def test_split_attention_equals_one_masked_softmax(
+    num_draft_tokens: int, dtype: torch.dtype, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Output and gradients of random queries, keys and values with grouped heads, against all pairs at once."""
+    monkeypatch.setattr(attention, "takes_onednn", lambda *_: in_blocks)  # either way, on every processor
     draft = DraftConfig(num_draft_tokens=num_draft_tokens)
     loss_masks = [np.array([False] * p + [True] * a) for p, a in ((7, 150), (2, 1), (30, 60))]
     documents = [

@@ -86,3 +86,23 @@ def test_a_loaded_model_has_the_weights_and_names_that_it_had(base_folder: Path)
     assert list(model.state_dict()) == list(plain.state_dict())
     ids = torch.arange(12)[None]
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_products_keep_float32_and_leave_the_setting_as_it_was() -> None:
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    rows = torch.full((300, 500), 1 + 2.0**-12)  # 1 in bfloat16
+    torch.testing.assert_close(linear(rows, rows), torch.full((300, 300), 500 * (1 + 2.0**-12) ** 2), rtol=1e-6, atol=0)
+    with pytest.raises(RuntimeError, match="shapes"):
+        linear(rows, torch.ones(4, 3))
+    assert setting.fp32_precision == before
+
+
+def test_a_processor_that_would_round_to_bfloat16_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded = torch.matmul
+
+    def through_bfloat16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return rounded(left.bfloat16(), right.bfloat16()).float()
+
+    monkeypatch.setattr(torch, "bmm", through_bfloat16)
+    assert not products._keeps_float32.__wrapped__()

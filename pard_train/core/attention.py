@@ -2,7 +2,8 @@
 
 dense   one boolean mask over the whole pack, through PyTorch's SDPA. Quadratic in slots: the oracle.
 split   per document: the text is plain causal attention; mask slots run in short blocks over [their text prefix | their
-        own chains]. No mask is ever larger than one block by one document. The CPU form.
+        own chains]. No mask is ever larger than one block by one document. The CPU form, whose float32 is computed
+        block by block in `block_attention`.
 flex    FlexAttention with a block mask: the kernel skips what no slot sees. The GPU form.
 
 Model code is not touched: `transformers` hands a 4-D mask, or extra keyword arguments of the model's forward, to the
@@ -12,6 +13,7 @@ attention function unchanged.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
+from pard_train.core.block_attention import QueryBlock, attend_blocks
+from pard_train.core.products import takes_onednn
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout, flex_mask_mod, is_visible
 
@@ -29,7 +33,7 @@ from pard_train.layout import SlotLayout, flex_mask_mod, is_visible
 
 IMPLEMENTATIONS = {"dense": "sdpa", "split": "pard_split", "flex": "flex_attention"}  # ours -> transformers' name
 FLEX_BLOCK = 128  # slots of a block, as FlexAttention has it by default
-MAX_BLOCK_SLOTS = 128  # mask slots per block of the split form; smaller blocks mask less and have more overhead
+MAX_BLOCK_SLOTS = 128  # slots per block of the split form; smaller blocks mask less and have more overhead
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class ChainBlock:
     start: int
     stop: int
     num_text: int  # P
+    num_shared: int  # of these, the tokens that all of the slots see
     mask: Tensor  # bool [Q, P + Q]
 
 
@@ -58,6 +63,35 @@ class SplitPlan:
 
     def __init__(self, pieces: list[TextSpan | ChainBlock]):
         self.pieces = pieces
+
+    @cached_property
+    def blocks(self) -> list[QueryBlock]:
+        """The same, the text in blocks too; made by the first layer that asks and used by all."""
+        blocks, text_start = [], 0
+        for piece in self.pieces:
+            if isinstance(piece, TextSpan):
+                text_start = piece.start
+                blocks += _text_blocks(piece)
+            else:
+                text = slice(text_start, text_start + piece.num_text)
+                bias = _bias(piece.mask[:, piece.num_shared :])
+                blocks.append(QueryBlock(slice(piece.start, piece.stop), text, bias))
+        return blocks
+
+
+def _text_blocks(text: TextSpan) -> list[QueryBlock]:
+    causal = torch.ones(MAX_BLOCK_SLOTS, MAX_BLOCK_SLOTS, dtype=torch.bool).tril()
+    blocks = []
+    for start in range(text.start, text.stop, MAX_BLOCK_SLOTS):
+        stop = min(start + MAX_BLOCK_SLOTS, text.stop)
+        bias = _bias(causal[: stop - start, : stop - start])
+        blocks.append(QueryBlock(slice(start, stop), slice(text.start, stop), bias))
+    return blocks
+
+
+def _bias(mask: Tensor) -> Tensor:
+    """Bool [Q, B] to what is added to scores: float32 [Q, 1, B], 0 or -inf."""
+    return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None]
 
 
 def resolve_attention(name: str, device_type: str) -> str:
@@ -145,11 +179,11 @@ def plan_split(layout: SlotLayout) -> list[TextSpan | ChainBlock]:
         text_stop = start + int((host.depth[start:stop] == 0).sum())
         plan.append(TextSpan(start, text_stop))
         for block_start, block_stop in _chain_blocks(host.depth, text_stop, stop):
-            num_text = int(host.anchor[block_stop - 1]) + 1
+            num_shared, num_text = (int(host.anchor[slot]) + 1 for slot in (block_start, block_stop - 1))
             queries = np.arange(block_start, block_stop)
             keys = np.concatenate([np.arange(start, start + num_text), queries])
             mask = torch.from_numpy(is_visible(host[queries], host[keys])).to(layout.depth.device)
-            plan.append(ChainBlock(block_start, block_stop, num_text, mask))
+            plan.append(ChainBlock(block_start, block_stop, num_text, num_shared, mask))
     return plan
 
 
@@ -188,6 +222,8 @@ def split_attention(
     Returns:
         Output [1, T, H, D] and None for the attention weights.
     """
+    if split_plan is not None and not dropout and takes_onednn(query, key):
+        return attend_blocks(query[0], key[0], value[0], split_plan.blocks, scaling)[None], None
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     pieces = [TextSpan(0, query.shape[2])] if split_plan is None else split_plan.pieces
