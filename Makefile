@@ -7,7 +7,8 @@ experiment ?= quickstart
 ARGS ?=
 
 BIN := $(VENV)/bin
-# Spinning threads, and memory that is given back and faulted in again at every step, slow a CPU run down.
+# Threads that spin slow processes down that share the cores, as tests do; and so does memory that is given back and
+# faulted in again at every step.
 export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 34359738368
@@ -24,6 +25,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+quickstart: export GOMP_SPINCOUNT ?= 20000  # one process: waking threads costs it more than a short spin
 quickstart: install  ## the whole job on real input; `make quickstart experiment=qwen2.5-0.5b` on a GPU node
 	$(BIN)/python recipes/quickstart.py experiment=$(experiment) $(ARGS)
 
