@@ -11,7 +11,8 @@ Both sides train on the same documents of random tokens with the same labels: pa
 for the reference (pard_train/training/reference.py), packs of chains for us. A step is forward, backward and AdamW.
 Models of the true shape have random weights, which run as fast as trained ones. On a CPU, set what `make quickstart`
 sets (GOMP_SPINCOUNT, MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_): waking threads takes longer than many an
-operation, and memory that is given back is faulted in again at every step. Prints tables and writes benchmarks/results/DATE-training-DEVICE-PRECISION[-NAME].md.
+operation, and memory that is given back is faulted in again at every step. Prints tables and writes
+benchmarks/results/DATE-training-DEVICE-PRECISION[-NAME].md.
 """
 
 from __future__ import annotations
