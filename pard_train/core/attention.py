@@ -80,7 +80,7 @@ class SplitPlan:
 
 
 def _text_blocks(text: TextSpan) -> list[QueryBlock]:
-    causal = torch.ones(MAX_BLOCK_SLOTS, MAX_BLOCK_SLOTS, dtype=torch.bool).tril()
+    causal = torch.ones(MAX_BLOCK_SLOTS, MAX_BLOCK_SLOTS, dtype=torch.bool, device="cpu").tril()
     blocks = []
     for start in range(text.start, text.stop, MAX_BLOCK_SLOTS):
         stop = min(start + MAX_BLOCK_SLOTS, text.stop)
@@ -91,7 +91,7 @@ def _text_blocks(text: TextSpan) -> list[QueryBlock]:
 
 def _bias(mask: Tensor) -> Tensor:
     """Bool [Q, B] to what is added to scores: float32 [Q, 1, B], 0 or -inf."""
-    return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None]
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, -torch.inf)[:, None]
 
 
 def resolve_attention(name: str, device_type: str) -> str:

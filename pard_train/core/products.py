@@ -130,7 +130,8 @@ def _keeps_float32() -> bool:
     """Whether oneDNN computes in float32 where bfloat16 is allowed: not with AMX, for one."""
     if not torch.backends.mkldnn.is_available():
         return False
-    fine = torch.full((PROBE_SIZE, PROBE_SIZE), 1 + 2.0**-12)  # 1 in bfloat16 and in TF32
+    # Each is 1 in bfloat16 and in TF32.
+    fine = torch.full((PROBE_SIZE, PROBE_SIZE), 1 + 2.0**-12, dtype=torch.float32, device="cpu")
     exact = PROBE_SIZE * (1 + 2.0**-12) ** 2
     with float32_onednn():
         products = (fine @ fine, torch.bmm(fine[None], fine.T[None]), F.linear(fine, fine))
