@@ -169,7 +169,13 @@ def test_blocks_of_the_split_form_hold_whole_chains_and_stay_small() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "in_blocks"),
-    [(torch.float64, False), (torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
+    [
+        (torch.float64, False),
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+    ],
 )
 @pytest.mark.parametrize("num_draft_tokens", [1, 2, 8, 16])
 def test_split_attention_equals_one_masked_softmax(

@@ -2,8 +2,8 @@
 
 dense   one boolean mask over the whole pack, through PyTorch's SDPA. Quadratic in slots: the oracle.
 split   per document: the text is plain causal attention; mask slots run in short blocks over [their text prefix | their
-        own chains]. No mask is ever larger than one block by one document. The CPU form, whose float32 is computed
-        block by block in `block_attention`.
+        own chains]. No mask is ever larger than one block by one document. The CPU form, computed in float32
+        by `block_attention` where oneDNN serves.
 flex    FlexAttention with a block mask: the kernel skips what no slot sees. The GPU form.
 
 Model code is not touched: `transformers` hands a 4-D mask, or extra keyword arguments of the model's forward, to the
@@ -33,6 +33,7 @@ from pard_train.layout import SlotLayout, flex_mask_mod, is_visible
 
 IMPLEMENTATIONS = {"dense": "sdpa", "split": "pard_split", "flex": "flex_attention"}  # ours -> transformers' name
 FLEX_BLOCK = 128  # slots of a block, as FlexAttention has it by default
+BLOCK_DTYPES = (torch.float32, torch.bfloat16)  # that `block_attention` serves in float32; bfloat16 is faster so, too
 MAX_BLOCK_SLOTS = 128  # slots per block of the split form; smaller blocks mask less and have more overhead
 
 
@@ -222,8 +223,11 @@ def split_attention(
     Returns:
         Output [1, T, H, D] and None for the attention weights.
     """
-    if split_plan is not None and not dropout and takes_onednn(query, key):
-        return attend_blocks(query[0], key[0], value[0], split_plan.blocks, scaling)[None], None
+    if split_plan is not None and not dropout and query.dtype in BLOCK_DTYPES:
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v = (x[0].float() for x in (query, key, value))
+            if takes_onednn(q, k):
+                return attend_blocks(q, k, v, split_plan.blocks, scaling)[None].to(query.dtype), None
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     pieces = [TextSpan(0, query.shape[2])] if split_plan is None else split_plan.pieces
