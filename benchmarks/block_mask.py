@@ -20,7 +20,7 @@ from training import peak, reset_peak, wait
 
 from pard_train.config import DraftConfig
 from pard_train.core.attention import chain_block_mask
-from pard_train.layout import DrawKey, SlotLayout, flex_mask_mod, lay_out_document, sample_chain_lengths
+from pard_train.layout import DrawKey, SlotLayout, lay_out_document, sample_chain_lengths
 from pard_train.model import default_device, device_name
 
 LENGTH = 512
@@ -36,7 +36,7 @@ def main() -> None:
     for size in parser.parse_args().slots:
         layout = build_layout(size, device)
         ours, seconds, memory = measured(lambda layout=layout: chain_block_mask(layout), device)
-        theirs, pair_seconds, pair_memory = measured(lambda layout=layout: from_all_pairs(layout), device)
+        theirs, pair_seconds, pair_memory = measured(lambda mask=ours: from_all_pairs(mask), device)
         assert torch.equal(ours.to_dense(), theirs.to_dense())
         figures = [f"{seconds:.4f}", f"{memory / 1e9:.2f}", f"{pair_seconds:.2f}", f"{pair_memory / 1e9:.2f}"]
         rows.append([f"{size:,}", *figures, f"{1 - ours.sparsity() / 100:.1%}"])
@@ -65,10 +65,9 @@ def build_layout(size: int, device: torch.device) -> SlotLayout:
     return SlotLayout(*(torch.from_numpy(np.concatenate(part)[:size]).to(device) for part in parts))
 
 
-def from_all_pairs(layout: SlotLayout) -> BlockMask:
-    """PyTorch's own way."""
-    size = len(layout)
-    return create_block_mask(flex_mask_mod(layout), None, None, size, size, device=layout.depth.device)
+def from_all_pairs(mask: BlockMask) -> BlockMask:
+    """PyTorch's own way, by the same rule."""
+    return create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device=mask.kv_indices.device)
 
 
 def measured(build: Callable[[], BlockMask], device: torch.device) -> tuple[BlockMask, float, float]:

@@ -25,7 +25,6 @@ collator, the loss, replay, decoding and the validation of settings all ask the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,29 +84,11 @@ def is_visible(query: SlotLayout, key: SlotLayout) -> Array:
     Returns:
         Boolean array [Tq, Tk]. Every slot sees itself, so that no row is empty.
     """
-    return _visible(
-        *(part[:, None] for part in (query.document, query.anchor, query.depth)),
-        *(part[None, :] for part in (key.document, key.anchor, key.depth)),
-    )
-
-
-def flex_mask_mod(layout: SlotLayout) -> Callable[[Array, Array, Array, Array], Array]:
-    """The same rule as a FlexAttention `mask_mod(batch, head, query_index, key_index)` over one pack."""
-    document, anchor, depth = layout.document, layout.anchor, layout.depth
-
-    def mask_mod(batch: Array, head: Array, q: Array, k: Array) -> Array:
-        return _visible(document[q], anchor[q], depth[q], document[k], anchor[k], depth[k])
-
-    return mask_mod
-
-
-def _visible(
-    q_document: Array, q_anchor: Array, q_depth: Array, k_document: Array, k_anchor: Array, k_depth: Array
-) -> Array:
-    is_same_document = q_document == k_document
+    q_document, q_anchor, q_depth = (part[:, None] for part in (query.document, query.anchor, query.depth))
+    k_document, k_anchor, k_depth = (part[None, :] for part in (key.document, key.anchor, key.depth))
     is_visible_text = (k_depth == 0) & (k_anchor <= q_anchor)
     is_own_chain = (k_anchor == q_anchor) & (k_depth <= q_depth)
-    return is_same_document & (is_visible_text | is_own_chain)
+    return (q_document == k_document) & (is_visible_text | is_own_chain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import build_model, conversations
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.config import DraftConfig, ObjectiveConfig
@@ -24,7 +24,7 @@ from pard_train.core.attention import (
 )
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import Member, PardCollator
-from pard_train.layout import DrawKey, SlotLayout, flex_mask_mod, is_visible, lay_out_document, sample_chain_lengths
+from pard_train.layout import DrawKey, SlotLayout, is_visible, lay_out_document, sample_chain_lengths
 
 MASK = 300
 TOLERANCE = 2e-5  # of logits around 7 in float32
@@ -110,7 +110,9 @@ def test_the_block_mask_is_the_one_that_all_pairs_give(num_draft_tokens: int, nu
     parts = ([getattr(d, name) for d in (*documents, padding)] for name in ("document", "anchor", "depth"))
     layout = SlotLayout(*(torch.from_numpy(np.concatenate(part)) for part in parts))
     ours = chain_block_mask(layout)
-    theirs = create_block_mask(flex_mask_mod(layout), None, None, len(layout), len(layout), device="cpu")
+    visible = is_visible(layout, layout)
+    theirs = create_block_mask(lambda b, h, q, k: visible[q, k], None, None, len(layout), len(layout), device="cpu")
+    assert torch.equal(create_mask(ours.mask_mod, 1, 1, len(layout), len(layout), device="cpu")[0, 0], visible)
     assert ours.seq_lengths == theirs.seq_lengths
     assert ours.full_kv_num_blocks.sum() > 0
     for name in ("kv", "full_kv", "q", "full_q"):

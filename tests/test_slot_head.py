@@ -28,6 +28,7 @@ from pard_train.layout import (
     sample_chain_lengths,
     slot_labels,
 )
+from pard_train.training.clock import num_compilations
 
 TOP_K = 6
 OBJECTIVES = {
@@ -146,6 +147,31 @@ def test_chunks_under_autocast_are_as_near_to_the_exact_gradients_as_all_logits_
     for mine, theirs, truth in zip(torch.autograd.grad(scores.loss, parameters), at_once, exact, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - truth).norm() <= 1.2 * (theirs - truth).norm()
+
+
+@all_objectives
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_what_is_compiled_for_accelerators_is_what_runs_on_a_cpu(
+    name: str, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is compiled once for chunks of any size."""
+
+    def results(num_documents: int) -> list[Tensor]:
+        hidden, head, targets, _, reweigh = random_task(num_documents, name)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            scores = score_slots(hidden, head, targets, OBJECTIVES[name], reweigh)
+        return [scores.loss, scores.losses, *torch.autograd.grad(scores.loss, [hidden, *head.parameters()])]
+
+    expected = [results(num_documents) for num_documents in (3, 1, 2)]
+    torch.compiler.reset()
+    monkeypatch.setattr(slot_head, "EAGER_DEVICES", ())
+    compilations = []
+    tolerance = 1e-4 if precision == torch.float32 else 2.0**-8  # half a step of bfloat16
+    for num_documents, theirs in zip((3, 1, 2), expected, strict=True):
+        before = num_compilations()
+        torch.testing.assert_close(results(num_documents), theirs, atol=tolerance, rtol=tolerance)
+        compilations.append(num_compilations() - before)
+    assert compilations == [1 + OBJECTIVES[name].dpace, 0, 0]
 
 
 @all_objectives

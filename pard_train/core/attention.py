@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 from pard_train.core.block_attention import QueryBlock, attend_blocks
 from pard_train.core.products import takes_onednn
 from pard_train.errors import UserError
-from pard_train.layout import SlotLayout, flex_mask_mod, is_visible
+from pard_train.layout import SlotLayout, is_visible
 
 # Legend: T slots of the pack, N blocks of FlexAttention, Q queries of a block, P text prefix, H heads, G heads per
 # key-value head, D head size.
@@ -127,7 +127,9 @@ def chain_block_mask(layout: SlotLayout) -> BlockMask:
 
     PyTorch's `create_block_mask` asks its mask about all T * T pairs: gigabytes at 32k slots, in every step. But what
     a slot sees is two runs of slots: text from its document's start to its anchor, and its chain up to itself. The
-    blocks that a run meets, and those that it covers, follow from its ends.
+    blocks that a run meets, and those that it covers, follow from its ends. And what a slot sees of a block is found
+    from the ends, too: a kernel does so for every pair of a block that is not covered, and the rule of `is_visible`
+    would take it longer there than the products.
 
     Args:
         layout: T slots, tensors [T]; the slots of a document, and those of a chain, lie next to each other.
@@ -136,6 +138,12 @@ def chain_block_mask(layout: SlotLayout) -> BlockMask:
     is_first = torch.diff(layout.document, prepend=layout.document[:1] - 1) != 0
     start = torch.where(is_first, slot, 0).cummax(dim=0).values
     text_stop, chain_start, chain_stop = start + layout.anchor + 1, slot - layout.depth + 1, slot + 1
+    text_from, text_to, chain_from = start.int(), text_stop.int(), chain_start.int()
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_text = (key >= text_from[query]) & (key < text_to[query])
+        return is_text | ((key >= chain_from[query]) & (key <= query))
+
     is_met = _count_runs(start // FLEX_BLOCK, _ceil(text_stop)) > 0
     is_met |= _count_runs(chain_start // FLEX_BLOCK, _ceil(chain_stop)) > 0
     is_full = _count_runs(_ceil(start), torch.maximum(_ceil(start), text_stop // FLEX_BLOCK)) == FLEX_BLOCK
@@ -143,7 +151,7 @@ def chain_block_mask(layout: SlotLayout) -> BlockMask:
         *_list_blocks(is_met & ~is_full),
         *_list_blocks(is_full),
         BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=flex_mask_mod(layout),
+        mask_mod=mask_mod,
         seq_lengths=(len(layout), len(layout)),
     )
 

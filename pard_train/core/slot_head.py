@@ -6,6 +6,7 @@ of ten thousand slots are 6 GB, and their gradient is as large. Here a chunk of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from pard_train.core.terms import SlotTargets, mix_terms
 # Legend: S supervised slots, C slots of a chunk, V vocabulary, D hidden size, k tokens of the target's top k.
 
 # Each chunk reads and writes the gradient of the whole head, so a chunk has many slots, whatever the vocabulary: with
-# 152 thousand tokens their float32 logits are 0.6 GB, and 0.16 GB on a CPU.
-CHUNK_SLOTS, CHUNK_SLOTS_CPU = 1024, 256
+# 152 thousand tokens their bfloat16 logits are 1.2 GB, and 0.16 GB in float32 on a CPU.
+CHUNK_SLOTS, CHUNK_SLOTS_CPU = 4096, 256
+EAGER_DEVICES = ("cpu",)  # elsewhere `_sweep` is compiled: operation by operation it takes longer than the products
 # What some models do to the logits after the head; the loss of the head alone would not be theirs.
 AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
@@ -74,11 +76,92 @@ def score_slots(
 
 
 def _chunks(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """One chunk of slots after the other with its logits, float32 [C, V]."""
-    rows = CHUNK_SLOTS_CPU if hidden.device.type == "cpu" else CHUNK_SLOTS
+    """One chunk of slots after the other, all of about one size, with its logits [C, V]."""
+    limit = CHUNK_SLOTS_CPU if hidden.device.type == "cpu" else CHUNK_SLOTS
+    num_chunks = max(1, -(-len(hidden) // limit))
+    rows = max(1, -(-len(hidden) // num_chunks))
     for start in range(0, len(hidden), rows):
         piece = slice(start, start + rows)
-        yield piece, linear(hidden[piece], matrix, bias).float()
+        yield piece, linear(hidden[piece], matrix, bias)
+
+
+def _score_chunk(
+    logits: Tensor, targets: SlotTargets, weight: Tensor, objective: ObjectiveConfig, has_slope: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a chunk of slots says, in float32 whatever the dtype of its logits.
+
+    Args:
+        logits: [C, V]; overwritten, with their own gradient where that is asked for.
+        targets: of C slots.
+        weight: float32 [C].
+        objective: its terms.
+        has_slope: whether the gradient is asked for.
+
+    Returns:
+        Cross entropy and terms, float32 [C], and whether the arg max is the label, bool [C].
+    """
+    known = targets.known_tokens()  # [C, 1 + k]
+    inputs, sweep = (logits, logits.gather(1, known), known, targets.teacher_logprobs, weight), _sweep
+    if logits.device.type not in EAGER_DEVICES:
+        sweep = _compiled_sweep()
+        for tensor in filter(torch.is_tensor, inputs):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # else a chunk of another size would be compiled for again
+    losses, terms, is_correct, slope_of_known = sweep(*inputs, objective, has_slope)
+    if slope_of_known is not None:
+        logits.scatter_(1, known, slope_of_known)
+    return losses, terms, is_correct
+
+
+def _sweep(
+    logits: Tensor,
+    of_known: Tensor,
+    known: Tensor,
+    teacher_logprobs: Tensor | None,
+    weight: Tensor,
+    objective: ObjectiveConfig,
+    has_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The part of `_score_chunk` that goes over all logits, and nothing that would keep a compiler from one kernel.
+
+    Args:
+        logits: [C, V]; become the softmax's part of their gradient.
+        of_known: those of the known tokens, [C, 1 + k].
+        known: int64 [C, 1 + k].
+        teacher_logprobs: float [C, k] or None.
+        weight: float32 [C].
+        objective: its terms.
+        has_slope: whether the gradient is asked for.
+
+    Returns:
+        As `_score_chunk`, and the gradients of the known tokens' logits, which are not those in `logits`.
+    """
+    values = logits.float()
+    top, choice = values.max(dim=1, keepdim=True)
+    is_correct = choice[:, 0] == known[:, 0]
+    exponents = values.sub_(top).exp_()
+    total = exponents.sum(dim=1, keepdim=True)
+    logprobs = of_known.float() - top - total.log()
+    terms, pull = mix_terms(logprobs, teacher_logprobs, objective)
+    if not has_slope:
+        return -logprobs[:, 0], terms, is_correct, None
+    pull = pull * weight[:, None]
+    all_pull = pull.sum(dim=1, keepdim=True)
+    logits.copy_(exponents.mul_(all_pull / total))
+    # From the exact softmax: rounded to bfloat16 first, that of a token learnt well would be 1, and its gradient 0.
+    slope_of_known = logprobs.exp() * all_pull - _sum_equal(known, pull)
+    return -logprobs[:, 0], terms, is_correct, slope_of_known.to(logits.dtype)
+
+
+@functools.cache
+def _compiled_sweep() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    return torch.compile(_sweep)
+
+
+def _sum_equal(known: Tensor, pull: Tensor) -> Tensor:
+    """Pull of each known token from all places it is known from, [C, 1 + k]: the label may be one of the top k."""
+    is_label = known[:, 1:] == known[:, :1]
+    of_label = pull[:, :1] + (pull[:, 1:] * is_label).sum(dim=1, keepdim=True)
+    return torch.cat([of_label, torch.where(is_label, of_label, pull[:, 1:])], dim=1)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -97,26 +180,15 @@ class _ChunkedLoss(torch.autograd.Function):
         parts = (hidden, matrix.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
         weight = targets.weight
         if reweigh is not None:
-            weight = weight * reweigh(_label_logprobs(*parts, targets.labels))
+            weight = weight * reweigh(_label_logprobs(*parts, targets))
         losses, terms = (torch.empty_like(weight) for _ in range(2))
         is_correct = torch.empty_like(targets.labels, dtype=torch.bool)
         gradients = _Gradients.zeros(hidden, matrix, bias) if has_backward else None
         for piece, logits in _chunks(*parts):
-            part = targets[piece]
-            known = part.known_tokens()  # [C, 1 + k]
-            top, choice = logits.max(dim=1)
-            is_correct[piece] = choice == part.labels
-            of_known = logits.gather(1, known) - top[:, None]
-            exponents = logits.sub_(top[:, None]).exp_()
-            total = exponents.sum(dim=1)
-            logprobs = of_known - total.log()[:, None]
-            losses[piece] = -logprobs[:, 0]
-            terms[piece], pull = mix_terms(logprobs, part.teacher_logprobs, objective)
+            scores = _score_chunk(logits, targets[piece], weight[piece], objective, has_backward)
+            losses[piece], terms[piece], is_correct[piece] = scores
             if gradients is not None:
-                pull = pull * weight[piece, None]
-                slope = exponents.mul_((pull.sum(dim=1) / total)[:, None])
-                slope.scatter_add_(1, known, -pull)
-                gradients.add(piece, slope.to(hidden.dtype), *parts[:2])
+                gradients.add(piece, logits, *parts[:2])  # by now their gradient
         ctx.gradients = gradients
         ctx.mark_non_differentiable(losses, is_correct)
         return terms @ weight, losses, is_correct
@@ -128,11 +200,13 @@ class _ChunkedLoss(torch.autograd.Function):
         return hidden, matrix, bias, None, None, None, None
 
 
-def _label_logprobs(hidden: Tensor, matrix: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def _label_logprobs(hidden: Tensor, matrix: Tensor, bias: Tensor | None, targets: SlotTargets) -> Tensor:
     """Log-probability of every label, float32 [S]."""
-    result = labels.new_empty(len(labels), dtype=torch.float32)
+    result = torch.empty_like(targets.weight)
     for piece, logits in _chunks(hidden, matrix, bias):
-        result[piece] = logits.gather(1, labels[piece, None]).squeeze(1) - logits.logsumexp(dim=1)
+        labels, weight = targets.labels[piece], targets.weight[piece]
+        losses, _, _ = _score_chunk(logits, SlotTargets(labels, weight), weight, ObjectiveConfig(), has_slope=False)
+        result[piece] = -losses
     return result
 
 
