@@ -22,7 +22,8 @@ from pard_train.layout import IGNORE_INDEX, SlotLayout
 from pard_train.training.throughput import ModelShape
 
 REPEATS = 3
-PRODUCT = (2048, 576, 1536)  # rows, inputs, outputs: a matrix of SmolLM2-135M
+PRODUCT_CPU = (2048, 576, 1536)  # rows, inputs, outputs: a matrix of SmolLM2-135M
+PRODUCT = (16384, 896, 4864)  # a matrix of Qwen2.5-0.5B, with rows enough for an accelerator
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,14 @@ def time_stages(
     return StageTimes(head, attended, _seconds(update))
 
 
+def product_of(device: torch.device) -> tuple[int, int, int]:
+    """Rows, inputs and outputs of the product that the stages are compared with."""
+    return PRODUCT_CPU if device.type == "cpu" else PRODUCT
+
+
 def product_rates(device: torch.device) -> dict[str, float]:
     """FLOP/s that one product of a layer's size reaches alone: the limit of a step that is made of them."""
-    num_rows, inputs, outputs = PRODUCT
+    num_rows, inputs, outputs = product_of(device)
     rows, weight = torch.randn(num_rows, inputs, device=device), torch.randn(outputs, inputs, device=device)
     narrow = (rows.bfloat16(), weight.bfloat16())
     ways = {"float32 by PyTorch": (F.linear, (rows, weight)), "bfloat16 by PyTorch": (F.linear, narrow)}

@@ -5,7 +5,7 @@
     python benchmarks/training.py --models smollm2-135m:4 --lengths 512 1024 2048 --k 8 16 --skip-reference \
         --rounds 1 --name growth                           # how ours grows
     python benchmarks/training.py --models qwen2.5-0.5b --lengths 512 1024 2048 4096 8192 32768 --k 8 16 \
-        --precision bf16 --tokens 16384 --slot-budgets 32768 131072 --rounds 10          # on a GPU
+        --precision bf16 --tokens 16384 --slot-budgets 32768 131072 --rounds 10 --compile     # on a GPU
 
 Both sides train on the same documents of random tokens with the same labels: padded samples and one dense mask each
 for the reference (pard_train/training/reference.py), packs of chains for us. A step is forward, backward and AdamW.
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from pages import command, origin, write_page
-from stages import PRODUCT, StageTimes, product_rates, time_stages
+from stages import StageTimes, product_of, product_rates, time_stages
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
@@ -85,6 +85,7 @@ def main() -> None:
     """Measure, print and write."""
     arguments = parse()
     torch.manual_seed(0)
+    torch._dynamo.config.automatic_dynamic_shapes = False  # several budgets are several runs, each with its own size
     device = default_device()
     settings: list[Setting] = []
     for name in arguments.models:
@@ -112,6 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each side, after three that are not")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--skip-reference", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="our model, as trainer.compile=true does")
     parser.add_argument("--name", help="added to the page's name")
     parser.add_argument(
         "--same-products", action="store_true", help="give the reference our float32 products on a CPU, too (oneDNN)"
@@ -136,6 +138,7 @@ def build_config(name: str) -> PretrainedConfig:
 
 def compare(name: str, length: int, k: int, device: torch.device, arguments: argparse.Namespace) -> list[Setting]:
     """Both sides at one model, length and K, step by step in turns."""
+    torch.compiler.reset()  # a run has one size of packs, so that no other is compiled for
     config = build_config(name)
     shape = ModelShape.of(config)
     assert shape is not None
@@ -245,6 +248,7 @@ def our_step(
     if device.type == "cpu":
         use_onednn(model)  # as in load_causal_lm
     pack_loss = PackLoss(model, attention, draft.num_draft_tokens)
+    forward = torch.compile(model) if arguments.compile else model
     collator = PardCollator(draft, ObjectiveConfig(), MASK_TOKEN, budget)
     bounds = bounds_of(documents, draft)
     if bounds.max() > budget:
@@ -264,7 +268,7 @@ def our_step(
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum()
         for batch in batches:
             with precision_of(arguments, device):
-                loss, _ = pack_loss(model, batch, 1 / weight)
+                loss, _ = pack_loss(forward, batch, 1 / weight)
             loss.backward()
             layout = SlotLayout(*(batch[name] for name in ("document", "anchor", "depth")))
             work += count_work(layout, batch["labels"])
@@ -348,7 +352,7 @@ def describe(setting: Setting) -> str:
     if setting.failure:
         return f"{setting.side}, {setting.model}, {setting.length} tokens, K {setting.k}: {setting.failure}"
     return (
-        f"{setting.side}, {setting.model}, {setting.length} tokens, K {setting.k}: {setting.median:.2f} s a step, "
+        f"{setting.side}, {setting.model}, {setting.length} tokens, K {setting.k}: {setting.median:.3g} s a step, "
         f"{setting.tokens_per_second:,.0f} supervised tokens/s, peak {setting.memory / 1e9:.1f} GB"
     )
 
@@ -364,6 +368,7 @@ def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
         f"of each a prompt: forward, backward, clipping, AdamW. {arguments.rounds} timed steps of each side, in "
         f"turns, after {WARM_STEPS} that are not timed, the first of which shows the memory. "
         + ("Both sides' float32 products go through oneDNN. " if arguments.same_products else "")
+        + ("Our model is compiled. " if arguments.compile else "")
         + (f"Documents are up to {arguments.spread:.0%} shorter than said." if arguments.spread else ""),
         "",
         f"    {command()}",
@@ -399,7 +404,7 @@ def ratio_table(settings: Sequence[Setting]) -> list[str]:
             ratio = f"{s.tokens_per_second / base.tokens_per_second:.2f}"
             memory = f"{s.memory / base.memory:.2f}"
         lines.append(
-            f"{start}{s.work.slots:,} | {s.median:.2f} ({min(s.seconds):.2f}-{max(s.seconds):.2f}) | "
+            f"{start}{s.work.slots:,} | {s.median:.3g} ({min(s.seconds):.3g}-{max(s.seconds):.3g}) | "
             f"{s.tokens_per_second:,.0f} | {ratio} | {s.work.supervised / s.median:,.0f} | {s.memory / 1e9:.2f} | "
             f"{memory} |"
         )
@@ -452,7 +457,7 @@ def stage_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
     """Our step by stages: the time of each, and how far its rate is from that of a product alone."""
     rates = product_rates(default_device())
     limit = max(rate for name, rate in rates.items() if name.startswith("bfloat16") == (bytes_per_value == 2))
-    num_rows, inputs, outputs = PRODUCT
+    num_rows, inputs, outputs = product_of(default_device())
     lines = [
         f"One product of {num_rows:,} rows by a matrix of {inputs} x {outputs:,}, alone, in TFLOP/s: "
         + ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in rates.items())
@@ -474,7 +479,7 @@ def stage_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
         ):
             rate = "" if flops is None else f"{flops / seconds / 1e12:.3f} | {flops / seconds / limit:.0%}"
             lines.append(
-                f"| {s.model} | {s.length:,} | {s.k} | {name} | {seconds:.2f} | {seconds / s.median:.0%} | "
+                f"| {s.model} | {s.length:,} | {s.k} | {name} | {seconds:.2g} | {seconds / s.median:.0%} | "
                 f"{rate or ' | '} |"
             )
     return [*lines, "", "Head, attention and optimizer are timed alone, on the same packs; the layers are the rest."]
