@@ -15,6 +15,7 @@ from tiny import build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from pard_train.config import DraftConfig, ObjectiveConfig, TrainConfig
+from pard_train.core import slot_head
 from pard_train.core.attention import IMPLEMENTATIONS, attention_inputs
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import Member, PardCollator
@@ -49,13 +50,16 @@ class AfterStep(TrainerCallback):
             self.action()
 
 
+@pytest.mark.parametrize("is_head_compiled", [False, True])  # as it is on an accelerator
 def test_a_compiled_model_is_compiled_once_and_trains_as_ever(
-    base_folder: Path, chats_file: Path, tmp_path: Path
+    base_folder: Path, chats_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_head_compiled: bool
 ) -> None:
     """Packs differ in documents, chains and supervised slots. None of it is compiled for."""
     plain = experiment(base_folder, chats_file, tmp_path / "plain", max_steps=NUM_STEPS)
     compiled = replace(plain, trainer=replace(plain.trainer, compile=True), output_dir=str(tmp_path / "compiled"))
     expected = load_file(train(plain) / "model.safetensors")
+    if is_head_compiled:
+        monkeypatch.setattr(slot_head, "EAGER_DEVICES", ())
     try:
         forbid = AfterStep(WARM_UP_STEPS, lambda: torch.compiler.set_stance("fail_on_recompile"))
         weights = load_file(train(compiled, callbacks=[forbid]) / "model.safetensors")
