@@ -2,7 +2,7 @@
 
     python benchmarks/training.py                          # some minutes on two cores
     python benchmarks/training.py --models smollm2-135m --lengths 300 --rounds 5
-    python benchmarks/training.py --models smollm2-135m:4 --lengths 512 1024 2048 --k 8 16 --skip-reference \
+    python benchmarks/training.py --models smollm2-135m:2 --lengths 512 1024 2048 4096 8192 --k 8 16 --skip-reference \
         --rounds 1 --name growth                           # how ours grows
     python benchmarks/training.py --models qwen2.5-0.5b --lengths 512 1024 2048 4096 8192 32768 --k 8 16 \
         --precision bf16 --tokens 16384 --slot-budgets 32768 131072 --rounds 10 --compile     # on a GPU
