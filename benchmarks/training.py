@@ -8,7 +8,8 @@
         --precision bf16 --tokens 16384 --slot-budgets 32768 131072 --rounds 10 --compile     # on a GPU
 
 Both sides train on the same documents of random tokens with the same labels: padded samples and one dense mask each
-for the reference (pard_train/training/reference.py), packs of chains for us. A step is forward, backward and AdamW.
+for the reference (pard_train/training/reference.py), packs of chains for us. A step is forward, backward and AdamW, its
+batch at hand.
 Models of the true shape have random weights, which run as fast as trained ones. On a CPU, set what `make quickstart`
 sets (GOMP_SPINCOUNT, MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_): waking threads takes longer than many an
 operation, and memory that is given back is faulted in again at every step. Prints tables and writes
@@ -19,10 +20,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ from pard_train.data.packages import local_model
 from pard_train.data.packing import Member, PardCollator, best_fit
 from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, slot_bounds, supervised_runs
 from pard_train.model import default_device, device_name
-from pard_train.training.reference import build_dense_batch, dense_loss, draw_kept, prepare_reference_model
+from pard_train.training.reference import DenseBatch, build_dense_batch, dense_loss, draw_kept, prepare_reference_model
 from pard_train.training.throughput import ModelShape, Work, chip_of, count_work, step_cost
 
 REFERENCE, OURS = "dense reference", "pard_train"
@@ -88,13 +91,11 @@ def main() -> None:
     torch._dynamo.config.automatic_dynamic_shapes = False  # several budgets are several runs, each with its own size
     device = default_device()
     settings: list[Setting] = []
-    for name in arguments.models:
-        for length in arguments.lengths:
-            for k in arguments.k:
-                settings += compare(name, length, k, device, arguments)
-    page = render(settings, arguments)
+    for name, length, k in product(arguments.models, arguments.lengths, arguments.k):
+        settings += compare(name, length, k, device, arguments)
+        page = render(settings, arguments)  # so far: a run that is cut off leaves what it has measured
+        write_page("-".join(filter(None, ["training", device.type, arguments.precision, arguments.name])), page)
     print(page)
-    write_page("-".join(filter(None, ["training", device.type, arguments.precision, arguments.name])), page)
 
 
 def parse() -> argparse.Namespace:
@@ -144,21 +145,34 @@ def compare(name: str, length: int, k: int, device: torch.device, arguments: arg
     assert shape is not None
     draft, documents = DraftConfig(num_draft_tokens=k), build_documents(length, config.vocab_size, arguments)
     budgets = arguments.slot_budgets or [bound_of(documents, draft)]
-    settings, steps = [], []
-    if not arguments.skip_reference:
-        settings.append(Setting(REFERENCE, name, length, k, None, shape))
-        steps.append(reference_step(config, documents, draft, device, arguments))
-    for budget in budgets:
-        settings.append(Setting(OURS, name, length, k, budget, shape))
-        steps.append(our_step(config, documents, draft, budget, device, arguments))
+    settings = [] if arguments.skip_reference else [Setting(REFERENCE, name, length, k, None, shape)]
+    settings += [Setting(OURS, name, length, k, budget, shape) for budget in budgets]
+    running = []
+    for setting in settings:
+        setting.failure = why_not(setting, documents, draft)
+        if setting.budget is None and not setting.failure:
+            running.append((setting, reference_step(config, documents, draft, device, arguments)))
+        elif setting.budget is not None and not setting.failure:
+            running.append((setting, our_step(config, documents, draft, setting.budget, device, arguments)))
     for _ in range(WARM_STEPS + arguments.rounds):
-        for setting, step in zip(settings, steps, strict=True):
+        for setting, step in running:
             run_step(setting, step, device)
-    for setting, step in zip(settings, steps, strict=True):
+    for setting, step in running:
         if not setting.failure:
             setting.stages = step.time_stages(shape)
+    for setting in settings:
         print(describe(setting), flush=True)
     return settings
+
+
+def why_not(setting: Setting, documents: Sequence[Document], draft: DraftConfig) -> str:
+    """Why a setting cannot run, empty if it may."""
+    if setting.budget is None:
+        size = 4 * len(documents) * (setting.k * setting.length) ** 2  # of its masks, before slots are cut out
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return f"its masks take {size / 1e9:,.0f} GB" if 2 * size > memory else ""
+    largest = int(bounds_of(documents, draft).max())
+    return f"a document needs {largest:,} slots" if largest > setting.budget else ""
 
 
 def build_documents(length: int, vocabulary: int, arguments: argparse.Namespace) -> list[Document]:
@@ -190,7 +204,8 @@ def bounds_of(documents: Sequence[Document], draft: DraftConfig) -> np.ndarray:
 class Step:
     """One side's step."""
 
-    run: Callable[[int], tuple[Work, int]]  # number of the step -> what it learned from, supervised tokens
+    prepare: Callable[[int], Any]  # number of the step -> its batch on the device; not timed
+    run: Callable[[Any], tuple[Work, int]]  # batch -> what it learned from, supervised tokens
     time_stages: Callable[[ModelShape], StageTimes | None] = lambda shape: None
 
 
@@ -220,9 +235,10 @@ def reference_step(
     length = max(len(document.input_ids) for document in documents)
     draw = np.random.default_rng(0)
 
-    def step(number: int) -> tuple[Work, int]:
-        kept = draw_kept(length, draft, draw)
-        batch = build_dense_batch(documents, kept, MASK_TOKEN).to(device)
+    def prepare(number: int) -> DenseBatch:
+        return build_dense_batch(documents, draw_kept(length, draft, draw), MASK_TOKEN).to(device)
+
+    def step(batch: DenseBatch) -> tuple[Work, int]:
         with precision_of(arguments, device):
             loss = dense_loss(model, batch)
         loss.backward()
@@ -231,7 +247,7 @@ def reference_step(
         work = Work(batch.labels.numel(), int(is_supervised.sum()), int((batch.mask == 0).sum()))
         return work, int(is_supervised[:, :length].sum())  # depth 0 comes first
 
-    return Step(step)
+    return Step(prepare, step)
 
 
 def our_step(
@@ -251,8 +267,6 @@ def our_step(
     forward = torch.compile(model) if arguments.compile else model
     collator = PardCollator(draft, ObjectiveConfig(), MASK_TOKEN, budget)
     bounds = bounds_of(documents, draft)
-    if bounds.max() > budget:
-        sys.exit(f"--slot-budgets {budget}: a document of {len(documents[0].input_ids)} tokens needs {bounds.max()}")
     order = np.argsort(-bounds, kind="stable")
     bins = np.empty_like(order)
     bins[order] = best_fit(bounds[order], budget)
@@ -262,9 +276,8 @@ def our_step(
         packs = [[m for m, b in zip(members, bins, strict=True) if b == bin_] for bin_ in range(bins.max() + 1)]
         return [{k: v.to(device) for k, v in collator([pack]).items()} for pack in packs]
 
-    def step(number: int) -> tuple[Work, int]:
+    def step(batches: list[dict[str, Tensor]]) -> tuple[Work, int]:
         work, num_tokens = torch.zeros(3, dtype=torch.float64, device=device), 0
-        batches = packs_of(number)
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum()
         for batch in batches:
             with precision_of(arguments, device):
@@ -280,7 +293,7 @@ def our_step(
         dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
         return time_stages(model, shape, packs_of(0), attention, dtype, lambda: update(model, optimizer, keep=True))
 
-    return Step(step, stages)
+    return Step(packs_of, step, stages)
 
 
 def supervised_tokens(batch: dict[str, Tensor]) -> int:
@@ -302,19 +315,21 @@ def run_step(setting: Setting, step: Step, device: torch.device) -> None:
         return
     is_first = setting.num_steps == 0
     before = reset_peak(device) if is_first else 0.0
-    wait()
-    started = time.perf_counter()
     try:
-        setting.work, setting.num_tokens = step.run(setting.num_steps)
+        batch = step.prepare(setting.num_steps)
+        wait()
+        started = time.perf_counter()
+        setting.work, setting.num_tokens = step.run(batch)
+        wait()
     except torch.OutOfMemoryError as error:
         setting.failure = str(error).splitlines()[0]
         return
-    wait()
+    seconds = time.perf_counter() - started
     if is_first:
         weights = 4 * (setting.shape.layer_weights + setting.shape.head_weights)  # they were there before
         setting.memory = peak(device) - before + weights
     elif setting.num_steps >= WARM_STEPS:
-        setting.seconds.append(time.perf_counter() - started)
+        setting.seconds.append(seconds)
     setting.num_steps += 1
 
 
