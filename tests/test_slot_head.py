@@ -174,6 +174,15 @@ def test_what_is_compiled_for_accelerators_is_what_runs_on_a_cpu(
     assert compilations == [1 + OBJECTIVES[name].dpace, 0, 0]
 
 
+def test_a_label_that_is_learnt_well_still_has_a_gradient_in_bfloat16() -> None:
+    """Its probability is 0.9997, which bfloat16 rounds to 1."""
+    logits, label = torch.zeros(1, 50, dtype=torch.bfloat16), torch.tensor([7])
+    logits[0, 7] = 12
+    exact = logits[0].double().softmax(dim=0)[7].item() - 1
+    slot_head._score_chunk(logits, SlotTargets(label, torch.ones(1)), torch.ones(1), ObjectiveConfig(), has_slope=True)
+    assert logits[0, 7].item() == pytest.approx(exact, rel=0.01)
+
+
 @all_objectives
 def test_a_chunk_is_all_the_logits_that_are_ever_held(name: str) -> None:
     hidden, head, targets, _, reweigh = random_task(12, name)

@@ -129,7 +129,7 @@ def chain_block_mask(layout: SlotLayout) -> BlockMask:
     a slot sees is two runs of slots: text from its document's start to its anchor, and its chain up to itself. The
     blocks that a run meets, and those that it covers, follow from its ends. And what a slot sees of a block is found
     from the ends, too: a kernel does so for every pair of a block that is not covered, and the rule of `is_visible`
-    would take it longer there than the products.
+    has more to load and to compare.
 
     Args:
         layout: T slots, tensors [T]; the slots of a document, and those of a chain, lie next to each other.

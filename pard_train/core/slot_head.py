@@ -25,7 +25,7 @@ from pard_train.core.terms import SlotTargets, mix_terms
 # Each chunk reads and writes the gradient of the whole head, so a chunk has many slots, whatever the vocabulary: with
 # 152 thousand tokens their bfloat16 logits are 1.2 GB, and 0.16 GB in float32 on a CPU.
 CHUNK_SLOTS, CHUNK_SLOTS_CPU = 4096, 256
-EAGER_DEVICES = ("cpu",)  # elsewhere `_sweep` is compiled: operation by operation it takes longer than the products
+EAGER_DEVICES = ("cpu",)  # elsewhere `_sweep` is compiled, to go over the logits as often as it must and no more
 # What some models do to the logits after the head; the loss of the head alone would not be theirs.
 AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
