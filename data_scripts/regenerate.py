@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -53,7 +52,7 @@ from pard_train.evaluation.target_text import (
     write_batches,
 )
 from pard_train.generation.decoding import Limits, end_ids_of
-from pard_train.model import DTYPES, default_device, load_causal_lm, load_tokenizer
+from pard_train.model import DTYPES, default_device, load_causal_lm, load_tokenizer, this_process
 from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
 from pard_train.validation import validate_regenerate
 from recipes.app import hydra_program
@@ -168,7 +167,7 @@ def write_answers(
         UserError: at a bad row or a server that does not fit, before anything is asked; if all servers of a target
             fail; or if no conversation got an answer.
     """
-    process = _this_process()
+    process = this_process()
     if config.servers and process.num_processes > 1:
         raise UserError("regenerate.servers are asked by one process: start it without torchrun")
     if prompts_file.resolve() == (folder / ANSWERS_FILE).resolve():
@@ -198,12 +197,6 @@ def write_answers(
         write_json(folder / MANIFEST_FILE, manifest)
     process.wait_for_everyone()
     return Written(folder / ANSWERS_FILE, read_json(folder / MANIFEST_FILE))
-
-
-def _this_process() -> PartialState:
-    """This process among those of a launcher, which wait for the slowest as long as it takes."""
-    is_cpu = default_device().type == "cpu"  # accelerate takes every process for the only one unless it is told
-    return PartialState(cpu=is_cpu, timeout=timedelta(days=30))
 
 
 def _owner(row: Row, num_targets: int) -> int:
@@ -369,7 +362,7 @@ def run(config: TrainConfig) -> None:
         template_kwargs=config.data.template_kwargs,
         seed=config.seed,
     )
-    process = _this_process()
+    process = this_process()
     if process.is_main_process:
         print(written.summary())
         print(written.path)

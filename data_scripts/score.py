@@ -10,9 +10,8 @@ pard_train/data/scores.py. Restartable: what is done is kept.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-
-from accelerate import PartialState
 
 from data_scripts.encode import TOKENS_FOLDER
 from pard_train.config import TrainConfig
@@ -21,7 +20,14 @@ from pard_train.data.scores import Scores, write_scores
 from pard_train.data.store import TokenStore
 from pard_train.errors import UserError
 from pard_train.evaluation.target_text import model_fingerprint
-from pard_train.model import DTYPES, check_same_tokenizer, default_device, load_causal_lm, load_tokenizer
+from pard_train.model import (
+    DTYPES,
+    check_same_tokenizer,
+    default_device,
+    load_causal_lm,
+    load_tokenizer,
+    this_process,
+)
 from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
 from pard_train.validation import validate_score
 from recipes.app import hydra_program
@@ -36,7 +42,12 @@ def score(config: TrainConfig) -> Path:
     Raises:
         UserError: if the tokens or the target cannot be read, their tokenizers differ or have fewer than top_k tokens.
     """
-    settings = config.score
+    settings, process = config.score, this_process()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < process.num_processes:
+        raise UserError(
+            "score.py runs on one node: its processes write into the same memory-mapped files, which lose writes when "
+            "nodes share them over a network. Start it on one node"
+        )
     tokens = Path(settings.tokens or Path(config.output_dir) / TOKENS_FOLDER)
     store, model = TokenStore.open(tokens), local_model(config.model.path)
     path = local_model(settings.target or next(iter(config.regenerate.targets), config.model.path))
@@ -48,17 +59,17 @@ def score(config: TrainConfig) -> Path:
     identity = {"target": model_fingerprint(path), "dtype": settings.dtype, "top_k": settings.top_k}
     identity["num_tokens"] = num_tokens
     folder = tokens / "scores" / fingerprint(identity)
-    state = PartialState()
-    with state.main_process_first():
+    with process.main_process_first():
         scores = Scores.open(folder, store, top_k=settings.top_k, create=True)
     write_scores(
         lambda: load_causal_lm(path, dtype=DTYPES[settings.dtype]).to(default_device()).eval(),
         store,
         scores,
-        settings.batch_tokens,
-        num_tokens,
+        batch_tokens=settings.batch_tokens,
+        process=process,
+        num_tokens=num_tokens,
     )
-    if state.is_main_process:
+    if process.is_main_process:
         counts = {"documents": len(store), "tokens": int(scores.first[-1]), "bytes_per_token": 2 + 6 * settings.top_k}
         made_of = {"identity": identity, "target": path, "tokens": store.manifest["identity"]}
         outside = {"mass_outside_top_k": round(scores.mass_outside(), 6)}
@@ -69,7 +80,7 @@ def score(config: TrainConfig) -> Path:
 def run(config: TrainConfig) -> None:
     """Score, and say how much and where."""
     folder = score(config)
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         manifest = read_json(folder / MANIFEST_FILE)
         summary = "{tokens:,} supervised tokens of {documents:,} documents, {bytes_per_token} bytes each"
         print(summary.format(**manifest["counts"]))

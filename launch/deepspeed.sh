@@ -5,10 +5,11 @@
 #   HOSTFILE=hosts launch/deepspeed.sh ...                                 (several nodes)
 #
 # NUM_PROCESSES: processes per node; default: one per GPU, one without a GPU.
+# MASTER_PORT: where they meet; default: 29500. Two runs on one node need one each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 processes="${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.accelerator.device_count()))')}"
 topology=(--num_gpus "$processes")
 [ -n "${HOSTFILE:-}" ] && topology=(--hostfile "$HOSTFILE")
 # --no_local_rank: the launcher would add --local_rank=N, which Hydra takes for a mistake.
-exec deepspeed --no_local_rank "${topology[@]}" recipes/train.py "$@"
+exec deepspeed --no_local_rank "${topology[@]}" --master_port "${MASTER_PORT:-29500}" recipes/train.py "$@"

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -47,6 +49,15 @@ def default_device() -> torch.device:
     """The accelerator if there is one (CUDA or ROCm through PyTorch's own device API), else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")  # a CUDA build names its accelerator even where there is none
+
+
+def this_process() -> PartialState:
+    """This process among those of a launcher, which wait for the slowest as long as it takes.
+
+    The first call in a process decides: accelerate, asked without a word on the device, takes every process of a
+    machine without an accelerator for the only one.
+    """
+    return PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=30))
 
 
 def device_name() -> str:

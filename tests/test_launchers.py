@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny import experiment
+from tiny import experiment, free_port
 
 from pard_train.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
-    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", "29611", "recipes/train.py"],
-    "deepspeed": ["deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port", "29612", "recipes/train.py"],
+    "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2", "recipes/train.py"],
+    "deepspeed": ["deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port", "PORT", "recipes/train.py"],
     "launch/torchrun.sh": ["launch/torchrun.sh"],
     "launch/deepspeed.sh": ["launch/deepspeed.sh"],
 }
@@ -44,8 +44,9 @@ def launch(command: list[str], base: Path, chats: Path, output_dir: Path, *overr
         *overrides,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUM_PROCESSES": "2", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment["MASTER_PORT"] = port = str(free_port())
     process = subprocess.Popen(
-        [*command, *settings],
+        [*(port if part == "PORT" else part for part in command), *settings],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

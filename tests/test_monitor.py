@@ -241,7 +241,7 @@ def test_a_copy_has_every_weight_and_its_own_attention(family: str, tied: bool) 
         assert copy_model(model, torch.bfloat16, torch.device("cpu"))(ids).logits.dtype == torch.bfloat16
 
 
-def run_on_two(config: TrainConfig, output_dir: Path, port: int, deepspeed: str) -> list[dict[str, Any]]:
+def run_on_two(config: TrainConfig, output_dir: Path, deepspeed: str) -> list[dict[str, Any]]:
     """recipes/train.py on two processes; its measurements."""
     settings = [
         f"model.path={config.model.path}",
@@ -256,7 +256,7 @@ def run_on_two(config: TrainConfig, output_dir: Path, port: int, deepspeed: str)
         f"deepspeed={deepspeed}",
         f"output_dir={output_dir}",
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*torchrun, "recipes/train.py", *settings],
         cwd=ROOT,
@@ -270,13 +270,13 @@ def run_on_two(config: TrainConfig, output_dir: Path, port: int, deepspeed: str)
     return measurements(replace(config, output_dir=str(output_dir)))
 
 
-@pytest.mark.parametrize(("deepspeed", "port"), [("none", 29641), pytest.param("zero3", 29642, marks=pytest.mark.slow)])
-def test_two_processes_measure_what_one_does(config: TrainConfig, tmp_path: Path, deepspeed: str, port: int) -> None:
+@pytest.mark.parametrize("deepspeed", ["none", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_two_processes_measure_what_one_does(config: TrainConfig, tmp_path: Path, deepspeed: str) -> None:
     """At step 0 both have the same weights; later they agree with an evaluation of the draft that they kept."""
     alone = replace(config, trainer=replace(config.trainer, max_steps=1))
     (monitor,) = build_monitor(alone)
     train(alone, [monitor])
-    rows = run_on_two(config, tmp_path / "two", port, deepspeed)
+    rows = run_on_two(config, tmp_path / "two", deepspeed)
     assert without_time(rows)[0] == {**without_time(measurements(alone))[0], "epoch": rows[0]["epoch"]}
     best = json.loads((tmp_path / "two" / "best" / "best.json").read_text())
     drafter = Drafter.load(str(tmp_path / "two" / "best"), dtype=torch.float32, device=torch.device("cpu"))

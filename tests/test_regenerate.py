@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 from fake_server import FakeServer, Reply, scripted
-from tiny import build_model, conversations
+from tiny import build_model, conversations, free_port
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from vllm_server import VllmServer
 
@@ -283,10 +282,7 @@ def test_two_processes_write_what_one_writes_also_if_all_are_killed_and_one_goes
     whole = cached_keys(tmp_path / "one")
 
     def start_two(folder: Path) -> list[BaseProcess]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [{**launch, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
         return [start(prompts, folder, [base_folder], environment=rank) for rank in ranks]
 

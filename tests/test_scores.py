@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from pard_train.data.encoding import encode_corpus
 from pard_train.data.scores import Scores, write_scores
 from pard_train.data.store import TokenStore
 from pard_train.errors import UserError
-from pard_train.model import load_causal_lm, load_tokenizer
+from pard_train.model import load_causal_lm, load_tokenizer, this_process
 
 ROOT = Path(__file__).parents[1]
 TOP_K = 5
@@ -66,7 +67,7 @@ def test_scores_are_those_of_a_direct_forward_pass_whatever_the_batches(
 ) -> None:
     target = load_causal_lm(str(base_folder), dtype=torch.float32).eval()
     scores = Scores.open(tmp_path, store, top_k=TOP_K, create=True)
-    write_scores(lambda: target, store, scores, batch_tokens)
+    write_scores(lambda: target, store, scores, batch_tokens=batch_tokens, process=this_process())
     check_against_direct_forward_passes(store, Scores.open(tmp_path, store, top_k=TOP_K), target)
 
 
@@ -86,18 +87,18 @@ def test_a_killed_run_goes_on_with_what_is_missing(store: TokenStore, base_folde
     handle = target.base_model.register_forward_pre_hook(stop_after_three)
     scores = Scores.open(tmp_path, store, top_k=TOP_K, create=True)
     with pytest.raises(Killed):
-        write_scores(lambda: target, store, scores, 200)
+        write_scores(lambda: target, store, scores, batch_tokens=200, process=this_process())
     num_done = int(scores.done.sum())
     assert 0 < num_done < len(store)
     calls[:] = [1] * 10
     again = Scores.open(tmp_path, store, top_k=TOP_K, create=True)
     assert int(again.done.sum()) == num_done
-    write_scores(lambda: target, store, again, 200)
+    write_scores(lambda: target, store, again, batch_tokens=200, process=this_process())
     handle.remove()
     hook.remove()
     assert again.done.all()
     check_against_direct_forward_passes(store, again, target)
-    write_scores(lambda: pytest.fail("nothing is missing"), store, again, 200)
+    write_scores(lambda: pytest.fail("nothing is missing"), store, again, batch_tokens=200, process=this_process())
 
 
 def test_scores_of_other_tokens_or_another_k_are_refused(store: TokenStore, tmp_path: Path) -> None:
@@ -114,10 +115,11 @@ def test_two_processes_share_the_work_and_the_manifest_says_what_a_token_costs(
     settings = [f"model.path={base_folder}", f"output_dir={tmp_path}", "score.top_k=5", "score.dtype=float32"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     write_tokens(base_folder, chats_file, tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    score = [*torchrun, str(ROOT / "data_scripts" / "score.py"), *settings, "score.batch_tokens=100"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    score = [*torchrun, str(ROOT / "data_scripts" / "score.py"), *settings, "score.batch_tokens=1"]
     result = subprocess.run(score, timeout=180, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
+    assert set(re.findall(r"score: 100%\D*(\d+)/", result.stderr)) == {"20"}  # one document a batch, every other one
     store = TokenStore.open(tmp_path / "tokens")
     (folder,) = (tmp_path / "tokens" / "scores").iterdir()
     scores = Scores.open(folder, store, top_k=5)
@@ -131,6 +133,16 @@ def test_two_processes_share_the_work_and_the_manifest_says_what_a_token_costs(
     assert manifest["mass_outside_top_k"] == pytest.approx(outside, abs=1e-5)
     array_bytes = sum((folder / f"{name}.npy").stat().st_size for name in ("label_logprobs", "top_ids", "top_logprobs"))
     assert array_bytes == pytest.approx(32 * manifest["counts"]["tokens"], abs=3 * 128)  # and three headers
+
+
+def test_processes_on_several_nodes_are_refused(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(model=ModelConfig(path=str(base_folder)), output_dir=str(tmp_path))
+    monkeypatch.setitem(this_process().__dict__, "num_processes", 16)  # accelerate's, shared by all who ask
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match=r"score\.py runs on one node"):
+        score_program(config)
 
 
 def test_a_target_of_another_family_is_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
@@ -153,7 +165,7 @@ def test_a_target_that_scales_its_logits_is_scored_by_the_scaled_ones(store: Tok
     )
     target = AutoModelForCausalLM.from_config(config).eval()
     scores = Scores.open(tmp_path, store, top_k=TOP_K, create=True)
-    write_scores(lambda: target, store, scores, 500)
+    write_scores(lambda: target, store, scores, batch_tokens=500, process=this_process())
     check_against_direct_forward_passes(store, scores, target)
 
 

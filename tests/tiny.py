@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def conversations(number: int, *, seed: int) -> list[list[dict[str, str]]]:
         turns = draw.randint(1, 3)
         chats.append([{"role": role, "content": sentence()} for _ in range(turns) for role in ("user", "assistant")])
     return chats
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def experiment(base: Path, chats: Path, output_dir: Path, **trainer: Any) -> TrainConfig:

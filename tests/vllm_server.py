@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 import pytest
+from tiny import free_port
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 300.0  # that a server may take until it answers
@@ -30,9 +30,7 @@ class VllmServer:
     """vLLM serving one model in float32, in a process group of its own, while its `with` block lasts."""
 
     def __init__(self, model: Path, log: Path, max_model_len: int):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.address, self.log = f"http://127.0.0.1:{port}", log
         self.command = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         self.command += ["--dtype", "float32", "--max-model-len", str(max_model_len), "--enforce-eager"]

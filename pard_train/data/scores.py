@@ -172,25 +172,27 @@ def write_scores(
     load_target: Callable[[], PreTrainedModel],
     store: TokenStore,
     scores: Scores,
+    *,
     batch_tokens: int,
+    process: PartialState,
     num_tokens: int | None = None,
 ) -> None:
-    """Fill in what is missing, every rank its share.
+    """Fill in what is missing, every process its share.
 
     Args:
         load_target: called once, and only if something is missing.
         store: the tokens.
         scores: opened for writing.
         batch_tokens: tokens of a forward pass, padding included; a longer document goes alone.
+        process: this one among those of the launcher, all of them on one machine.
         num_tokens: as in `score_documents`.
     """
-    state = PartialState()
     batches = list(_batches(store.lengths(), np.flatnonzero(~scores.done), batch_tokens))
-    state.wait_for_everyone()  # or a rank would leave out what another has already marked, and take other shares
-    mine = batches[state.process_index :: state.num_processes]
+    process.wait_for_everyone()  # or a rank would leave out what another has already marked, and take other shares
+    mine = batches[process.process_index :: process.num_processes]
     if mine:
         target = load_target()
-        for batch in tqdm(mine, desc="score", unit=" batches", disable=not state.is_main_process):
+        for batch in tqdm(mine, desc="score", unit=" batches", disable=not process.is_main_process):
             documents = [store[i] for i in batch]
             results = score_documents(target, documents, scores.top_ids.shape[1], num_tokens)
             start = 0
@@ -200,7 +202,7 @@ def write_scores(
                     array[:] = values[start:stop].numpy()
                 scores.done[index] = True  # after its values: what is marked is whole
                 start = stop
-    state.wait_for_everyone()
+    process.wait_for_everyone()
 
 
 def _batches(lengths: np.ndarray, documents: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
