@@ -370,4 +370,4 @@ def run(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    hydra_program("data", lambda config: validate_regenerate(config.regenerate), run)
+    hydra_program("data", lambda config: validate_regenerate(config.regenerate), run, shares_work=True)

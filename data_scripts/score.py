@@ -89,4 +89,4 @@ def run(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    hydra_program("data", lambda config: validate_score(config.score), run)
+    hydra_program("data", lambda config: validate_score(config.score), run, shares_work=True)

@@ -83,7 +83,9 @@ def _type_sources(composed: DictConfig) -> None:
         sources[name] = OmegaConf.merge(OmegaConf.structured(SourceConfig), sources[name])
 
 
-def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any], Any]) -> None:
+def hydra_program(
+    name: str, validate: Callable[[Any], None], run: Callable[[Any], Any], *, shares_work: bool = False
+) -> None:
     """Compose conf/NAME.yaml with the command line, validate it, and run.
 
     Mistakes in settings or input print one line and exit with status 2, results below their thresholds one line each
@@ -93,6 +95,8 @@ def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any
         name: primary config, which lists its schema first in its defaults.
         validate: raises UserError; imports nothing heavy.
         run: the recipe's work on the validated dataclass.
+        shares_work: among the processes of a launcher; a program that does not is refused under one, where every
+            process would do all of it and write the same files.
     """
     register_schemas(sys.modules[run.__module__].__doc__ or "")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing, and we print one line
@@ -100,6 +104,8 @@ def hydra_program(name: str, validate: Callable[[Any], None], run: Callable[[Any
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)
     def program(composed: DictConfig) -> None:
         try:
+            if not shares_work and (number := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+                raise UserError(f"WORLD_SIZE={number}, but this program shares no work: run one of it, without a launcher")
             _type_sources(composed)
             missing = sorted(OmegaConf.missing_keys(composed))
             if missing:

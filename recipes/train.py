@@ -23,7 +23,7 @@ def run(config: TrainConfig) -> None:
 
 def main() -> None:
     """Entry point of `pard-train`."""
-    hydra_program("train", validate_train, run)
+    hydra_program("train", validate_train, run, shares_work=True)
 
 
 if __name__ == "__main__":

@@ -183,3 +183,12 @@ def test_a_mistake_in_settings_costs_one_line_and_no_import_of_torch(
     assert not any(line.rpartition("|")[2].strip() == "torch" for line in lines)
     assert sum(after[:2]) - sum(before[:2]) < 5  # seconds of processor time, whatever else the machine does
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", ["recipes/evaluate.py", "recipes/quickstart.py", "data_scripts/prepare.py"])
+def test_a_launcher_around_a_program_that_does_not_share_its_work_is_refused(program: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
+    command = [sys.executable, str(ROOT / program), "output_dir=out"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    message = "error: WORLD_SIZE=2, but this program shares no work: run one of it, without a launcher\n"
+    assert (result.returncode, result.stderr) == (2, f"{Path(program).name}: {message}")
