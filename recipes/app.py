@@ -105,7 +105,9 @@ def hydra_program(
     def program(composed: DictConfig) -> None:
         try:
             if not shares_work and (number := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-                raise UserError(f"WORLD_SIZE={number}, but this program shares no work: run one of it, without a launcher")
+                raise UserError(
+                    f"WORLD_SIZE={number}, but this program shares no work: run one of it, without a launcher"
+                )
             _type_sources(composed)
             missing = sorted(OmegaConf.missing_keys(composed))
             if missing:
