@@ -362,11 +362,9 @@ def run(config: TrainConfig) -> None:
         template_kwargs=config.data.template_kwargs,
         seed=config.seed,
     )
-    process = this_process()
-    if process.is_main_process:
+    if this_process().is_main_process:
         print(written.summary())
         print(written.path)
-    process.destroy_process_group()
 
 
 if __name__ == "__main__":

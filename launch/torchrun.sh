@@ -5,14 +5,15 @@
 #   NUM_NODES=2 NODE_RANK=0 MASTER=node0:29500 launch/torchrun.sh ...      (the same on node 1 with NODE_RANK=1)
 #
 # NUM_PROCESSES: processes per node; default: one per GPU, one without a GPU.
+# PROGRAM: another program that shares its work, data_scripts/regenerate.py or, on one node, data_scripts/score.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 nodes="${NUM_NODES:-1}"
 processes="${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.accelerator.device_count()))')}"
 if [ "$nodes" -gt 1 ]; then
-  topology=(--nnodes "$nodes" --node_rank "${NODE_RANK:?give the number of this node}"
-            --rdzv_backend c10d --rdzv_endpoint "${MASTER:?give HOST:PORT of node 0}")
+  : "${NODE_RANK:?give the number of this node}" "${MASTER:?give HOST:PORT of node 0}"
+  topology=(--nnodes "$nodes" --node_rank "$NODE_RANK" --master_addr "${MASTER%:*}" --master_port "${MASTER##*:}")
 else
   topology=(--standalone)
 fi
-exec torchrun "${topology[@]}" --nproc_per_node "$processes" recipes/train.py "$@"
+exec torchrun "${topology[@]}" --nproc_per_node "$processes" "${PROGRAM:-recipes/train.py}" "$@"

@@ -15,10 +15,14 @@ from recipes.app import hydra_program
 def run(config: TrainConfig) -> None:
     """Train, and say what to do next."""
     from pard_train.evaluation.monitor import build_monitor
+    from pard_train.model import this_process
     from pard_train.training.trainer import train
 
     draft = train(config, build_monitor(config))
-    print(f"draft model: {draft}\nnext: python recipes/export.py checkpoint={draft} output_dir={draft.parent}/export")
+    if this_process().is_main_process:
+        print(
+            f"draft model: {draft}\nnext: python recipes/export.py checkpoint={draft} output_dir={draft.parent}/export"
+        )
 
 
 def main() -> None:

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Train on the nodes of a SLURM job, torchrun on each: topology only, every argument goes to recipes/train.py.
+# Submit it from the project's folder, with the environment active:
+#
+#   sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh experiment=qwen2.5-0.5b deepspeed=zero1 \
+#       data.source=answers.jsonl output_dir=outputs/my-draft
+#
+# A job that SLURM starts again (preempted, a node lost, `scontrol requeue`) goes on from its newest checkpoint.
+# NUM_PROCESSES and PROGRAM as in launch/torchrun.sh.
+#SBATCH --job-name=pard-train
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && set -- "$@" resume=true
+export NUM_NODES="$SLURM_JOB_NUM_NODES"
+# A port of its own, since jobs may share a node.
+MASTER="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
+export MASTER
+# One task that fails ends the job, which would wait for it otherwise.
+exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec launch/torchrun.sh "$@"' bash "$@"
