@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import pytest
 from tiny import CHATML, build_tokenizer, conversations
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
-from pard_train.data.chat import ChatEncoder, Document
+from pard_train.data.chat import DAY, ChatEncoder, Document
 from pard_train.errors import RowError, UserError
 
 LLAMA3 = (
@@ -221,6 +223,59 @@ def test_end_of_turn_is_a_label_even_where_it_is_the_padding_token() -> None:
 def test_template_arguments_reach_the_template() -> None:
     encoder = ChatEncoder(build_tokenizer("{{ mark }}" + CHATML), {"mark": "one"})
     assert encoder.render(chat("Hi")) == "one<|im_start|>user\nHi<|im_end|>\n"
+
+
+# As Llama 3.2 and SmolLM3 tell the date.
+DATED = (
+    "{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+    '        {%- set date_string = strftime_now("%d %b %Y") %}\n'
+    '    {%- else %}\n        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n{%- endif %}\n'
+    "{{- 'Today Date: ' + date_string + '\n' }}"
+)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> type[datetime]:
+    """The clock of transformers' templates; set its `today`."""
+
+    class Clock(datetime):
+        today = datetime(2031, 1, 2)
+
+        @classmethod
+        def now(cls) -> datetime:
+            return cls.today
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    return Clock
+
+
+def test_a_template_that_tells_the_date_gives_the_same_tokens_on_every_day(clock: type[datetime]) -> None:
+    documents = []
+    for today in (datetime(2031, 1, 2), datetime(2031, 1, 3)):
+        clock.today = today
+        documents += encoder_of(DATED + CHATML).encode(chat("Hi", "the cat"), origin="x")
+    assert documents[0].input_ids.tolist() == documents[1].input_ids.tolist()
+    assert encoder_of(DATED + CHATML).render(chat("Hi")).startswith("Today Date: 26 Jul 2024\n<|im_start|>user\nHi")
+
+
+def test_a_date_of_the_users_own_goes_before_the_fixed_day() -> None:
+    encoder = ChatEncoder(build_tokenizer(DATED + CHATML), {"date_string": "24 Dec 2025"})
+    assert encoder.render(chat("Hi")).startswith("Today Date: 24 Dec 2025\n")
+    other = ChatEncoder(build_tokenizer(), {"chat_template": "{{ strftime_now('%Y') }}" + CHATML})
+    assert other.render(chat("Hi")).startswith("2024<|im_start|>")
+
+
+@pytest.mark.parametrize("form", ["%d %B %Y", "%Y-%m-%d", "%A, %-d. %b %y", "%H:%M:%S", "%j and no more", "%x %X %c"])
+@pytest.mark.parametrize(
+    "before", ["", "\n", "\n\n", "  ", "  {% if true %} x{% endif %}", "{%- if true %}\n x{% endif %}"]
+)
+def test_only_the_day_of_a_template_is_another(clock: type[datetime], form: str, before: str) -> None:
+    template = before + f"{{% macro f() %}}{{{{ strftime_now({form!r}) }}}}{{% endmacro %}}{{{{ f() }}}}" + CHATML
+    clock.today = DAY
+    tokenizer = build_tokenizer(template)
+    expected = tokenizer.apply_chat_template(chat("Hi"), tokenize=False)
+    clock.today = datetime(2031, 1, 2)
+    assert ChatEncoder(tokenizer).render(chat("Hi")) == expected
 
 
 @pytest.mark.parametrize(

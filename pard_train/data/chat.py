@@ -4,12 +4,17 @@ The supervised part of an assistant turn is what the template puts between the g
 turn, including the end-of-turn token: its text, and its thoughts and tool calls as the template writes them. Both ends
 are found by rendering, never by searching for one family's strings. Text is tokenized in pieces cut at those ends,
 because that is how it comes to be when a model writes it: first the prompt's ids, then its own.
+
+Templates that tell the model what day it is (Llama 3.2 and SmolLM3, by `strftime_now`) are always told `DAY`: the
+tokens of a chat, and the names under which a target's answers to it are kept, are the same tomorrow. Where a template
+takes the date as an argument, the user's own goes first: data.template_kwargs={date_string: 24 Dec 2025}.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import chain
 from typing import Any
 
@@ -22,6 +27,9 @@ from pard_train.errors import RowError, UserError
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
+
+DAY = datetime(2024, 7, 26)  # "today" of every template; Llama's name the same where they have no clock
+_DATE_PARTS = [f"%{flag}{letter}" for letter in "aAbBcdDeFGhHIjklmMnpRsSTuUVwWxXyYzZ" for flag in ("", "-")]
 
 _PROBE = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Probably blue"}]
 
@@ -135,13 +143,17 @@ class ChatEncoder:
         return next((i for i, token in enumerate(pieces) if whole[i : i + 1] != [token]), None)
 
     def _render_all(self, chats: Sequence[Messages], generation_prompt: bool, tools: Tools) -> list[str]:
+        template_kwargs = dict(self.template_kwargs)
+        given = list(tools) if tools else None
         try:
+            template = self.tokenizer.get_chat_template(template_kwargs.pop("chat_template", None), given)
             return self.tokenizer.apply_chat_template(
                 [list(messages) for messages in chats],
-                tools=list(tools) if tools else None,
+                tools=given,
+                chat_template=_with_fixed_day(template),
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                **self.template_kwargs,
+                **template_kwargs,
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise UserError(
@@ -197,6 +209,19 @@ class ChatEncoder:
                 f"the tokenizer of {self.tokenizer.name_or_path} changes text that is tokenized in pieces; "
                 "supported are byte-level BPE tokenizers (Qwen2, Qwen3, Llama 3, SmolLM2, ...)"
             )
+
+
+def _with_fixed_day(template: str) -> str:
+    """A template whose clock stands still at DAY.
+
+    A macro hides transformers' function of the same name. It cannot be given as an argument: of these, transformers
+    lets only JSON through.
+    """
+    if "strftime_now" not in template:
+        return template
+    parts = "".join(f".replace({part!r}, {DAY.strftime(part)!r})" for part in _DATE_PARTS)
+    # Jinja takes away the line end, and with it all that the macro would add to the text.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{template}"
 
 
 def _check_nothing_lost(answer: str, message: Mapping[str, Any]) -> None:

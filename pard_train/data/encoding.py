@@ -26,7 +26,7 @@ from pard_train.errors import RowError, UserError
 from pard_train.layout import supervised_runs
 from pard_train.run import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, write_json
 
-ENCODING_VERSION = 1  # raise it when the same rows would become other tokens
+ENCODING_VERSION = 2  # raise it when the same rows would become other tokens
 REJECTS_FILE = "rejects.jsonl"
 DOCUMENTS_FOLDER = "documents"
 ROWS_PER_WORKER = 500  # fewer are not worth a process
