@@ -464,14 +464,14 @@ def test_turns_share_a_document_for_as_long_as_their_thoughts_stay() -> None:
     assert "one" not in encoder.tokenizer.decode(documents[1].input_ids)
 
 
-def random_chat(draw: random.Random) -> Messages:
-    """Questions in several scripts, each with tool calls or thoughts before its answer, or without."""
+def random_chat(draw: random.Random, words: list[str]) -> Messages:
+    """Questions in several scripts, each with tool calls, beside `words`, or thoughts before its answer, or without."""
     texts = ["the cat", "¿Qué tal? 你好", "😀👩‍👩‍👧 नमस्ते", " \n\nsun\n", "user\n", "x" * 300]
     messages: Messages = [{"role": "system", "content": "Be brief."}] * draw.randint(0, 1)
     for _ in range(draw.randint(1, 3)):
         messages.append({"role": "user", "content": draw.choice([*texts, "", " \n"])})
         for _ in range(draw.randint(0, 2)):
-            messages.append(calls(SEARCH, content=draw.choice(["", "I look."])))
+            messages.append(calls(SEARCH, content=draw.choice(words)))
             messages += [{"role": "tool", "content": draw.choice(["", "3", "\r\n{}"])}] * draw.randint(1, 2)
         messages.append({"role": "assistant", "content": draw.choice(texts)})
     return [thought("It sees.\n\nWhy?", m) if m["role"] == "assistant" and draw.random() < 0.5 else m for m in messages]
@@ -482,7 +482,7 @@ def random_chat(draw: random.Random) -> Messages:
 def test_every_answer_stands_once_after_the_prompt_that_was_served(template: str, seed: int) -> None:
     """Brute force: the text before every run of labels is the rendered history, and the run ends its turn."""
     encoder = encoder_of(template)
-    messages = random_chat(random.Random(seed))
+    messages = random_chat(random.Random(seed), [""] if template == LLAMA31 else ["", "I look."])
     if template != QWEN3:
         messages = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
     found = []
@@ -511,6 +511,59 @@ def test_every_answer_stands_once_after_the_prompt_that_was_served(template: str
 def test_what_a_template_would_leave_out_is_refused(template: str, message: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError, match=f"^here: .*{reason}"):
         encoder_of(template).encode([*chat("Hi"), message], origin="here")
+
+
+NOW = {"name": "now", "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    "message, lost",
+    [
+        (calls(SEARCH, content="I look."), "content beside its tool_calls"),
+        (calls(SEARCH, content="<think>\nWhich?\n</think>\n\nI look."), "content beside its tool_calls"),
+        (calls(SEARCH, content="search"), "content beside its tool_calls"),  # the call has this word, too
+        (calls(SEARCH, NOW), r"tool_calls\[1\] \(now\)"),
+        (calls(SEARCH, {"name": "search", "arguments": {"words": "search"}}), r"tool_calls\[1\] \(search\)"),
+        (calls({"name": "search", "arguments": {"then": "search"}}, SEARCH), r"tool_calls\[1\] \(search\)"),
+        (calls(SEARCH, SEARCH), r"tool_calls\[[01]\] \(search\)"),
+    ],
+)
+def test_words_and_calls_that_a_template_of_one_call_would_leave_out_are_refused(
+    message: dict[str, Any], lost: str
+) -> None:
+    with pytest.raises(RowError, match=f"^here: the chat template leaves out this turn's {lost}: use"):
+        encoder_of(LLAMA31).encode([*chat("Hi"), message], origin="here", tools=TOOLS)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("{{ m.content }}", "{{ m.content | trim }}"),
+        ("{{ m.content }}", "{{ m.content | tojson if m.tool_calls else m.content }}"),
+        ("{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\n') }}"),
+        ("{{ c.function | tojson }}", "{{ c.function | tojson(ensure_ascii=True, indent=2) }}"),
+        ("{{ c.function | tojson }}", "{{ (c.function | tojson) | tojson }}"),
+        ("{{ c.function | tojson }}", "<{{ c.function.name }}>{{ c.function.arguments.items() | list }}"),
+        ("<tool_call>", "{% if not m.tool_calls %}{{ raise_exception('no call') }}{% endif %}<tool_call>"),
+        ("{{ m.content }}", "{{ m.content }}{% if not m.content %}{{ raise_exception('no words') }}{% endif %}"),
+    ],
+)
+def test_words_and_calls_are_not_refused_for_how_they_are_written(before: str, after: str) -> None:
+    encoder = encoder_of(QWEN3.replace(before, after))
+    for content in ("I look.", " \n'I' look. \"größe\" \n", "<think>Which?</think>\n\nI look."):
+        message = calls(SEARCH, {"name": "größe", "arguments": {"a": '"\n'}}, SEARCH, content=content)
+        (document,) = encoder.encode([*chat("Hi"), message], origin="here", tools=TOOLS)
+        (answer,) = supervised_texts(document, encoder.tokenizer)
+        assert "look." in answer
+        assert answer.count("<tool_call>") == 3
+
+
+def test_calls_are_refused_where_the_generation_prompt_opens_a_thought_that_the_template_drops() -> None:
+    encoder = encoder_of(QWEN25.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"))
+    assert encoder.encode(chat("Hi", "so it sees</think>the sun"), origin="here")
+    message = calls(SEARCH, content="I search.</think>I search.")
+    with pytest.raises(RowError, match=r"^here: the chat template leaves out this turn's tool_calls: use"):
+        encoder.encode([*chat("Hi"), message], origin="here", tools=TOOLS)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ takes the date as an argument, the user's own goes first: data.template_kwargs={
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -31,6 +31,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 DAY = datetime(2024, 7, 26)  # "today" of every template; Llama's name the same where they have no clock
 _DATE_PARTS = [f"%{flag}{letter}" for letter in "aAbBcdDeFGhHIjklmMnpRsSTuUVwWxXyYzZ" for flag in ("", "-")]
 
+_LOST = "the chat template leaves out this turn's {}: use a model whose template writes it, or take it out of the row"
 _PROBE = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Probably blue"}]
 
 
@@ -118,6 +119,8 @@ class ChatEncoder:
         try:
             prompts = self._render_all([messages[:stop] for stop in stops], True, tools)
             texts = self._render_all([messages[: stop + 1] for stop in stops], False, tools)
+            for text, stop in zip(texts, stops, strict=True):
+                self._check_calls(messages[: stop + 1], text, tools)
             answers = [
                 self._answer(prompt, text, messages[stop], is_cut=is_cut and stop == stops[-1])
                 for prompt, text, stop in zip(prompts, texts, stops, strict=True)
@@ -160,17 +163,36 @@ class ChatEncoder:
                 f"the chat template of {self.tokenizer.name_or_path} cannot be rendered: {error}"
             ) from error
 
+    def _check_calls(self, messages: Messages, text: str, tools: Tools) -> None:
+        """Check that each tool call of the last turn, and what is said beside them, stands in the turn's text.
+
+        That is in it without which the template writes another text, however it trims, escapes or spells it: names and
+        words may stand elsewhere, too.
+        """
+        for part, rest in _without_one(messages[-1]):
+            try:
+                is_lost = self.render([*messages[:-1], rest], tools=tools) == text
+            except UserError:  # refused without it, so it was read
+                continue
+            if is_lost:
+                raise UserError(_LOST.format(part))
+
     def _answer(self, prompt: str, text: str, message: Mapping[str, Any], *, is_cut: bool) -> str:
         """What the model writes after `prompt`, with its end of turn unless it was cut."""
         if not text.startswith(prompt):
             # A reasoning template that opens the thought itself (DeepSeek-R1) or drops it when it renders an answer:
             # what the model writes after the prompt is the content as it stands.
+            if message.get("tool_calls"):
+                raise UserError(_LOST.format("tool_calls"))
             answer = message["content"]
         elif not text.endswith(self.turn_suffix):
             raise UserError(f"the template does not end this turn with {self.turn_suffix!r} as it ends others")
         else:
             answer = text[len(prompt) : len(text) - len(self.turn_suffix)]
-        _check_nothing_lost(answer, message)
+        if _thought(message) not in answer:
+            raise UserError(
+                "the chat template leaves out this turn's reasoning_content: put it into content, or remove it"
+            )
         if self.end_token and self.end_token in answer:
             raise UserError(f"an answer holds {self.end_token}, which ends a turn: end it there, or remove the row")
         return _cut_answer(answer, message) if is_cut else answer + self.end_of_turn
@@ -224,13 +246,15 @@ def _with_fixed_day(template: str) -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{template}"
 
 
-def _check_nothing_lost(answer: str, message: Mapping[str, Any]) -> None:
-    """A template that knows no tools or thoughts leaves them out, and the turn would teach something else."""
-    if _thought(message) not in answer:
-        raise UserError("the chat template leaves out this turn's reasoning_content: put it into content, or remove it")
-    for call in message.get("tool_calls") or []:
-        if call["function"]["name"] not in answer:
-            raise UserError("the chat template leaves out this turn's tool_calls: use a model whose template has tools")
+def _without_one(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(part, the message without it) of every tool call of a turn and, if it has any, of its words after a thought."""
+    calls = message.get("tool_calls") or []
+    for number, call in enumerate(calls):
+        rest = [*calls[:number], *calls[number + 1 :]]
+        yield f"tool_calls[{number}] ({call['function']['name']})", {**message, "tool_calls": rest}
+    thought, end_of_thought, words = message["content"].rpartition("</think>")
+    if calls and words.strip():
+        yield "content beside its tool_calls", {**message, "content": thought + end_of_thought}
 
 
 def _cut_answer(answer: str, message: Mapping[str, Any]) -> str:
