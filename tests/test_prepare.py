@@ -7,8 +7,11 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_scripts.prepare import mix, prepare
@@ -160,6 +163,19 @@ def test_rows_that_are_set_aside_are_counted_and_others_are_kept(tmp_path: Path)
     prepare(config_of(path, bad_rows="set_aside", held_out_fraction=0.0), tmp_path / "prompts", seed=1)
     assert counts_of(tmp_path / "prompts")["a"] == {"read": 7, "rejected": 2, "train": 5}
     assert [row["origin"] for row in rows(tmp_path / "prompts" / "rejects.jsonl")] == [f"{path}:6", f"{path}:7"]
+
+
+def test_a_time_among_the_arguments_of_a_call_is_set_aside(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"when": datetime(2024, 1, 1)}}}
+    answers = [{"content": "yes"}, {"content": "", "tool_calls": [call]}]
+    chats = [[{"role": "user", "content": question(n)}, {"role": "assistant", **a}] for n, a in enumerate(answers)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"messages": messages} for messages in chats[::-1]]), path)
+    with pytest.raises(UserError, match=r"a\.parquet\[0\]: message 1 \(assistant\) has a value that is not JSON"):
+        prepare(config_of(path), tmp_path / "prompts", seed=1)
+    prepare(config_of(path, bad_rows="set_aside", held_out_fraction=0.0), tmp_path / "prompts", seed=1)
+    assert counts_of(tmp_path / "prompts")["a"] == {"read": 2, "rejected": 1, "train": 1}
+    assert [row["origin"] for row in rows(tmp_path / "prompts" / "rejects.jsonl")] == [f"{path}[0]"]
 
 
 def test_prompts_that_are_made_stand_and_are_not_overwritten_by_others(tmp_path: Path) -> None:

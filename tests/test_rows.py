@@ -194,6 +194,28 @@ def test_a_data_set_reads_like_a_file(folder: Path, streaming: bool) -> None:
     assert any((folder.parent / "cache").rglob("*.arrow")) != streaming  # nothing is stored
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_fields_that_a_data_set_adds_to_a_row_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, streaming: bool
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"a": {"x": 1, "in": [{"p": 1}]}, "b": [None]}, {"a": {"y": {"z": "2"}, "in": [{"q": 1}]}, "b": [3]}]
+    (tmp_path / "rows").mkdir()
+    if form == "parquet":
+        write_parquet(tmp_path / "rows" / "train.parquet", rows)
+    else:
+        (tmp_path / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rows_of(tmp_path / "rows", streaming=streaming) == rows
+
+
+def test_nulls_that_a_data_set_stores_as_json_are_the_rows_own(folder: Path) -> None:
+    rows = [{"a": [{"x": None}, "text"]}, {"a": [{"y": 1}]}]  # no one type fits these
+    (folder / "test.jsonl").unlink()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rows_of(folder) == rows
+
+
 def test_a_data_set_that_cannot_be_loaded_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match=r"chats' \(split 'nope'\) is neither a file \(.*\) nor a data set"):
         rows_of(folder, split="nope")

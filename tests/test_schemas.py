@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +136,67 @@ def test_typed_parts_of_llama_factory_become_content_thoughts_and_calls() -> Non
     assert read == {"role": "assistant", "content": "I look.", "reasoning_content": "It sees.", "tool_calls": calls}
 
 
-def test_nulls_that_a_columnar_file_puts_in_leave_no_trace(tmp_path: Path) -> None:
-    calls = {"role": "assistant", "content": "", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "{}"}}]}
-    rows = [{"messages": [USER, ASSISTANT], "conversations": None}, {"messages": [USER, calls], "system": "Be brief."}]
-    path = tmp_path / "chats.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, pa.Table.from_pylist(rows[::-1]).schema), path)
+def call_of(name: str, arguments: Any) -> Row:
+    """An assistant's message that calls a tool."""
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{**CALL, "function": {"name": name, "arguments": arguments}}],
+    }
+
+
+def tool_of(name: str, *parameters: str) -> Row:
+    """The schema of a tool, which leaves out what it does not say."""
+    properties = {parameter: {"type": "string"} for parameter in parameters}
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+def read_columns(rows: list[Row], path: Path) -> list[Chat]:
+    """The chats of rows that were written to a parquet file."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
     source = SourceConfig(path=str(path))
-    read = [to_chat(row, source, origin) for row, origin in read_rows(source)]
+    return [to_chat(row, source, origin) for row, origin in read_rows(source)]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[{"city": "Paris"}, {"sum": {"a": 1}}, {"sum": {"b": [2]}, "unit": "m"}, {}], ["{}"] * 4]
+)
+def test_nulls_that_a_columnar_file_puts_in_leave_no_trace(tmp_path: Path, arguments: list[Any]) -> None:
+    names = ["weather", "add", "scale", "now"]
+    tools = [tool_of("weather", "city"), tool_of("add", "sum"), tool_of("scale", "sum", "unit"), tool_of("now")]
+    rows = [
+        {"messages": [USER, ASSISTANT], "conversations": None},
+        {"messages": [USER, call_of("now", arguments[3])], "system": "Be brief."},
+        *[{"messages": [USER, call_of(*call)], "tools": tools[:2]} for call in zip(names, arguments, strict=True)],
+        {"messages": [USER, *map(call_of, names[:1], arguments[:1])], "tools": tools[2:]},
+    ]
+    read = read_columns(rows, tmp_path / "chats.parquet")
     assert read == [chat_of(row) for row in rows]
-    assert read[0].messages == [USER, ASSISTANT]
+    assert json.dumps(read[0].messages) == json.dumps([USER, ASSISTANT])
+    assert "null" not in json.dumps([dataclasses.asdict(chat)["messages"] for chat in read])
+
+
+def test_nulls_of_a_row_of_json_are_its_own(tmp_path: Path) -> None:
+    messages = [USER, call_of("weather", {"city": None, "days": [None, {"day": None}]})]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
+    chat = chat_of({"messages": messages, "tools": tools})
+    assert chat == Chat(messages, tools)
+    as_text = [USER, call_of("weather", json.dumps(messages[1]["tool_calls"][0]["function"]["arguments"]))]
+    assert read_columns([{"messages": as_text, "tools": json.dumps(tools)}], tmp_path / "chats.parquet") == [chat]
+
+
+@pytest.mark.parametrize("value", [datetime(2024, 1, 1), b"\xff", Decimal("1.5")], ids=["time", "bytes", "decimal"])
+def test_a_value_of_a_columnar_file_that_is_not_json_is_refused_by_its_row(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "chats.parquet"
+    kind = type(value).__name__
+    reason = rf"\(Object of type {kind} is not JSON serializable\): store it as text"
+    with pytest.raises(RowError, match=rf"chats\.parquet\[0\]: message 1 \(assistant\) has a value .*{reason}"):
+        read_columns([{"messages": [USER, call_of("f", {"when": {"is": [value]}})]}], path)
+    tool = {"name": "f", "parameters": {"default": value}}
+    with pytest.raises(RowError, match=rf"chats\.parquet\[0\]: tools have a value that is not JSON {reason}"):
+        read_columns([{"messages": [USER], "tools": [tool]}], path)
+    assert read_columns([{"messages": [USER], "crawled": value}], path) == [Chat([USER])]  # no part of the chat
 
 
 def test_columns_of_other_names_are_named_by_the_source() -> None:
@@ -201,6 +255,7 @@ TURN = {"from": "human", "value": "x"}
         ({"messages": [USER], "tools": "search"}, "tools is not JSON"),
         ({"messages": [USER], "tools": {"name": "f"}}, "tools must be a JSON object or list"),
         ({"messages": [USER], "tools": [{"name": "\ud83d"}]}, "tools have half a character"),
+        ({"messages": [USER], "finish_reason": "\ud83d"}, "finish_reason has half a character"),
         ({"conversations": [{"from": "gpt", "value": "x"}, TURN]}, "message 0 is an answer without a user's message"),
         ({"conversations": [TURN, {"from": "narrator", "value": "x"}]}, "a turn is from 'narrator': allowed are"),
         ({"conversations": [{"value": "x"}]}, "a turn is from None"),

@@ -9,9 +9,12 @@ import resource
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny import CHATML, build_tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -170,6 +173,20 @@ def test_rows_that_are_set_aside_are_listed_with_their_reason_and_the_counts_add
     assert all(row["reason"] and row["row"] for row in rejects)
     counts = store.manifest["counts"]
     assert (counts["rows"], counts["rejected"], counts["rendered"], counts["documents"]) == (6, 4, 2, 2)
+
+
+def test_a_time_among_arguments_is_set_aside_and_one_in_another_column_is_nothing(
+    tmp_path: Path, encoder: ChatEncoder
+) -> None:
+    call = {"function": {"name": "f", "arguments": {"when": datetime(2024, 1, 1)}}}
+    with_call = [GOOD["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    path = tmp_path / "chats.parquet"
+    times = [None, datetime(2024, 1, 1)]
+    pq.write_table(pa.table({"messages": [with_call, GOOD["messages"]], "crawled": times}), path)
+    assert encode(path, encoder, bad_rows="set_aside").manifest["counts"]["documents"] == 1
+    (reject,) = (tmp_path / "chats-tokens" / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(reject)["origin"] == f"{path}[0]"
+    assert "a value that is not JSON (Object of type datetime" in json.loads(reject)["reason"]
 
 
 def test_a_source_that_teaches_nothing_is_an_error(tmp_path: Path, encoder: ChatEncoder) -> None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from pard_train.config import DataConfig, SourceConfig
 from pard_train.data.chat import ChatEncoder, Document, Pieces
-from pard_train.data.rows import OnBadRow, Rejects, read_rows, source_version, stop
+from pard_train.data.rows import OnBadRow, Rejects, Row, read_rows, source_version, stop
 from pard_train.data.schemas import to_chat
 from pard_train.errors import RowError, UserError
 from pard_train.layout import supervised_runs
@@ -86,9 +86,21 @@ def _write_rows(config: DataConfig, path: Path, on_bad_row: OnBadRow) -> dataset
     source = source_of(config)
     with ArrowWriter(path=str(path), features=_ROWS) as writer:
         for row, origin in tqdm(read_rows(source, on_bad_row), desc=f"read {source.path}", unit=" rows"):
-            writer.write({"row": json.dumps(row, default=str), "origin": origin})
+            try:
+                writer.write({"row": _as_text(row, source, origin), "origin": origin})
+            except RowError as error:
+                on_bad_row(error, json.dumps(row, default=str))
         writer.finalize()
     return datasets.Dataset.from_file(str(path))
+
+
+def _as_text(row: Row, source: SourceConfig, origin: str) -> str:
+    """A row as JSON. Raises RowError if its chat has a value that is none: as text it would be taught."""
+    try:
+        return json.dumps(row)
+    except TypeError:  # a time or bytes of a columnar file
+        to_chat(row, source, origin)
+        return json.dumps(row, default=str)
 
 
 def _encode_rows(

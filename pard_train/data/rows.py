@@ -1,4 +1,8 @@
-"""Rows of files and data sets, each with the place it came from. A bad row stops the program or is set aside."""
+"""Rows of files and data sets, each with the place it came from. A bad row stops the program or is set aside.
+
+Columnar files give every struct the fields of all rows: those that a row did not have are null, as in a tool's
+arguments those of other tools. Such nulls are left out below the columns; text that is JSON keeps its own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from itertools import islice
@@ -164,7 +168,7 @@ def _read_parquet(path: str) -> Iterator[tuple[Row, str]]:
         try:
             batches = pq.ParquetFile(file).iter_batches(batch_size=1000)
             for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-                yield row, f"{path}[{index}]"
+                yield _without_nulls(row), f"{path}[{index}]"
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: damaged parquet file ({_first_line(error)})") from error
 
@@ -177,7 +181,24 @@ def _read_dataset(source: SourceConfig) -> Iterator[tuple[Row, str]]:
             source.path, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
         )
         for index, row in enumerate(rows):
-            yield row, f"{source.path}[{source.split}][{index}]"
+            yield _without_nulls(row, rows.features), f"{source.path}[{source.split}][{index}]"
+
+
+def _without_nulls(row: Row, features: Mapping[str, Any] | None = None) -> Row:
+    """A row of columns, whose structs have no null fields; the columns themselves all stay, to be named in errors."""
+    return {name: _as_given(value, (features or {}).get(name)) for name, value in row.items()}
+
+
+def _as_given(value: Any, feature: Any) -> Any:
+    """A value without the nulls of its structs. `feature` is its type in a data set, or None."""
+    if type(feature).__name__ == "Json":  # of datasets 5: stored as text, so its nulls are the row's own
+        return value
+    if isinstance(value, list):
+        return [_as_given(item, getattr(feature, "feature", None)) for item in value]
+    if isinstance(value, dict):
+        features = feature if isinstance(feature, dict) else {}
+        return {name: _as_given(item, features.get(name)) for name, item in value.items() if item is not None}
+    return value
 
 
 @contextmanager

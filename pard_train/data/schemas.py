@@ -71,6 +71,8 @@ def to_chat(row: Row, source: SourceConfig, origin: str) -> Chat:
     check_messages(messages, origin)
     if messages[-1]["role"] == "system":
         raise RowError(origin, "ends with a system prompt, so nothing is asked")
+    if fault := _not_storable(row.get("finish_reason")):
+        raise RowError(origin, f"finish_reason has {fault}")
     return Chat(messages, _tools(row.get("tools"), origin), row.get("finish_reason"))
 
 
@@ -102,8 +104,8 @@ def _fault(message: Mapping[str, Any], before: str | None) -> str | None:
     if not isinstance(thought, str):
         return f"({role}) must have a text `reasoning_content`"
     others = [message[key] for key in ("tool_calls", *IDENTITIES) if message.get(key)]
-    if not _is_unicode(content + thought + (_as_json(others) if others else "")):
-        return f"({role}) has half a character (an unpaired surrogate)"
+    if fault := _not_storable([content, thought, others]):
+        return f"({role}) has {fault}"
     if role == "tool" and before not in ("assistant", "tool"):
         return "is a tool's result without an assistant's message before it"
     if role == "assistant" and before not in ("user", "tool"):
@@ -122,12 +124,15 @@ def _is_call(call: Any) -> bool:
     )
 
 
-def _is_unicode(text: str) -> bool:
+def _not_storable(value: Any) -> str | None:
+    """What in a value no file of JSON can hold, None if there is nothing such."""
     try:
-        text.encode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return "half a character (an unpaired surrogate)"
+    except TypeError as error:  # columnar files may hold times and bytes
+        return f"a value that is not JSON ({error}): store it as text"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,8 +197,8 @@ def _with_system_prompt(messages: Any, system: Any) -> Any:
 
 def _tools(tools: Any, origin: str) -> list[dict[str, Any]] | None:
     found = [_tool(tool, origin) for tool in _parsed(tools or [], list, "tools", origin)]
-    if not _is_unicode(_as_json(found)):
-        raise RowError(origin, "tools have half a character (an unpaired surrogate)")
+    if fault := _not_storable(found):
+        raise RowError(origin, f"tools have {fault}")
     return found or None
 
 
@@ -295,7 +300,3 @@ def _parsed(value: Any, kind: type | tuple[type, ...], what: str, origin: str) -
     if not isinstance(value, kind):
         raise RowError(origin, f"{what} must be a JSON object or list, found {value!r:.80}")
     return value
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
