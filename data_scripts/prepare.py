@@ -84,7 +84,8 @@ def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, li
     Raises:
         UserError: at a source or row that cannot be read, if nothing is left, or if the folder holds other prompts.
     """
-    identity = {"seed": seed, "config": asdict(config), "versions": _versions(config)}
+    rules = {name: value for name, value in asdict(config).items() if name != "num_workers"}
+    identity = {"seed": seed, "config": rules, "versions": _versions(config)}
     if not _is_made(folder, identity):
         with new_folder(folder) as partial:
             chats, rejected = _read_sources(config, partial)
@@ -147,20 +148,30 @@ def _is_made(folder: Path, identity: dict[str, Any]) -> bool:
 
 def _read_sources(config: PrepareConfig, folder: Path) -> tuple[datasets.Dataset, dict[str, int]]:
     """Every chat of every source in one schema, stored as JSON, and the rows of each source that were rejected."""
-    rejected: dict[str, int] = {}
-    path, num_rows = folder / "chats.arrow", 0
+    rejected: dict[str, Rejects] = {}
+    used: Counter[str] = Counter()
+    path = folder / "chats.arrow"
     with ArrowWriter(path=str(path), features=_CHATS) as writer:
         for name, source in config.sources.items():
-            rejects = Rejects(folder / REJECTS_FILE)
-            chats = _read_chats(source, rejects if config.bad_rows == "set_aside" else stop)
+            rejected[name] = Rejects(folder / REJECTS_FILE)
+            chats = _read_chats(source, rejected[name] if config.bad_rows == "set_aside" else stop)
             for chat in tqdm(chats, desc=f"read {name}", unit=" rows"):
                 writer.write({"chat": json.dumps(chat, ensure_ascii=False), "source": name})
-                num_rows += 1
-            rejected[name] = rejects.num_rows
-        if not num_rows:
-            raise UserError(f"prepare.sources have no row that can be used; rejected: {rejected}")
+                used[name] += 1
+            if source.weight is not None and not used[name]:
+                raise UserError(_no_share(name, rejected[name].summary()))
+        if not used:
+            summaries = "; ".join(f"{name}: {rejects.summary()}" for name, rejects in rejected.items())
+            raise UserError(f"prepare.sources have no row that can be used: {summaries}")
         writer.finalize()
-    return datasets.Dataset.from_file(str(path)), rejected
+    return datasets.Dataset.from_file(str(path)), {name: rejects.num_rows for name, rejects in rejected.items()}
+
+
+def _no_share(name: str, reason: str) -> str:
+    return (
+        f"prepare.sources.{name} has a weight but no row to train on ({reason}), and shares of nothing are nothing: "
+        "the others would be left out, too; take this source out or mend it"
+    )
 
 
 def _read_chats(source: SourceConfig, on_bad_row: OnBadRow) -> Iterator[dict[str, Any]]:
@@ -252,6 +263,9 @@ def _not_drawn(fates: np.ndarray, sources: np.ndarray, order: np.ndarray, config
     """Rows that the mix leaves out, int [M]: of each source the last in order."""
     candidates = {name: order[((fates == TRAIN) & (sources == name))[order]] for name in config.sources}
     available = {name: len(rows) for name, rows in candidates.items()}
+    for name, source in config.sources.items():
+        if source.weight is not None and not available[name]:
+            raise UserError(_no_share(name, json.dumps(Counter(fates[sources == name].tolist()))))
     wanted = mix({name: source.weight for name, source in config.sources.items()}, available, config.num_rows)
     return np.concatenate([rows[wanted[name] :] for name, rows in candidates.items()])
 

@@ -114,10 +114,7 @@ def test_weights_are_shares_of_the_mix(tmp_path: Path) -> None:
         for name, start in [("a", 0), ("b", 500)]
     ]
     config = config_of(*files, held_out_fraction=0.0)
-    weighted = {
-        name: replace(source, weight=w) for (name, source), w in zip(config.sources.items(), (3.0, 1.0), strict=True)
-    }
-    train, _ = prepare(replace(config, sources=weighted, num_rows=40), tmp_path / "prompts", seed=1)
+    train, _ = prepare(with_weights(replace(config, num_rows=40), 3.0, 1.0), tmp_path / "prompts", seed=1)
     assert Counter(row["source"] for row in rows(train)) == {"a": 30, "b": 10}
 
 
@@ -135,6 +132,25 @@ def test_a_mix_takes_just_as_many_rows_as_are_wanted() -> None:
         rows = mix({"a": 1.0, "b": 2.0, "c": 4.0}, {"a": 40, "b": 80, "c": 120}, number)
         assert sum(rows.values()) == number
         assert all(abs(rows[name] - number * share / 7) < 1 for name, share in (("a", 1), ("b", 2), ("c", 4)))
+
+
+def with_weights(config: PrepareConfig, *weights: float) -> PrepareConfig:
+    """A share for each source."""
+    pairs = zip(config.sources.items(), weights, strict=True)
+    return replace(config, sources={name: replace(source, weight=weight) for (name, source), weight in pairs})
+
+
+def test_a_source_that_has_a_weight_and_nothing_to_train_on_is_named(tmp_path: Path) -> None:
+    good, same = (write(tmp_path / f"{name}.jsonl", [question(n) for n in range(9)]) for name in ("good", "same"))
+    config = with_weights(config_of(good, same, held_out_fraction=0.0), 3.0, 1.0)
+    with pytest.raises(
+        UserError, match=r"^prepare.sources.same has a weight but .*\(\{\"duplicate\": 9\}\), and shares"
+    ):
+        prepare(config, tmp_path / "prompts", seed=1)
+    same.write_text('{"text": 3}\n{"broken\n')
+    with pytest.raises(UserError, match=r"^prepare.sources.same has .*\(2 rejected, the last at \S+same.jsonl:"):
+        prepare(replace(config, bad_rows="set_aside"), tmp_path / "prompts", seed=1)
+    assert not (tmp_path / "prompts").exists()
 
 
 def test_sources_of_many_schemas_become_one(tmp_path: Path) -> None:
@@ -165,6 +181,18 @@ def test_rows_that_are_set_aside_are_counted_and_others_are_kept(tmp_path: Path)
     assert [row["origin"] for row in rows(tmp_path / "prompts" / "rejects.jsonl")] == [f"{path}:6", f"{path}:7"]
 
 
+def test_why_the_last_row_was_set_aside_is_said_where_no_row_is_left(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"broken\n{"text": 3}\n')
+    (tmp_path / "b.jsonl").write_text("")
+    config = config_of(tmp_path / "a.jsonl", tmp_path / "b.jsonl", bad_rows="set_aside")
+    with pytest.raises(UserError) as error:
+        prepare(config, tmp_path / "prompts", seed=1)
+    start, _, reason = str(error.value).partition("2 rejected, the last at ")
+    assert start == "prepare.sources have no row that can be used: a: "
+    assert reason.startswith(f"{tmp_path / 'a.jsonl'}:2: no chat in the columns text: one of messages,")
+    assert reason.endswith("; b: 0 rejected")
+
+
 def test_a_time_among_the_arguments_of_a_call_is_set_aside(tmp_path: Path) -> None:
     call = {"function": {"name": "f", "arguments": {"when": datetime(2024, 1, 1)}}}
     answers = [{"content": "yes"}, {"content": "", "tool_calls": [call]}]
@@ -182,7 +210,9 @@ def test_prompts_that_are_made_stand_and_are_not_overwritten_by_others(tmp_path:
     path = write(tmp_path / "a.jsonl", [question(n) for n in range(20)])
     train, _ = prepare(config_of(path), tmp_path / "prompts", seed=1)
     before = train.stat().st_mtime_ns
-    assert prepare(config_of(path), tmp_path / "prompts", seed=1)[0].stat().st_mtime_ns == before
+    for num_workers in (1, 2):  # which changes no prompt
+        again, _ = prepare(config_of(path, num_workers=num_workers), tmp_path / "prompts", seed=1)
+        assert again.stat().st_mtime_ns == before
     with pytest.raises(UserError, match="holds prompts of other sources or settings"):
         prepare(config_of(path), tmp_path / "prompts", seed=2)
     write(path, [question(n) for n in range(21)])

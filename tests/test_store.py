@@ -194,6 +194,9 @@ def test_a_source_that_teaches_nothing_is_an_error(tmp_path: Path, encoder: Chat
         encode(write(tmp_path / "empty.jsonl", []), encoder)
     with pytest.raises(UserError, match=r"nothing to train on in 1 rows .*1 documents dropped"):
         encode(write(tmp_path / "long.jsonl", [chat(60, 5)]), encoder, max_length=40, overlong="drop")
+    path = write(tmp_path / "bad.jsonl", ["{", chat(2, 0)])
+    with pytest.raises(UserError, match=r"2 rejected, the last at \S+bad\.jsonl:2: message 1 is an empty answer"):
+        encode(path, encoder, bad_rows="set_aside")
 
 
 def test_a_store_in_the_cache_is_used_again_until_anything_that_decides_its_tokens_changes(

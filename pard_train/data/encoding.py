@@ -65,8 +65,8 @@ def encode_corpus(config: DataConfig, encoder: ChatEncoder, folder: Path) -> Non
         counts = {"rows": num_rows, "rejected": rejects.num_rows, **_count_fates(encoded)}
         if not counts["documents"]:
             raise UserError(
-                f"data.source={config.source}: nothing to train on in {num_rows} rows ({rejects.num_rows} rejected, "
-                f"{counts['dropped']} documents dropped as longer than data.max_length={config.max_length})"
+                f"data.source={config.source}: nothing to train on in {num_rows} rows ({counts['dropped']} documents "
+                f"dropped as longer than data.max_length={config.max_length}; {rejects.summary()})"
             )
         documents = _save_documents(encoded, partial / DOCUMENTS_FOLDER)
         for scratch in partial.glob("*.arrow"):

@@ -42,11 +42,13 @@ class Rejects:
     Attributes:
         path: the file.
         num_rows: rows set aside by this object.
+        last: why the last of them was.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.num_rows = 0
+        self.last: RowError | None = None
 
     def __call__(self, error: RowError, raw: str) -> None:
         line = json.dumps({"origin": error.origin, "reason": error.reason, "row": raw}) + "\n"
@@ -54,6 +56,11 @@ class Rejects:
         with self.path.open("ab", buffering=0) as file:
             file.write(line.encode())
         self.num_rows += 1
+        self.last = error
+
+    def summary(self) -> str:
+        """How many rows were set aside, and why the last one was: enough where the file goes away with a failure."""
+        return f"{self.num_rows} rejected" + (f", the last at {self.last}" if self.last else "")
 
 
 def is_file_source(path: str) -> bool:
