@@ -31,7 +31,7 @@ from pard_train.data.inspection import (
     summary,
 )
 from pard_train.data.pattern import draw_pattern, shorten
-from pard_train.data.rows import read_rows, stop
+from pard_train.data.rows import Row, read_rows, stop
 from pard_train.data.schemas import to_chat
 from pard_train.data.store import is_store, open_store
 from pard_train.errors import RowError, UserError
@@ -42,26 +42,33 @@ from recipes.app import hydra_program
 
 
 def read_documents(data: DataConfig, encoder: ChatEncoder, first: int, end: int | None) -> Iterator[Document]:
-    """Documents of the rows first .. end - 1 of `data.source`. Raises UserError."""
+    """Documents of the rows first .. end - 1 of `data.source`, counted as they stand there. Raises UserError."""
     if is_store(data.source):
         store = open_store(data, encoder)
         yield from (store[number] for number in range(len(store))[first:end])
         return
-    source = source_of(data)
-    on_bad_row = stop if data.bad_rows == "error" else _pass_over
-    for row, origin in islice(read_rows(source, on_bad_row), first, end):
+    for row, origin in islice(_read_rows(data), first, end):
+        if row is None:
+            continue
         try:
-            chat = to_chat(row, source, origin)
+            chat = to_chat(row, source_of(data), origin)
             is_cut = chat.finish_reason == "length"
             documents = encoder.encode(chat.messages, origin=origin, is_cut=is_cut, tools=chat.tools)
-        except RowError as error:
-            on_bad_row(error, "")
+        except RowError:
+            if data.bad_rows == "error":
+                raise
         else:
             yield from documents
 
 
-def _pass_over(error: RowError, raw: str) -> None:
-    """Go on after a bad row, as training does with data.bad_rows=set_aside."""
+def _read_rows(data: DataConfig) -> Iterator[tuple[Row | None, str]]:
+    """(row, origin) of every row; None for one that cannot be read, where training goes on after it (set_aside)."""
+    bad: list[str] = []
+    on_bad_row = stop if data.bad_rows == "error" else lambda error, raw: bad.append(error.origin)
+    for row, origin in read_rows(source_of(data), on_bad_row):
+        yield from ((None, place) for place in bad)  # those that stand before this row
+        bad.clear()
+        yield row, origin
 
 
 def run(config: TrainConfig) -> None:

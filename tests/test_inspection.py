@@ -325,18 +325,39 @@ def test_a_row_that_is_not_there_is_refused(base_folder: Path, chats_file: Path,
         run(replace(config, show=ShowConfig(row=40)))
 
 
-def test_a_row_that_training_sets_aside_is_passed_over(
+@pytest.mark.parametrize("bad", ['{"messages": []}', '{"broken', "3"], ids=["chat", "json", "object"])
+def test_a_row_that_training_sets_aside_keeps_its_number_and_is_passed_over(
+    base_folder: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str
+) -> None:
+    rows = chats_file.read_text().splitlines()[:3]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join([bad, rows[0], bad, bad, *rows[1:], bad]))
+    config = experiment(base_folder, chats, tmp_path)
+    with pytest.raises(RowError, match=r"chats.jsonl:1: "):
+        run(config)
+    config = replace(config, data=replace(config.data, bad_rows="set_aside"))
+    for row in (1, 4, 5):
+        run(replace(config, show=ShowConfig(row=row)))
+        shown = capsys.readouterr().out
+        assert f"\n{chats}:{row + 1}\n" in shown
+        assert "checked: documents 3 " in shown
+    for row in (0, 2, 3, 6, 7):
+        with pytest.raises(
+            UserError, match=rf"^show.row={row}: \S+ has no such row \(the first is 0\), or it is a bad"
+        ):
+            run(replace(config, show=ShowConfig(row=row)))
+    capsys.readouterr()
+    run(replace(config, show=ShowConfig(row=1, num_checked=4)))
+    assert "checked: documents 1 " in capsys.readouterr().out
+
+
+def test_rows_after_those_looked_at_are_not_read(
     base_folder: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = chats_file.read_text().splitlines()[:2]
     chats = tmp_path / "chats.jsonl"
-    chats.write_text(f'{first}\n{{"messages": []}}\n{second}\n')
-    config = experiment(base_folder, chats, tmp_path)
-    with pytest.raises(RowError, match=r"chats.jsonl:2: `messages` must be"):
-        run(config)
-    data = replace(config.data, bad_rows="set_aside")
-    run(replace(config, data=data, show=ShowConfig(row=2)))
-    assert f"\n{chats}:3\n" in capsys.readouterr().out
+    chats.write_text("\n".join([*chats_file.read_text().splitlines()[:2], '{"broken']))
+    run(replace(experiment(base_folder, chats, tmp_path), show=ShowConfig(row=1, num_checked=2)))
+    assert f"\n{chats}:2\n" in capsys.readouterr().out
 
 
 def test_a_folder_of_tokens_shows_what_its_chats_show(
