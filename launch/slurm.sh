@@ -15,8 +15,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && set -- "$@" resume=true
 export NUM_NODES="$SLURM_JOB_NUM_NODES"
-# A port of its own, since jobs may share a node.
-MASTER="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
-export MASTER
+nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+export MASTER="${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))"  # a port of its own, since jobs may share a node
 # One task that fails ends the job, which would wait for it otherwise.
 exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec launch/torchrun.sh "$@"' bash "$@"

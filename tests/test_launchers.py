@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +27,9 @@ LAUNCHERS = {
 STEPS = 4
 
 
-def launch(command: list[str], base: Path, chats: Path, output_dir: Path, *overrides: str) -> list[dict[str, float]]:
-    """Run recipes/train.py on two processes and return its log."""
-    settings = [
+def settings_of(base: Path, chats: Path, output_dir: Path) -> list[str]:
+    """Overrides of recipes/train.py for a short run."""
+    return [
         f"model.path={base}",
         f"data.source={chats}",
         f"output_dir={output_dir}",
@@ -41,25 +42,36 @@ def launch(command: list[str], base: Path, chats: Path, output_dir: Path, *overr
         "trainer.logging_steps=1",
         "trainer.save_steps=2",
         "trainer.dataloader_num_workers=0",
-        *overrides,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUM_PROCESSES": "2", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    environment["MASTER_PORT"] = port = str(free_port())
-    process = subprocess.Popen(
-        [*(port if part == "PORT" else part for part in command), *settings],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+
+
+def run_all(commands: list[list[str]], environments: list[dict[str, str]]) -> list[str]:
+    """Run commands side by side, each in a process group of its own, and return what they print."""
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for command, environment in zip(commands, environments, strict=True)
+    ]
     try:
-        output, _ = process.communicate(timeout=300)
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # the launcher's children too
-    assert process.returncode == 0, output[-5000:]
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the launcher's children too
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-5000:]
+    return outputs
+
+
+def log_of(output_dir: Path) -> list[dict[str, float]]:
+    """What a run logged, step by step."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "loss" in row]
 
@@ -71,6 +83,19 @@ def alone(base_folder: Path, chats_file: Path, tmp_path_factory: pytest.TempPath
     settings = {"num_train_epochs": 4, "max_steps": STEPS, "gradient_accumulation_steps": 2}
     train(experiment(base_folder, chats_file, folder, **settings))
     return folder
+
+
+def check_as_alone(run: Path, alone: Path) -> None:
+    """A run has the losses and, but for rounding, the weights of the one in one process."""
+    expected = log_of(alone)[:STEPS]
+    for mine, theirs in zip(log_of(run), expected, strict=True):
+        for name in ("loss", "accepted_length", "supervised_slots", "accuracy/depth_1"):
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-3), (name, mine["step"])
+    ours, reference = (load_file(folder / "draft" / "model.safetensors") for folder in (run, alone))
+    assert ours.keys() == reference.keys()
+    worst = max(float((ours[name].float() - reference[name]).abs().max()) for name in ours)
+    assert worst < STEPS * 1e-3  # Adam moves a weight by at most the learning rate a step
+    assert len(list(run.glob("checkpoint-*/files.json"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -87,17 +112,50 @@ def alone(base_folder: Path, chats_file: Path, tmp_path_factory: pytest.TempPath
 def test_two_processes_train_as_one(
     launcher: str, deepspeed: str, alone: Path, base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
-    log = launch(LAUNCHERS[launcher], base_folder, chats_file, tmp_path / "run", f"deepspeed={deepspeed}")
-    expected = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()][:STEPS]
-    for mine, theirs in zip(log, expected, strict=True):
-        for name in ("loss", "accepted_length", "supervised_slots", "accuracy/depth_1"):
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-3), (name, mine["step"])
-        shares = {name: value for name, value in mine.items() if name.startswith("throughput/share_")}
+    port, run = str(free_port()), tmp_path / "run"
+    command = [port if part == "PORT" else part for part in LAUNCHERS[launcher]]
+    command += [*settings_of(base_folder, chats_file, run), f"deepspeed={deepspeed}"]
+    (output,) = run_all([command], [{"NUM_PROCESSES": "2", "MASTER_PORT": port}])
+    check_as_alone(run, alone)
+    assert output.count("draft model: ") == 1  # one process says what comes next
+    for row in log_of(run):
+        shares = {name: value for name, value in row.items() if name.startswith("throughput/share_")}
         assert all(share > 0 for share in shares.values()) or deepspeed != "none"
         assert ("throughput/share_communication" in shares) == (deepspeed == "none")  # DeepSpeed reduces out of sight
         assert sum(shares.values()) <= 1
-    ours, reference = (load_file(folder / "draft" / "model.safetensors") for folder in (tmp_path / "run", alone))
-    assert ours.keys() == reference.keys()
-    worst = max(float((ours[name].float() - reference[name]).abs().max()) for name in ours)
-    assert worst < STEPS * 1e-3  # Adam moves a weight by at most the learning rate a step
-    assert len(list((tmp_path / "run").glob("checkpoint-*/files.json"))) == 2
+
+
+def test_two_nodes_train_as_one(alone: Path, base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    nodes = {"NUM_NODES": "2", "NUM_PROCESSES": "1", "MASTER": f"127.0.0.1:{free_port()}"}
+    command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]
+    run_all([command] * 2, [{**nodes, "NODE_RANK": str(rank)} for rank in range(2)])
+    check_as_alone(tmp_path / "run", alone)
+
+
+SRUN = """#!/usr/bin/env bash
+[ "$1" = --kill-on-bad-exit=1 ] || exit 9
+for node in 0 1; do SLURM_NODEID=$node "${@:2}" & tasks+=($!); done
+for task in "${tasks[@]}"; do wait "$task" || exit 1; done
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$*" = "show hostnames some-nodes" ] && printf '127.0.0.1\\nanother-node\\n'
+"""
+
+
+def test_the_nodes_of_a_slurm_job_train_as_one_and_go_on_when_slurm_starts_it_again(
+    alone: Path, base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    """SLURM is stood in for by two scripts: one task on each of two nodes."""
+    for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    port = next(port for port in iter(free_port, None) if 20000 <= port < 40000)
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "some-nodes", "SLURM_JOB_ID": str(port - 20000)}
+    job |= {"SLURM_SUBMIT_DIR": str(ROOT), "NUM_PROCESSES": "1", "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
+    command = ["bash", "launch/slurm.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]
+    run_all([command], [job])
+    check_as_alone(tmp_path / "run", alone)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")  # as if it had been stopped before
+    shutil.rmtree(tmp_path / "run" / "draft")
+    run_all([command], [{**job, "SLURM_RESTART_COUNT": "1"}])
+    check_as_alone(tmp_path / "run", alone)
