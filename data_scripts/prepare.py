@@ -1,10 +1,10 @@
 """From any chats to clean prompts: one schema, no question twice, nothing of the benchmarks, a part held out.
 
-    python data_scripts/prepare.py source=[ultrachat,evol_codealpaca] output_dir=outputs/my-data
-    python data_scripts/prepare.py prepare.sources.mine.path=chats.jsonl prepare.bad_rows=set_aside \\
-        output_dir=outputs/my-data
-    python data_scripts/prepare.py source=[ultrachat,openr1_math] prepare.sources.ultrachat.weight=3 \\
-        prepare.sources.openr1_math.weight=1 prepare.num_rows=100000 output_dir=outputs/my-data
+    M="model=qwen2.5-0.5b output_dir=outputs/my-data"
+    python data_scripts/prepare.py $M source=[ultrachat,evol_codealpaca]
+    python data_scripts/prepare.py $M prepare.sources.mine.path=chats.jsonl prepare.bad_rows=set_aside
+    python data_scripts/prepare.py $M source=[ultrachat,openr1_math] prepare.sources.ultrachat.weight=3 \\
+        prepare.sources.openr1_math.weight=1 prepare.num_rows=100000
 
 Presets are the files of conf/source/. Writes OUTPUT_DIR/prompts/: train.jsonl and held_out/SOURCE.jsonl, one chat a
 line ({"messages": [...], "id", "source", ...}), in an order that depends on nothing but the chats and the seed;
