@@ -31,7 +31,8 @@ PACKAGES = ("pard_train", "torch", "transformers", "datasets", "accelerate", "de
 # What may change when a run is continued; everything else decides the result.
 FREE_KEYS = (
     *("resume", "logger", "evaluate", "prepare", "regenerate", "score", "show", "monitor"),
-    *("data.num_workers", "data.cache_dir", "trainer.logging_steps", "trainer.save_steps"),
+    *("data.num_workers", "data.cache_dir", "trainer.dataloader_num_workers"),
+    *("trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit"),
 )
 
 
@@ -98,11 +99,21 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file that comes to be whole or not at all: write the one yielded, which takes its place at the end."""
+    partial = unfinished(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    partial = unfinished(path)
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -197,10 +208,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         UserError: if that checkpoint has been damaged since.
     """
-    numbered = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
-    for checkpoint in sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+    for checkpoint in _checkpoints(folder):
         if (checkpoint / SEAL_FILE).exists():
             check_checkpoint(checkpoint)
             return checkpoint
         logger.warning("%s was not written to its end: passed over", checkpoint)
     return None
+
+
+def prune_checkpoints(folder: Path, limit: int) -> None:
+    """Delete the oldest checkpoints of a run above a number. The newest must be sealed."""
+    for checkpoint in _checkpoints(folder)[limit:]:
+        shutil.rmtree(checkpoint)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True)

@@ -148,6 +148,20 @@ def test_every_epoch_has_an_order_and_chains_of_its_own() -> None:
     assert {(k.seed, k.epoch) for k in keys} == {(7, 0), (7, 1)}
 
 
+def test_packs_are_shuffled_and_filled_otherwise_in_every_epoch() -> None:
+    dataset = build_dataset(DOCUMENTS, num_epochs=2)
+    bounds = bounds_of(DOCUMENTS)
+    packs: dict[int, list[list[int]]] = {0: [], 1: []}
+    for number in range(len(dataset)):
+        if members := dataset[number]:
+            packs[members[0].key.epoch].append([member.key.example for member in members])
+    for epoch in packs.values():  # not in the order in which they were planned, the largest documents first
+        largest = [max(bounds[example] for example in pack) for pack in epoch]
+        assert largest != sorted(largest, reverse=True)
+    partners = [{frozenset(pack) for pack in epoch if len(pack) > 1} for epoch in packs.values()]
+    assert partners[0] != partners[1]  # documents of equal size change places
+
+
 def test_every_batch_has_the_same_shape_and_types() -> None:
     dataset, collate = build_dataset(DOCUMENTS, packs_per_step=7), build_collator()
     assert [] in [dataset[i] for i in range(len(dataset))]  # a pack of padding among them

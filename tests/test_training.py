@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from pard_train.data.store import open_store
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout, is_visible
 from pard_train.model import inspect_base, write_initial_draft
-from pard_train.run import SEAL_FILE
+from pard_train.run import SEAL_FILE, newest_checkpoint, seal_checkpoint
 from pard_train.training.throughput import ModelShape, Work, step_cost
 from pard_train.training.trainer import build_trainer, train, training_settings
 
@@ -287,3 +288,102 @@ def test_a_start_that_fails_on_bad_data_leaves_the_output_folder_free(
         train(replace(config, data=replace(config.data, max_length=20)))
     assert not (tmp_path / "run").exists()
     train(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on with a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(config: TrainConfig) -> list[str]:
+    return sorted(path.name for path in Path(config.output_dir).glob("checkpoint-*"))
+
+
+def test_a_run_that_has_done_its_steps_takes_none_more_when_it_is_resumed(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=4, save_steps=2)
+    first, before = weights(train(config)), checkpoints(config)
+    shutil.rmtree(tmp_path / "run" / "draft")  # killed after the last checkpoint
+    again = weights(train(replace(config, resume=True)))
+    assert all(torch.equal(value, first[name]) for name, value in again.items())
+    assert [row["step"] for row in log_lines(config)] == [1, 2, 3, 4]
+    assert checkpoints(config) == before
+
+
+def test_a_run_does_not_go_on_with_other_chats(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_bytes(chats_file.read_bytes())
+    config = experiment(base_folder, own, tmp_path / "run", save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[InterruptAfter(2)])
+    own.write_bytes(b"".join(chats_file.read_bytes().splitlines(keepends=True)[:20]))
+    with pytest.raises(UserError, match=r"the chats are not those .* \(source_version differs"):
+        train(replace(config, resume=True))
+    own.write_bytes(chats_file.read_bytes())
+    train(replace(config, resume=True))
+
+
+def test_a_log_line_that_a_full_disk_cut_is_dropped_when_the_run_goes_on(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", save_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[InterruptAfter(3)])
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 6.0')
+    train(replace(config, resume=True))
+    steps = [row["step"] for row in log_lines(config)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_the_checkpoint_before_stays_until_the_new_one_is_whole(
+    base_folder: Path, chats_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path) -> None:
+        if folder.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        seal_checkpoint(folder)
+
+    config = experiment(base_folder, chats_file, tmp_path / "run", save_steps=2, save_total_limit=1)
+    monkeypatch.setattr("pard_train.training.callbacks.seal_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    train(replace(config, resume=True))
+    assert len(checkpoints(config)) == 1
+
+
+def test_a_resumed_run_logs_and_saves_as_often_as_it_is_told_now(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", save_steps=4, logging_steps=4, max_steps=8)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[InterruptAfter(5)])
+    told = replace(config.trainer, save_steps=3, logging_steps=1, save_total_limit=9)
+    train(replace(config, resume=True, trainer=told))
+    assert [row["step"] for row in log_lines(config)] == [1, 4, 5, 6, 7, 8]
+    assert checkpoints(config) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+def test_more_steps_than_the_epochs_hold_are_no_further_epochs(
+    base_folder: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=1000, num_train_epochs=1)
+    train(config)
+    last = log_lines(config)[-1]
+    assert last["epoch"] == pytest.approx(1)
+    assert (
+        f"trainer.max_steps=1000: trainer.num_train_epochs ends after {last['step']} steps" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("name", ["label_smoothing_factor", "data_seed", "save_only_model", "fp16"])
+def test_an_extra_argument_that_would_do_nothing_or_harm_is_refused(
+    base_folder: Path, chats_file: Path, tmp_path: Path, name: str
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", extra={name: 1})
+    with pytest.raises(UserError, match=rf"trainer\.extra\.{name} "):
+        train(config)
+    assert not (tmp_path / "run").exists()

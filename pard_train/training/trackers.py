@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pard_train.config import LoggerConfig, TrainConfig
 from pard_train.reports.records import Record, at_largest_k, distinct, flatten, label_of, measured
+from pard_train.run import new_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -62,8 +63,10 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Drop lines past the step a resumed run starts from, so that no step is logged twice."""
         if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
+            lines = self.path.read_text().splitlines(keepends=True) if state.global_step else []
+            whole = [line for line in lines if line.endswith("\n")]  # a full disk may have cut the last one
+            with new_file(self.path) as partial:
+                partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= state.global_step))
 
     def on_log(
         self,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
@@ -36,7 +36,8 @@ from pard_train.model import (
     write_initial_draft,
     write_model_folder,
 )
-from pard_train.run import check_run, claim_run, newest_checkpoint, read_json, seal_checkpoint, write_json
+from pard_train.run import check_run, claim_run, newest_checkpoint, read_json, write_json
+from pard_train.training.callbacks import DataEpoch, OwnSteps, SealCheckpoint, ShortProgress
 from pard_train.training.clock import StepClock, device_mark, num_compilations
 from pard_train.training.throughput import (
     ModelShape,
@@ -50,8 +51,18 @@ from pard_train.training.trackers import ConfigToWandb, MetricsFile, configure_t
 
 INITIAL_FOLDER = "init"  # the untrained draft model
 DRAFT_FOLDER = "draft"  # the trained one
-WARM_UP_LOGS = 2  # the first pack is compiled for, and the second, whose number of supervised slots is another one
 TEACHER_FILE = "teacher.json"  # manifest of the target's scores that the objective used
+TOKENS_FILE = "tokens.json"  # manifest of the tokens
+
+NOT_EXTRA = {  # fields of TrainingArguments that would change nothing, or break what a run promises
+    "label_smoothing_factor": "is no part of our objectives",
+    "data_seed": "has no say: packs are planned by `seed`",
+    "train_sampling_strategy": "has no say: packs stand in the order of training",
+    "save_only_model": "would keep a run from being resumed as it was",
+    "ignore_data_skip": "would keep a run from being resumed as it was",
+    "resume_from_checkpoint": "is resume=true here",
+    "fp16": "rounds small gradients of the head to nothing: take trainer.precision=bf16",
+}
 
 
 def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -71,6 +82,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     check_output(config)
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
+    check_tokens(output_dir, store)
     scores = teacher_of(config, store)
     if _is_first():  # the other ranks wait below for this one to join them
         claim_run(output_dir, _identity(config))
@@ -82,6 +94,11 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
         arguments._n_gpu = 1  # else Trainer would wrap the model in DataParallel, which splits packs
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+    if not (output_dir / INITIAL_FOLDER).is_dir():
+        raise UserError(
+            f"output_dir={output_dir} was made by the first process, and this one does not see it: choose a folder "
+            "on a disk that all nodes share"
+        )
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
     for callback in callbacks:
@@ -98,6 +115,24 @@ def check_output(config: TrainConfig) -> None:
         check_run(Path(config.output_dir), _identity(config), resume=config.resume)
 
 
+def check_tokens(folder: Path, store: TokenStore) -> None:
+    """Check that a run goes on with the tokens it began with: others have other packs, of which it would skip some.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    record = folder / TOKENS_FILE
+    if not record.exists():
+        return
+    before, now = read_json(record)["identity"], store.manifest["identity"]
+    changed = ", ".join(name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
+    if changed:
+        raise UserError(
+            f"the chats are not those that the run in {folder} began with ({changed} differs; see {record}): give it "
+            "those, or choose another output_dir"
+        )
+
+
 def _is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
@@ -111,8 +146,8 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments for an experiment.
 
     Raises:
-        UserError: if trainer.optimizer is unknown, or trainer.extra has a field that TrainingArguments lacks or that is
-            set elsewhere.
+        UserError: if trainer.optimizer is unknown, or trainer.extra has a field that TrainingArguments lacks, that is
+            set elsewhere, or that would do harm.
     """
     settings = config.trainer
     is_cpu = default_device().type == "cpu"
@@ -135,7 +170,7 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
         "logging_first_step": True,
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or 500,
-        "save_total_limit": settings.save_total_limit,
+        "save_total_limit": None,  # `SealCheckpoint` deletes older ones
         "dataloader_num_workers": settings.dataloader_num_workers,
         "remove_unused_columns": False,
         "report_to": configure_tracker(config),
@@ -151,9 +186,9 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
     if settings.gradient_checkpointing:  # transformers 5.23 renamed it
         ours["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
     for name in settings.extra:
-        if name not in known or name in ours:
-            reason = "is set by a field of its own" if name in ours else "is not a field of TrainingArguments"
-            raise UserError(f"trainer.extra.{name} {reason}")
+        reason = NOT_EXTRA.get(name) or ("is set by a field of its own" if name in ours else None)
+        if reason or name not in known:
+            raise UserError(f"trainer.extra.{name} {reason or 'is not a field of TrainingArguments'}")
     return ours | settings.extra
 
 
@@ -191,20 +226,27 @@ def build_trainer(
     """
     initial = str(Path(config.output_dir) / INITIAL_FOLDER)
     tokenizer = load_tokenizer(initial)
+    packs_per_step = arguments.world_size * arguments.gradient_accumulation_steps
     dataset = PackedDataset(
         store,
         store.slot_bounds(config.draft),
         slot_budget=config.data.slot_budget,
         num_epochs=config.trainer.num_train_epochs,
         seed=config.seed,
-        packs_per_step=arguments.world_size * arguments.gradient_accumulation_steps,
+        packs_per_step=packs_per_step,
         scores=scores,
     )
-    if arguments.process_index == 0 and scores is not None:
-        write_json(Path(config.output_dir) / TEACHER_FILE, scores.manifest)
-        print(scores.summary())
     if arguments.process_index == 0:
+        write_json(Path(config.output_dir) / TOKENS_FILE, store.manifest)
         print(f"{store.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots")
+        if scores is not None:
+            write_json(Path(config.output_dir) / TEACHER_FILE, scores.manifest)
+            print(scores.summary())
+    num_steps = len(dataset) // packs_per_step
+    if arguments.max_steps > num_steps:  # Trainer would go over the very same packs again
+        if arguments.process_index == 0:
+            print(f"trainer.max_steps={arguments.max_steps}: trainer.num_train_epochs ends after {num_steps} steps")
+        arguments.max_steps = -1
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
     mask_token_id = required_mask_token_of(model.config)
@@ -218,7 +260,8 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[
             DataEpoch(dataset.num_epochs),
-            SealCheckpoint(),
+            OwnSteps(),
+            SealCheckpoint(config.trainer.save_total_limit),
             MetricsFile(Path(config.output_dir)),
             ConfigToWandb(config),
         ],
@@ -251,13 +294,18 @@ class PardTrainer(Trainer):
         self.add_callback(self.clock)
         self.is_compiled = self.args.torch_compile or attention == "flex"
         self.compiled_before = num_compilations()  # this window
-        self.window_start = time.perf_counter()
+        self.window_start, self.has_begun = time.perf_counter(), False
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
         return SequentialSampler(cast(PackedDataset, self.train_dataset))  # the packs already stand in training order
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """Micro-batches of one optimizer step, and the sum of their weights over all ranks (a float32 scalar)."""
+        if self.state.global_step >= self.state.max_steps:  # a checkpoint of the last step: Trainer would add one more
+            self.control.should_training_stop = True
+            return [], torch.zeros((), device=device)
+        if not self.has_begun:  # loading a checkpoint is no part of the first window
+            self.window_start, self.has_begun = time.perf_counter(), True
         with self.clock.phase("data"):
             batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
@@ -340,57 +388,3 @@ class UsesTrainer(TrainerCallback):
     """A callback that works with the trainer itself, which `train` gives it."""
 
     trainer: PardTrainer
-
-
-class DataEpoch(TrainerCallback):
-    """Shows epochs over the data: to Trainer, the packs of all epochs are one epoch."""
-
-    def __init__(self, num_epochs: int):
-        self.num_epochs = num_epochs
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stretch Trainer's 0..1 to 0..num_epochs."""
-        state.epoch = (state.epoch or 0.0) * self.num_epochs
-
-
-class SealCheckpoint(TrainerCallback):
-    """Marks a checkpoint as whole, once every rank has written its part."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Wait for all ranks, then write the list of files."""
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-class ShortProgress(ProgressCallback):
-    """Trainer's progress bar with one short line per log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_logs, self.has_warned = 0, False
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print loss, expected accepted length and speed above the bar, and once that something was compiled again."""
-        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.write(
-                f"step {state.global_step:>6}  loss {float(logs['loss']):.3f}  expected accepted length "
-                f"{logs['accepted_length']:.2f}  {logs['supervised_slots_per_second']:,.0f} supervised slots/s"
-                f"{self._warning(logs)}"
-            )
-
-    def _warning(self, logs: dict[str, float]) -> str:
-        self.num_logs += 1
-        num_graphs = logs.get("throughput/compilations", 0)
-        if self.num_logs <= WARM_UP_LOGS or self.has_warned or not num_graphs:
-            return ""
-        self.has_warned = True
-        return f"  ({num_graphs} graphs were compiled again, which takes time; TORCH_LOGS=recompiles tells why)"
