@@ -14,7 +14,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file
-from test_launchers import LAUNCHERS, launch
+from test_launchers import launch
 from tiny import experiment
 from torch import Tensor
 
@@ -95,7 +95,7 @@ def test_the_shards_of_two_real_processes_hold_the_draft_of_the_same_step(
 ) -> None:
     run = tmp_path / "run"
     settings = [f"deepspeed={stage}", "trainer.max_steps=2", f"trainer.precision={precision}"]
-    launch(LAUNCHERS["torchrun"], base_folder, chats_file, run, *settings)
+    launch("torchrun", base_folder, chats_file, run, *settings)
     (run / "checkpoint-2" / "model.safetensors").unlink()
     (run / "checkpoint-2" / "files.json").unlink()
     bare = tmp_path / "checkpoint-2"

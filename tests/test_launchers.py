@@ -70,6 +70,14 @@ def run_all(commands: list[list[str]], environments: list[dict[str, str]]) -> li
     return outputs
 
 
+def launch(launcher: str, base: Path, chats: Path, output_dir: Path, *overrides: str) -> str:
+    """Run recipes/train.py on two processes and return what it prints."""
+    port = str(free_port())
+    command = [port if part == "PORT" else part for part in LAUNCHERS[launcher]]
+    command += [*settings_of(base, chats, output_dir), *overrides]
+    return run_all([command], [{"NUM_PROCESSES": "2", "MASTER_PORT": port}])[0]
+
+
 def log_of(output_dir: Path) -> list[dict[str, float]]:
     """What a run logged, step by step."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
@@ -112,10 +120,8 @@ def check_as_alone(run: Path, alone: Path) -> None:
 def test_two_processes_train_as_one(
     launcher: str, deepspeed: str, alone: Path, base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
-    port, run = str(free_port()), tmp_path / "run"
-    command = [port if part == "PORT" else part for part in LAUNCHERS[launcher]]
-    command += [*settings_of(base_folder, chats_file, run), f"deepspeed={deepspeed}"]
-    (output,) = run_all([command], [{"NUM_PROCESSES": "2", "MASTER_PORT": port}])
+    run = tmp_path / "run"
+    output = launch(launcher, base_folder, chats_file, run, f"deepspeed={deepspeed}")
     check_as_alone(run, alone)
     assert output.count("draft model: ") == 1  # one process says what comes next
     for row in log_of(run):
