@@ -19,22 +19,23 @@ import gc
 import hashlib
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from pard_train.config import RegenerateConfig, SourceConfig, TrainConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packages import local_model
 from pard_train.data.rows import read_jsonl, source_version
-from pard_train.data.schemas import check_messages
+from pard_train.data.schemas import SYSTEM_PROMPTS, to_chat
 from pard_train.errors import UserError
 from pard_train.evaluation.servers import NoServerLeftError, Server, ServerPool, open_servers, run_together
 from pard_train.evaluation.target_text import (
@@ -52,7 +53,14 @@ from pard_train.evaluation.target_text import (
     write_batches,
 )
 from pard_train.generation.decoding import Limits, end_ids_of
-from pard_train.model import DTYPES, default_device, load_causal_lm, load_tokenizer, this_process
+from pard_train.model import (
+    DTYPES,
+    check_revision_unused,
+    default_device,
+    load_causal_lm,
+    load_tokenizer,
+    this_process,
+)
 from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
 from pard_train.validation import validate_regenerate
 from recipes.app import hydra_program
@@ -124,16 +132,23 @@ class Target:
         return AnswerCache(self.folder / f"rank-{rank}.jsonl", self.folder.glob("rank-*.jsonl"))
 
 
-def follow(row: Row, target: Target, cache: Mapping[str, Answer]) -> list[int] | Conversation:
-    """The conversation of a row, or the first prompt of it whose answer is not known yet."""
-    talk = converse(row, target.encoder, target.limits)
+class OpenTurn(NamedTuple):
+    """Where a conversation waits for an answer."""
+
+    number: int  # of the turn, from 0
+    prompt: list[int]
+
+
+def follow(row: Row, target: Target, cache: Mapping[str, Answer]) -> OpenTurn | Conversation:
+    """The conversation of a row, or the first turn of it whose answer is not known yet."""
+    talk, number = converse(row, target.encoder, target.limits), 0
     try:
         prompt = next(talk)
         while reply := target.refusals.get(key := prompt_key(prompt)) or cache.get(key):
-            prompt = talk.send(reply)
+            prompt, number = talk.send(reply), number + 1
     except StopIteration as end:
         return end.value
-    return prompt
+    return OpenTurn(number, prompt)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,8 +187,9 @@ def write_answers(
         raise UserError("regenerate.servers are asked by one process: start it without torchrun")
     if prompts_file.resolve() == (folder / ANSWERS_FILE).resolve():
         raise UserError(f"regenerate.prompts={prompts_file} would be overwritten: choose another output_dir")
-    for row, origin in read_jsonl(prompts_file):
-        check_messages(row.get("messages"), origin)
+    _check_shared(folder, process)
+    for _ in read_chats(prompts_file):
+        pass
     shares = [partial(_share, prompts_file, number, len(targets)) for number in range(len(targets))]
     writers = [Target(*pair, config, folder, template_kwargs, seed) for pair in zip(targets, shares, strict=True)]
     start = time.time()
@@ -199,6 +215,43 @@ def write_answers(
     return Written(folder / ANSWERS_FILE, read_json(folder / MANIFEST_FILE))
 
 
+def read_chats(prompts_file: Path) -> Iterator[tuple[Row, str]]:
+    """Rows and where they stand, with `messages` and `tools` as data_scripts/encode.py will read them.
+
+    Raises:
+        RowError: at the first row without a chat.
+    """
+    source = SourceConfig(path=str(prompts_file), schema="messages")
+    for row, origin in read_jsonl(prompts_file):
+        chat = to_chat(row, source, origin)
+        rest = {name: value for name, value in row.items() if name not in (*SYSTEM_PROMPTS, "tools")}
+        yield {**rest, "messages": chat.messages, **({"tools": chat.tools} if chat.tools else {})}, origin
+
+
+def _check_shared(folder: Path, process: PartialState) -> None:
+    """Check that all processes see one folder: each would take its own answers for all there are, and wait for ever.
+
+    Raises:
+        UserError: in every process.
+    """
+    if process.num_processes == 1:
+        return
+    (name,) = broadcast_object_list([uuid.uuid4().hex])
+    sign = folder / f".shared-{name}"
+    if process.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        sign.touch()
+    process.wait_for_everyone()
+    is_seen = gather_object([sign.exists()])
+    if process.is_main_process:
+        sign.unlink()
+    if not all(is_seen):
+        raise UserError(
+            f"{folder}: {is_seen.count(False)} of {process.num_processes} processes do not see this folder of the first"
+            " one: choose an output_dir on a disk that all nodes share, or run on one node"
+        )
+
+
 def _owner(row: Row, num_targets: int) -> int:
     """Number of the target that a conversation belongs to: equal shares, whatever else is in the file."""
     asked = json.dumps(questions(row["messages"]), sort_keys=True)
@@ -206,7 +259,7 @@ def _owner(row: Row, num_targets: int) -> int:
 
 
 def _share(prompts_file: Path, number: int, num_targets: int) -> Iterator[Row]:
-    return (row for row, _ in read_jsonl(prompts_file) if _owner(row, num_targets) == number)
+    return (row for row, _ in read_chats(prompts_file) if _owner(row, num_targets) == number)
 
 
 def _assemble(prompts_file: Path, targets: list[Target], folder: Path) -> dict[str, Any]:
@@ -215,7 +268,7 @@ def _assemble(prompts_file: Path, targets: list[Target], folder: Path) -> dict[s
     with ExitStack() as stack:
         caches = [stack.enter_context(target.open_cache()) for target in targets]
         answers, rejects = (stack.enter_context(_whole_file(folder / name)) for name in (ANSWERS_FILE, REJECTS_FILE))
-        for row, origin in tqdm(read_jsonl(prompts_file), desc="assemble", unit="row"):
+        for row, origin in tqdm(read_chats(prompts_file), desc="assemble", unit="row"):
             number = _owner(row, len(targets))
             conversation = follow(row, targets[number], caches[number])
             assert isinstance(conversation, Conversation), origin
@@ -282,12 +335,17 @@ def _generate(target: Target, config: RegenerateConfig, process: PartialState) -
 
 
 def _missing_prompts(target: Target, process: PartialState) -> dict[str, list[int]]:
-    """The next prompt of every conversation that is not over, by key; the same in all processes."""
+    """The prompts by key that come next: those of the earliest turn that lacks answers; the same in all processes.
+
+    Turn after turn, so that what a kill leaves over falls into the batches of a run that is not killed. In bfloat16 an
+    answer may depend on what is padded beside it.
+    """
     with target.open_cache(process.process_index) as cache:
         states = (follow(row, target, cache) for row in target.rows())
-        missing = {prompt_key(state): state for state in states if not isinstance(state, Conversation)}
+        waiting = [state for state in states if isinstance(state, OpenTurn)]
     process.wait_for_everyone()  # nobody writes while another still reads
-    return missing
+    number = min((turn.number for turn in waiting), default=0)
+    return {prompt_key(turn.prompt): turn.prompt for turn in waiting if turn.number == number}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +376,7 @@ async def _ask_target(target: Target, servers: list[Server], config: RegenerateC
             for row in rows:
                 await asyncio.sleep(0)  # thousands of known answers in a row must not keep the others waiting
                 while not isinstance(state := follow(row, target, cache), Conversation):
-                    await _ask_once(state, target, cache, pool, under_way)
+                    await _ask_once(state.prompt, target, cache, pool, under_way)
                 bar.update(len(questions(row["messages"])))
 
         try:
@@ -354,9 +412,11 @@ def run(config: TrainConfig) -> None:
         raise UserError(
             f"{prompts}: no such file; make it with data_scripts/prepare.py, or give regenerate.prompts=FILE"
         )
+    targets = config.regenerate.targets or [config.model.path]
+    check_revision_unused(config.model, targets)
     written = write_answers(
         config.regenerate,
-        config.regenerate.targets or [config.model.path],
+        targets,
         prompts,
         Path(config.output_dir) / ANSWERS_FOLDER,
         template_kwargs=config.data.template_kwargs,

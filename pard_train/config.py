@@ -387,6 +387,8 @@ class ScoreConfig:
     batch_tokens: int = 8192
     # float32 | bfloat16 | float16, of the target.
     dtype: str = "bfloat16"
+    # How the target is spread over several GPUs of one process: auto, balanced, ...; null: each process has it whole.
+    device_map: Optional[str] = None
 
 
 @dataclass

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -89,9 +90,17 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def unfinished(path: Path) -> Path:
+    """Where to write what is to become `path`: beside it, under a name that nobody else takes.
+
+    A process id would not do: in a container it is the same one after a restart, when what was killed still lies there.
+    """
+    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = unfinished(path)
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     partial.replace(path)
 
@@ -110,7 +119,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists():
         raise UserError(f"{folder} already exists: delete it to make it anew, or choose another folder")
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = unfinished(folder)
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -153,6 +153,7 @@ def _leave_process_group() -> None:
 
 def _exit_with(error: Exception) -> NoReturn:
     """Print what is wrong in one line; Hydra keeps the reason in the cause of its error."""
+    _leave_process_group()
     is_ours = isinstance(error, UserError)
     parts = [str(e).splitlines()[0].rstrip(".") for e in (error, None if is_ours else error.__cause__) if str(e or "")]
     print(f"{Path(sys.argv[0]).name}: error: {': '.join(parts)}", file=sys.stderr)

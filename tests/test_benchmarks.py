@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +26,7 @@ from pard_train.data.packages import (
     OnWeb,
     fetch_from_hub,
     fetch_from_web,
+    read_packaged,
     read_packaged_rows,
 )
 from pard_train.errors import UserError
@@ -240,6 +243,26 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, 
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", folder
         server.shutdown()
+
+
+def test_processes_that_fetch_a_package_at_once_all_have_it_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "x" * 5_000_000
+    with zipfile.ZipFile(tmp_path / "demo-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("demo/text", text)
+        wheel.writestr("demo-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: demo\nVersion: 1.0\n")
+        wheel.writestr("demo-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("demo-1.0.dist-info/RECORD", "")
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    left = tmp_path / "pard_train" / "wheels" / "demo-1.0.partial-0" / "demo-1.0-py3-none-any.whl"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"PK")  # of a process that was killed
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read_packaged, [("demo==1.0", "demo/text")] * 4))
+    assert found == [text.encode()] * 4
+    assert {path.name for path in left.parents[1].iterdir()} == {"demo-1.0", left.parent.name}
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ from pard_train.generation.decoding import Limits, decode
 
 SETTINGS = {"max_new_tokens": 24, "batch_size": 3, "dtype": "float32", "concurrency": 4, "max_retries": 0}
 FILES = ("answers.jsonl", "rejects.jsonl")
+ROOT = Path(__file__).parents[1]
 Serve = Callable[..., FakeServer]
 Row = dict[str, Any]
 
@@ -272,6 +275,53 @@ def test_a_program_that_is_killed_again_and_again_ends_with_the_bytes_of_one_tha
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     answered = [prompt for prompt in server.prompts if "error" not in server.reply(list(prompt))]
     assert len(answered) - len(set(answered)) <= 4 * SETTINGS["concurrency"]  # what was under way at a kill
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.8}, {"dtype": "bfloat16"}], ids=["sampled", "bfloat16"])
+def test_what_a_kill_leaves_over_is_answered_as_if_nothing_had_happened(
+    start: Callable[..., BaseProcess], base_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"messages": chat} for chat in conversations(40, seed=8)])
+    write(prompts, tmp_path / "whole", [base_folder], **settings)
+    whole = cached_keys(tmp_path / "whole")
+    for num_known in (len(whole) // 4, len(whole) // 2):
+        process = start(prompts, tmp_path / "killed", [base_folder], **settings)
+        wait_until(lambda stop=num_known: len(cached_keys(tmp_path / "killed")) > stop, [process])
+        process.kill()
+        process.join()
+        assert num_known < len(cached_keys(tmp_path / "killed")) < len(whole)
+    write(prompts, tmp_path / "killed", [base_folder], **settings)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_processes_that_share_no_disk_are_told_so(base_folder: Path, tmp_path: Path) -> None:
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(2):
+        folder = tmp_path / f"disk-of-{rank}"
+        (folder / "prompts").mkdir(parents=True)
+        write_rows(folder / "prompts" / "train.jsonl", [{"messages": chat} for chat in conversations(5, seed=8)])
+        command = [sys.executable, "data_scripts/regenerate.py", f"model.path={base_folder}", f"output_dir={folder}"]
+        environment = {**os.environ, **launch, "RANK": str(rank), "LOCAL_RANK": "0"}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "1 of 2 processes do not see this folder of the first one: choose an output_dir on a disk" in said
+    assert not list(tmp_path.rglob("*.shared*"))
+
+
+def test_system_prompts_and_tools_in_columns_of_their_own_are_asked_as_they_are_taught(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    question = {"messages": [{"role": "user", "content": "why"}], "mark": 1}
+    call = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    rows = [{"system": "the cat", **question}, {"tools": json.dumps([call["function"]]), **question}]
+    written = write(write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "out", [base_folder])
+    with_system, with_tools = read_rows(written.path)
+    assert [m["content"] for m in with_system["messages"][:2]] == ["the cat", "why"]
+    assert "system" not in with_system and "tools" not in with_system and with_system["mark"] == 1
+    assert with_tools["tools"] == [call]
 
 
 def test_two_processes_write_what_one_writes_also_if_all_are_killed_and_one_goes_on(

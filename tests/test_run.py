@@ -16,8 +16,10 @@ from pard_train.run import (
     check_checkpoint,
     check_run,
     claim_run,
+    new_folder,
     newest_checkpoint,
     seal_checkpoint,
+    unfinished,
     write_json,
 )
 
@@ -129,6 +131,15 @@ def test_settings_that_decide_no_result_may_change_and_the_first_ones_stay_on_re
     free |= {"trainer.logging_steps": 1, "trainer.save_steps": 7}
     open_run(tmp_path, settings_of(tmp_path, **free), resume=True)
     assert contents(tmp_path)["config.json"] == before
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way_not_even_of_one_with_its_id(tmp_path: Path) -> None:
+    left = unfinished(tmp_path / "data")
+    left.mkdir()
+    with new_folder(tmp_path / "data") as partial:
+        (partial / "rows").write_text("all")
+    assert {path.name for path in tmp_path.iterdir()} == {"data", left.name}
+    assert (tmp_path / "data" / "rows").read_text() == "all"
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

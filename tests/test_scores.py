@@ -145,6 +145,46 @@ def test_processes_on_several_nodes_are_refused(
         score_program(config)
 
 
+def test_a_target_spread_over_devices_scores_as_on_one(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    write_tokens(base_folder, chats_file, tmp_path)
+    scoring = ScoreConfig(top_k=TOP_K, dtype="float32", device_map="auto")
+    config = TrainConfig(model=ModelConfig(path=str(base_folder)), score=scoring, output_dir=str(tmp_path))
+    store = TokenStore.open(tmp_path / "tokens")
+    scores = Scores.open(score_program(config), store, top_k=TOP_K)
+    target = load_causal_lm(str(base_folder), dtype=torch.float32).eval()
+    check_against_direct_forward_passes(store, scores, target, VOCABULARY)
+
+
+def test_a_target_spread_over_devices_is_refused_in_several_processes(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring = ScoreConfig(device_map="auto")
+    config = TrainConfig(model=ModelConfig(path=str(base_folder)), score=scoring, output_dir=str(tmp_path))
+    monkeypatch.setitem(this_process().__dict__, "num_processes", 8)
+    with pytest.raises(UserError, match=r"score\.device_map=auto spreads .* but 8 were started: call score\.py"):
+        score_program(config)
+
+
+def test_tokens_of_another_model_are_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    write_tokens(base_folder, chats_file, tmp_path)
+    other = tmp_path / "other"
+    build_model("qwen2", seed=1).save_pretrained(other)
+    tokenizer = load_tokenizer(str(base_folder))
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(other)
+    config = TrainConfig(model=ModelConfig(path=str(other)), output_dir=str(tmp_path))
+    with pytest.raises(
+        UserError, match=f"encoded with the tokenizer of {base_folder}, which is not that of model.path"
+    ):
+        score_program(config)
+
+
+def test_a_revision_of_the_draft_that_its_target_would_not_have_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    config = TrainConfig(model=ModelConfig(path=str(base_folder), revision="v2"), output_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"model\.revision=v2 is that of the draft model"):
+        score_program(config)
+
+
 def test_a_target_of_another_family_is_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     write_tokens(base_folder, chats_file, tmp_path)
     other = tmp_path / "other"

