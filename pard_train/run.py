@@ -69,6 +69,23 @@ def claim_run(folder: Path, config: dict[str, Any]) -> None:
     write_json(folder / RUN_FILE, provenance())
 
 
+def claim_product(product: Path, made_from: dict[str, Any]) -> None:
+    """Write what a step of a longer job is made from into NAME.json beside its product, before it is made.
+
+    Args:
+        product: file or folder that the step writes.
+        made_from: JSON-like.
+
+    Raises:
+        UserError: if the product stands already and was made from something else.
+    """
+    record = product.with_name(f"{product.name}.json")
+    if product.exists() and record.exists():
+        _check_same_settings(read_json(record), made_from, product)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, made_from)
+
+
 def _check_same_settings(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     before, after = _flatten(old), _flatten(new)
     changed = [

@@ -1,0 +1,53 @@
+"""The whole job on tiny models: what stands is shown again only if it is what the settings ask for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import build_model, conversations, experiment
+from transformers import PreTrainedTokenizerBase
+
+from pard_train.config import EvaluateConfig, PrepareConfig, RegenerateConfig, SourceConfig, TrainConfig
+from pard_train.errors import UserError
+from recipes.quickstart import run
+
+
+@pytest.fixture(scope="module")
+def job(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A finished job whose target has more vocabulary rows than the draft."""
+    root = tmp_path_factory.mktemp("job")
+    target, chats = root / "target", root / "chats.jsonl"
+    model = build_model("qwen2", seed=1, num_rows=352)
+    rows = model.get_input_embeddings().weight.data
+    rows[len(tokenizer) :] = rows[: len(tokenizer)].mean(dim=0)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    chats.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in conversations(30, seed=0)))
+    config = replace(
+        experiment(base_folder, chats, root / "out", max_steps=2),
+        prepare=PrepareConfig(
+            sources={"mine": SourceConfig(path=str(chats))},
+            held_out_fraction=0.2,
+            near_duplicates=1.0,
+            decontaminate=[],
+            num_workers=1,
+        ),
+        regenerate=RegenerateConfig(targets=[str(target)], max_new_tokens=16, dtype="float32"),
+        evaluate=EvaluateConfig(max_prompts=2, max_new_tokens=12, num_draft_tokens=[4]),
+    )
+    run(config)
+    return config
+
+
+def test_other_settings_are_refused_and_never_shown_as_the_new_result(job: TrainConfig) -> None:
+    root = Path(job.output_dir)
+    with pytest.raises(UserError, match=r"trainer.learning_rate: 0.001 -> 0.002"):
+        run(replace(job, trainer=replace(job.trainer, learning_rate=2e-3)))
+    with pytest.raises(UserError, match=r"max_new_tokens: 16 -> 8"):  # other answers than the draft has learnt from
+        run(replace(job, regenerate=replace(job.regenerate, max_new_tokens=8)))
+    (root / "evaluation").rename(root / "evaluation-of-before")
+    with pytest.raises(UserError, match=r"export holds .*evaluation.max_prompts: 2 -> 1"):
+        run(replace(job, evaluate=replace(job.evaluate, max_prompts=1)))
