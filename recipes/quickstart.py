@@ -35,15 +35,17 @@ def run(config: TrainConfig) -> None:
     from pard_train.evaluation.evaluation import evaluate, read_document
     from pard_train.evaluation.monitor import build_monitor
     from pard_train.evaluation.target_text import model_fingerprint
-    from pard_train.publishing.export import export
+    from pard_train.model import inspect_base
+    from pard_train.publishing.export import check_targets, export
     from pard_train.reports.records import ACCEPTANCE_FILE
     from pard_train.reports.report import PAGE_FILE, render_report
     from pard_train.run import CONFIG_FILE, claim_product, read_json
     from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER, check_output, train
 
     root, started = Path(config.output_dir), time.time()
-    train_dir, answers_dir = root / "train", root / ANSWERS_FOLDER
+    answers_dir, train_dir, evaluation_dir = root / ANSWERS_FOLDER, root / "train", root / "evaluation"
     targets, template = config.regenerate.targets or [config.model.path], config.data.template_kwargs
+    served = list(dict.fromkeys([*targets, *config.evaluate.targets]))
 
     def step(number: int, what: str) -> None:
         print(f"\n[{number}/5] {what} ({(time.time() - started) / 60:.1f} min so far)", flush=True)
@@ -57,6 +59,7 @@ def run(config: TrainConfig) -> None:
     check_output(training)
     written_with = {name: getattr(config.regenerate, name) for name in DECIDES_ANSWERS}
     claim_product(train_dir, {"targets": targets, **written_with})
+    check_targets(inspect_base(config.model, config.draft), served)
 
     step(1, "prompts: choose those to train on, hold some out")
     prompts, held_out = prepare(config.prepare, root / PROMPTS_FOLDER, seed=config.seed)
@@ -76,18 +79,20 @@ def run(config: TrainConfig) -> None:
 
     step(4, "evaluation: acceptance on held-out prompts, before and after")
     drafts = {"before": str(train_dir / INITIAL_FOLDER), "after": str(train_dir / DRAFT_FOLDER)}
-    evaluation = replace(evaluation, drafts=drafts, output_dir=str(root / "evaluation"))
+    evaluation = replace(evaluation, drafts=drafts, output_dir=str(evaluation_dir))
     document = read_document(evaluation) or evaluate(evaluation)
     print("\n" + render_report(document))
 
     step(5, "export: write the folder that engines load, with its figures on the card, and load it again")
-    evaluated = read_json(root / "evaluation" / CONFIG_FILE)
-    claim_product(root / "export", {"draft": model_fingerprint(drafts["after"]), "evaluation": evaluated})
+    acceptance, after = str(evaluation_dir / ACCEPTANCE_FILE), drafts["after"]
+    settings = ExportConfig(after, str(root / "export"), served, acceptance=acceptance, acceptance_draft="after")
+    evaluated = read_json(evaluation_dir / CONFIG_FILE)
+    claim_product(root / "export", {"draft": model_fingerprint(after), "targets": served, "evaluation": evaluated})
     if not (root / "export").exists():
-        settings = ExportConfig(checkpoint=drafts["after"], output_dir=str(root / "export"), acceptance_draft="after")
-        for folder in export(replace(settings, acceptance=str(root / "evaluation" / ACCEPTANCE_FILE))):
+        for folder in export(settings):
             write_custom_generate(folder)
-    print(f"done in {(time.time() - started) / 60:.1f} min; open {root / 'evaluation' / PAGE_FILE} in a browser")
+            print(f"exported and reloaded: {folder}")
+    print(f"done in {(time.time() - started) / 60:.1f} min; open {evaluation_dir / PAGE_FILE} in a browser")
 
 
 def main() -> None:

@@ -116,6 +116,15 @@ def test_commands_can_be_run_as_they_stand(tmp_path: Path) -> None:
     assert "custom_generate" in {k.arg for node in ast.walk(transformers) for k in getattr(node, "keywords", [])}
 
 
+def test_a_packaged_target_is_named_but_not_as_one_that_an_engine_could_serve(tmp_path: Path) -> None:
+    packaged = "pypi:SmolLM2-135M-Instruct"
+    text = written(Card("me/draft", config(), "bfloat16", targets=[packaged]), tmp_path).text
+    assert f"| targets | {packaged} |" in text
+    assert "vllm serve TARGET " in text
+    both = written(Card("me/draft", config(), "bfloat16", targets=[packaged, TARGET]), tmp_path).text
+    assert f"vllm serve {TARGET} " in both
+
+
 def test_the_transformers_call_of_the_card_generates_with_the_draft(
     base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,3 +51,9 @@ def test_other_settings_are_refused_and_never_shown_as_the_new_result(job: Train
     (root / "evaluation").rename(root / "evaluation-of-before")
     with pytest.raises(UserError, match=r"export holds .*evaluation.max_prompts: 2 -> 1"):
         run(replace(job, evaluate=replace(job.evaluate, max_prompts=1)))
+
+
+def test_the_export_is_padded_for_the_targets_and_named_as_the_documents_name_it(job: TrainConfig) -> None:
+    folder = Path(job.output_dir) / "export"
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 352  # the draft's own are 320
+    assert f"vllm serve {job.regenerate.targets[0]} " in (folder / "README.md").read_text()

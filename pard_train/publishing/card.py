@@ -83,7 +83,7 @@ def write_card(card: Card, folder: Path) -> None:
         facts=_facts(card),
         training=_training(card.training) if card.training else "Unknown.",
         acceptance=_acceptance(card.records),
-        target=card.targets[0] if card.targets else "TARGET",
+        target=next((target for target in card.targets if not target.startswith("pypi:")), "TARGET"),
         settings=settings,
         settings_json=json.dumps(settings),
         k=k,

@@ -29,6 +29,7 @@ from pard_train.data.packages import local_model
 from pard_train.errors import UserError
 from pard_train.model import (
     DTYPES,
+    Base,
     check_same_tokenizer,
     copy_tokenizer,
     file_of,
@@ -114,7 +115,7 @@ def plan_export(config: ExportConfig) -> Plan:
     model_config = load_config(checkpoint.home)
     mask_token_id = required_mask_token_of(model_config)
     tokenizer = load_tokenizer(checkpoint.home)
-    sizes = _sizes(config, model_config.vocab_size, tokenizer)
+    sizes = find_sizes(config.targets, config.checkpoint, model_config.vocab_size, tokenizer)
     _check_disk(root, model_config, sizes, DTYPES[config.dtype].itemsize)
     if config.push_to_hub is not None:
         check_access(config.push_to_hub)
@@ -132,12 +133,35 @@ def _card(config: ExportConfig, checkpoint: Checkpoint, model_config: Pretrained
     return Card("", model_config, config.dtype, base=base, licence=licence, training=training, records=records)
 
 
-def _sizes(config: ExportConfig, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[str]]:
-    """Targets by their vocabulary rows. Raises UserError if one has another tokenizer, or fewer rows."""
-    sizes: dict[int, list[str]] = {} if config.targets else {num_rows: []}
-    for name in config.targets:
+def check_targets(base: Base, targets: Sequence[str]) -> None:
+    """Check that a draft model that is yet to be trained can be exported for its targets.
+
+    Raises:
+        UserError: if a target has another tokenizer than the base, or fewer rows than the draft will have.
+    """
+    trust, revision = base.config.trust_remote_code, base.config.revision
+    num_rows = load_config(base.path, trust_remote_code=trust, revision=revision).vocab_size
+    find_sizes(targets, base.config.path, max(num_rows, base.mask_token_id + 1), base.tokenizer)
+
+
+def find_sizes(
+    targets: Sequence[str], draft: str, num_rows: int, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, list[str]]:
+    """Targets by their vocabulary rows.
+
+    Args:
+        targets: folders or hub names.
+        draft: what the draft model is called in messages.
+        num_rows: of the draft model.
+        tokenizer: of the draft model.
+
+    Raises:
+        UserError: if a target has another tokenizer, or fewer rows.
+    """
+    sizes: dict[int, list[str]] = {} if targets else {num_rows: []}
+    for name in targets:
         target = local_model(name)
-        check_same_tokenizer(tokenizer, load_tokenizer(target), config.checkpoint, name)
+        check_same_tokenizer(tokenizer, load_tokenizer(target), draft, name)
         wanted = load_config(target).vocab_size
         if wanted < num_rows:
             raise UserError(
