@@ -32,6 +32,7 @@ PACKAGES = ("pard_train", "torch", "transformers", "datasets", "accelerate", "de
 FREE_KEYS = (
     *("resume", "logger", "evaluate", "prepare", "regenerate", "score", "show", "monitor"),
     *("data.num_workers", "data.cache_dir", "trainer.logging_steps", "trainer.save_steps"),
+    *("engine_python", "timeout"),  # of recipes/verify.py
 )
 
 
@@ -95,8 +96,8 @@ def _check_same_settings(old: dict[str, Any], new: dict[str, Any], folder: Path)
     ]
     if changed:
         raise UserError(
-            f"output_dir={folder} holds a run with other settings ({'; '.join(changed)}): resume with the same "
-            "ones, or choose another output_dir"
+            f"output_dir={folder} holds a run with other settings ({'; '.join(changed)}): take the same ones, "
+            "or choose another output_dir"
         )
 
 

@@ -415,6 +415,18 @@ def test_another_verification_in_the_folder_is_not_overwritten(settings: Setting
         verify(settings(engine="transformers", max_prompts=1, max_new_tokens=5))
 
 
+def test_what_the_error_of_an_engine_advises_can_be_done_in_the_same_folder(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="engine_python=/no/python cannot be started"):
+        verify(settings(engine_python="/no/python"))
+    slow = write_interpreter(tmp_path / "python", "import time; time.sleep(60)")
+    with pytest.raises(UserError, match="not done in timeout=1 s: allow it more"):
+        verify(settings(engine_python=slow, timeout=0.5))
+    with pytest.raises(
+        UserError, match=r"\(max_new_tokens: 20 -> 5\): take the same ones, or choose another output_dir"
+    ):
+        verify(settings(engine_python=slow, max_new_tokens=5))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The engine's process
 # ---------------------------------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     )
     _require_served(check_pair(draft, target, num_tokens=request.num_positions, dtype=config.dtype))
     claim_run(folder, settings)
+    (folder / VERIFICATION_FILE).unlink(missing_ok=True)  # another engine may have written it
     texts, result = ask_vllm(request, config) if config.engine == "vllm" else run_transformers(request)
     drafter = Drafter.load(draft.path, dtype=DTYPES[config.dtype], device=default_device())
     expectations = expect(drafter, prompts, texts, limits, k, num_prefilled=int(config.engine == "vllm"))
