@@ -24,9 +24,11 @@ from pard_train.publishing.card import (
     read_acceptance,
     read_licence,
     read_training,
+    step_of,
     write_card,
 )
 from pard_train.publishing.export import export
+from pard_train.training.checkpoints import Checkpoint
 
 TARGET = "Qwen/Qwen2.5-7B-Instruct"
 
@@ -200,9 +202,7 @@ def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: P
     written_by = {"targets": {TARGET: "ab"}, "temperature": 0.0, "counts": {"rows": 1501, "tokens_per_second": 9.5}}
     (answers / "manifest.json").write_text(json.dumps(written_by))
 
-    training = read_training(run, None)
-    assert training.step == 1250
-    assert read_training(run, 500).step == 500
+    training = read_training(run, 1250)
     card = written(Card("me/draft", config(), "bfloat16", training=training), tmp_path)
     for row in (
         "| steps | 1250 |",
@@ -217,6 +217,16 @@ def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: P
         assert row in card.text
     assert card.data.datasets == ["HuggingFaceH4/ultrachat_200k"]
     assert str(tmp_path) not in card.content  # folders of this machine mean nothing to a reader
+
+
+def test_the_best_draft_and_the_untrained_one_are_not_said_to_be_of_the_last_step(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n{"step": 1250, "loss": 1.0}\n')
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "best.json").write_text('{"step": 750}')
+    steps = {"draft": 1250, "best": 750, "init": 0, "checkpoint-500": 500, "export": None}
+    for name, step in steps.items():
+        checkpoint = Checkpoint(str(tmp_path / name), str(tmp_path / name), tmp_path, None, has_safetensors=True)
+        assert step_of(checkpoint) == step, name
 
 
 def test_the_licence_is_that_given_or_of_the_bases_card_or_said_to_be_unknown(tmp_path: Path) -> None:

@@ -19,9 +19,12 @@ from transformers import PretrainedConfig
 
 from pard_train import __version__
 from pard_train.errors import UserError
+from pard_train.evaluation.monitor import BEST_FILE
 from pard_train.model import file_of
 from pard_train.run import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
+from pard_train.training.checkpoints import Checkpoint
 from pard_train.training.trackers import METRICS_FILE
+from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER
 
 DEFAULT_K = 8  # shown beside the largest K measured; and K of the commands where that of training is unknown
 MEASURED_MODES = ("replay", "live", "engine")  # of acceptance.json, the most exact first; an estimate is no measurement
@@ -97,18 +100,31 @@ def write_card(card: Card, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def step_of(checkpoint: Checkpoint) -> int | None:
+    """Optimizer step of the weights, None where nobody knows it (an export that lies in its run, say)."""
+    folder = Path(checkpoint.path)
+    if checkpoint.run is None:
+        return None
+    if (folder / BEST_FILE).is_file():
+        return read_json(folder / BEST_FILE)["step"]
+    if folder.name == DRAFT_FOLDER:
+        return _last_step(checkpoint.run)
+    return 0 if folder.name == INITIAL_FOLDER else checkpoint.step
+
+
+def _last_step(run: Path) -> int | None:
+    logged = (run / METRICS_FILE).read_text().splitlines() if (run / METRICS_FILE).is_file() else []
+    return max((row["step"] for row in map(json.loads, logged) if "step" in row), default=None)
+
+
 def read_training(run: Path, step: int | None) -> Training:
     """What a run says of itself.
 
     Args:
         run: its output folder.
-        step: of the checkpoint; None takes the last that was logged.
+        step: of the weights, None if unknown.
     """
     config = read_json(run / CONFIG_FILE)
-    logged = (run / METRICS_FILE).read_text().splitlines() if (run / METRICS_FILE).is_file() else []
-    steps = [row["step"] for row in map(json.loads, logged) if "step" in row]
-    if step is None:
-        step = max(steps, default=None)
     return Training(config, step, _manifests(config["data"]["source"]), read_json(run / RUN_FILE)["versions"])
 
 

@@ -42,7 +42,15 @@ from pard_train.model import (
     resize_vocabulary,
     vocabulary_tensors,
 )
-from pard_train.publishing.card import Card, public_name, read_acceptance, read_licence, read_training, write_card
+from pard_train.publishing.card import (
+    Card,
+    public_name,
+    read_acceptance,
+    read_licence,
+    read_training,
+    step_of,
+    write_card,
+)
 from pard_train.run import new_folder, read_json, write_json
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint, load_weights
 
@@ -124,7 +132,7 @@ def plan_export(config: ExportConfig) -> Plan:
 
 def _card(config: ExportConfig, checkpoint: Checkpoint, model_config: PretrainedConfig) -> Card:
     """What the cards of all sizes have in common."""
-    training = read_training(checkpoint.run, checkpoint.step) if checkpoint.run else None
+    training = read_training(checkpoint.run, step_of(checkpoint)) if checkpoint.run else None
     base = training.config["model"]["path"] if training else getattr(model_config, "pard_base", None)
     licence = read_licence(config.licence, base)
     if not licence:
