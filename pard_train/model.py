@@ -236,9 +236,11 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, num_rows: int, draft: 
 
 
 def vocabulary_tensors(model: PreTrainedModel) -> list[Tensor]:
-    """The embedding, and the output head unless it is tied to it; each [V, ...]."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return [embedding] if head is embedding else [embedding, head]
+    """The embedding, the output head unless it is tied to it, and the head's bias if it has one; each [V, ...]."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tensors = [embedding] if head.weight is embedding else [embedding, head.weight]
+    bias = getattr(head, "bias", None)
+    return tensors if bias is None else [*tensors, bias]
 
 
 @torch.no_grad()

@@ -16,11 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import build_model, build_tokenizer, experiment
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedTokenizerBase,
+)
 
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
 from pard_train.errors import UserError
-from pard_train.model import inspect_base, load_config, write_initial_draft
+from pard_train.model import add_mask_token, inspect_base, load_config, write_initial_draft
 from pard_train.publishing.export import (
     check_access,
     export,
@@ -163,6 +170,22 @@ def test_padding_never_changes_what_is_drafted(kind: str, dtype: torch.dtype) ->
     if kind != "nearly equal rows":  # no ties, so the winner does not hang on who comes first among equals
         is_other = before.argmax(dim=-1) != MASK
         assert (after[is_other, 320:].amax(dim=-1) < before[is_other].amax(dim=-1)).all()
+
+
+def test_padding_never_wins_where_the_output_head_has_a_bias() -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(PhiConfig(vocab_size=320, **shape, tie_word_embeddings=False)).eval()
+    head, ids = model.lm_head, torch.randint(0, 300, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        head.bias.copy_(torch.arange(320) / 100 - 8)  # all below 0
+        add_mask_token(model, MASK)
+        others = torch.arange(320) != MASK
+        torch.testing.assert_close(head.bias[MASK], head.bias[others].mean())
+        head.bias[MASK] -= 1  # as training does
+        before = model(ids).logits.argmax(dim=-1)
+        pad_vocabulary(model, 352, MASK)
+        assert (model.lm_head.bias[320:] == model.lm_head.bias[MASK]).all()
+        assert torch.equal(model(ids).logits.argmax(dim=-1), before)
 
 
 def test_no_end_of_turn_of_the_family_is_lost() -> None:

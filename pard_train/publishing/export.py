@@ -212,7 +212,7 @@ def set_keys(config: PretrainedConfig, plan: Plan) -> None:
 
 @torch.no_grad()
 def pad_vocabulary(model: PreTrainedModel, num_rows: int, mask_token_id: int) -> None:
-    """Append copies of the mask token's row, so that padding changes no draft, whatever the precision.
+    """Append copies of the mask token's row, bias and all, so that padding changes no draft, whatever the precision.
 
     A copy's logit is the mask token's own, in every dtype, so it is above all others only where the mask token is; and
     that is no label in training and never the text of a target. (A mean row is below the largest logit too, but only
