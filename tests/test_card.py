@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from pard_train.errors import UserError
 from pard_train.model import inspect_base, write_initial_draft
 from pard_train.publishing.card import (
     Card,
+    find_base,
     is_hub_name,
     public_name,
     read_acceptance,
@@ -241,6 +247,42 @@ def test_the_licence_is_that_given_or_of_the_bases_card_or_said_to_be_unknown(tm
     assert "## Licence\n\nUnknown." in card.text
     assert card.data.base_model is None
     assert "| base model | base |" in card.text
+
+
+class NoSuchRepository(BaseHTTPRequestHandler):
+    """A hub that has nothing."""
+
+    def do_HEAD(self) -> None:
+        """As the hub says it."""
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_a_base_whose_folder_is_gone_has_no_known_licence_and_is_not_published_as_a_hub_name(tmp_path: Path) -> None:
+    assert read_licence(None, "models/a..b") == {}  # no name that a hub could have
+    assert find_base("models/a..b") == "a..b"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NoSuchRepository)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    code = (
+        "from pard_train.publishing.card import find_base, read_licence; "
+        "print(find_base('models/gone'), read_licence(None, 'models/gone'))"
+    )
+    try:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env={**os.environ, **hub}, capture_output=True, text=True, timeout=60)
+    finally:
+        server.shutdown()
+    assert done.stdout.endswith("gone {}\n"), done.stderr[-2000:]
+    card = Card("me/draft", config(), "bfloat16", base=find_base("models/elsewhere"))  # offline nobody can tell
+    assert written(card, tmp_path).data.base_model == "models/elsewhere"
 
 
 def test_what_nobody_knows_is_said_to_be_unknown(tmp_path: Path) -> None:

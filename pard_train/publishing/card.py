@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from transformers import PretrainedConfig
 
 from pard_train import __version__
@@ -161,13 +162,32 @@ def read_acceptance(path: str, draft: str | None) -> list[dict[str, Any]]:
     return [record for record in records if record["draft"] in (draft or names)]
 
 
+def find_base(name: str | None) -> str | None:
+    """What the base model is called: of a name that the hub does not know, and so was a folder's path, the last part.
+
+    Offline, where nobody can tell, it stays as it is.
+    """
+    if not is_hub_name(name):
+        return name
+    _, is_known = _card_of(str(name))
+    return name if is_known else Path(str(name)).name
+
+
+def _card_of(base: str) -> tuple[Path | None, bool]:
+    """A model's card if it can be had; and whether there may be such a model."""
+    try:
+        return file_of(base, "README.md"), True
+    except (OSError, HTTPError) as error:
+        return None, not isinstance(error.__cause__, RepositoryNotFoundError | HFValidationError)
+
+
 def read_licence(licence: str | None, base: str | None) -> dict[str, str]:
     """The licence given, else that of the base model's card; empty if neither is known."""
     if licence is not None:
         return {"license": licence}
     if base is None or not (is_hub_name(base) or Path(base).is_dir()):
         return {}
-    card = file_of(base, "README.md")
+    card, _ = _card_of(base)
     if card is None:
         return {}
     head = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()

@@ -44,6 +44,7 @@ from pard_train.model import (
 )
 from pard_train.publishing.card import (
     Card,
+    find_base,
     public_name,
     read_acceptance,
     read_licence,
@@ -133,7 +134,7 @@ def plan_export(config: ExportConfig) -> Plan:
 def _card(config: ExportConfig, checkpoint: Checkpoint, model_config: PretrainedConfig) -> Card:
     """What the cards of all sizes have in common."""
     training = read_training(checkpoint.run, step_of(checkpoint)) if checkpoint.run else None
-    base = training.config["model"]["path"] if training else getattr(model_config, "pard_base", None)
+    base = find_base(training.config["model"]["path"] if training else getattr(model_config, "pard_base", None))
     licence = read_licence(config.licence, base)
     if not licence:
         print("licence: unknown; the model card says so (licence=... names it)")
