@@ -261,6 +261,13 @@ def test_what_cannot_work_is_said_before_weights_are_read_and_leaves_nothing(
         "different tokenizers: 1 entries differ": ExportConfig(str(draft), str(output), targets=[str(other)]),
         "is not a parallel draft model": ExportConfig(str(base_folder), str(output)),
         "the hub does not know you": ExportConfig(str(draft), str(output), push_to_hub="me/draft"),
+        "push_to_hub=me/a..b: Cannot have -- or ..": ExportConfig(str(draft), str(output), push_to_hub="me/a..b"),
+        "vocab-320: Repo id must .* maximum length is 96": ExportConfig(
+            str(draft),
+            str(output),
+            targets=[str(targets[320]), str(targets[352])],
+            push_to_hub=f"me/{'x' * 90}",  # with its size it is too long
+        ),
         "cannot be read": ExportConfig(str(draft), str(output), acceptance=str(tmp_path / "none.json")),
         "the model cannot be loaded": ExportConfig(str(draft), str(output)),  # all else is fine: now the weights
     }

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -126,9 +127,12 @@ def plan_export(config: ExportConfig) -> Plan:
     tokenizer = load_tokenizer(checkpoint.home)
     sizes = find_sizes(config.targets, config.checkpoint, model_config.vocab_size, tokenizer)
     _check_disk(root, model_config, sizes, DTYPES[config.dtype].itemsize)
+    card = _card(config, checkpoint, model_config)
+    plan = Plan(checkpoint, model_config, tokenizer, mask_token_id, sizes, card)
     if config.push_to_hub is not None:
+        check_names(config.push_to_hub, [plan.folder(root, num_rows) for num_rows in sizes], root)
         check_access(config.push_to_hub)
-    return Plan(checkpoint, model_config, tokenizer, mask_token_id, sizes, _card(config, checkpoint, model_config))
+    return plan
 
 
 def _card(config: ExportConfig, checkpoint: Checkpoint, model_config: PretrainedConfig) -> Card:
@@ -280,6 +284,16 @@ def check_reload(folder: Path, model: PreTrainedModel, plan: Plan) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The hub
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_names(repository: str, folders: Sequence[Path], root: Path) -> None:
+    """Check that the hub allows the names of all repositories. Raises UserError."""
+    for folder in folders:
+        name = public_address(repository, folder, root)
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise UserError(f"push_to_hub={name}: {str(error).splitlines()[0]}") from error
 
 
 def check_access(repository: str) -> None:
