@@ -376,16 +376,19 @@ def write_odd_draft(draft: Path, folder: Path, **keys: Any) -> Path:
 
 
 def test_what_cannot_be_served_is_told_before_an_engine_starts(
-    served: tuple[Path, Path], settings: Settings, tmp_path: Path
+    served: tuple[Path, Path], questions: Path, settings: Settings, tmp_path: Path
 ) -> None:
+    namesake = tmp_path / "other" / questions.name
     bare = write_odd_draft(served[1], tmp_path / "bare", pard_token=None, mask_token_id=None)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
+    namesake.write_text('{"prompt": "another question"}')
     mistakes = {
         "is not a parallel draft model": {"draft": str(bare)},
         "the config cannot be loaded": {"draft": str(tmp_path / "none")},
         "positions, but prompt, answer and draft": {"max_new_tokens": 3000},
         "benchmark 'no-such'": {"benchmarks": ["no-such"]},
+        "are both called questions: rename one": {"benchmarks": [str(questions), str(namesake)]},
         "is not empty and holds no run": {"output_dir": str(tmp_path / "other")},
     }
     for message, changes in mistakes.items():
