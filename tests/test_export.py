@@ -27,6 +27,7 @@ from transformers import (
 
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
 from pard_train.errors import UserError
+from pard_train.evaluation.target_text import model_fingerprint
 from pard_train.model import add_mask_token, inspect_base, load_config, write_initial_draft
 from pard_train.publishing.export import (
     check_access,
@@ -297,6 +298,38 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(run: Path,
     with pytest.raises(UserError, match=r"GB are free and .* GB needed"):
         plan_export(ExportConfig(str(draft), str(tmp_path / "deep" / "export")))
     assert not (tmp_path / "deep").exists()
+
+
+def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
+    run: Path, base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    train(experiment(base_folder, chats_file, other, max_steps=4, learning_rate=1e-3))
+    unknown = tmp_path / "unknown"
+    export(ExportConfig(str(run / "init"), str(unknown)))
+    file = tmp_path / "acceptance.json"
+    (tmp_path / "config.json").write_text(json.dumps({"draft": None, "drafts": {"mine": str(other / "draft")}}))
+
+    def plan(measured: Path, **others: Path) -> None:
+        """Plan the export of the trained draft with figures of the folder."""
+        records = [
+            {"draft": name, "mode": "replay", "draft_fingerprint": model_fingerprint(str(folder))}
+            for name, folder in {"mine": measured, **others}.items()
+        ]
+        file.write_text(json.dumps({"schema_version": 1, "records": records, "failures": []}))
+        plan_export(
+            ExportConfig(str(run / "draft"), str(tmp_path / "export"), acceptance=str(file), acceptance_draft="mine")
+        )
+
+    for same in (run / "draft", run / "checkpoint-4", unknown):  # of an export nobody knows what it was made from
+        plan(same)
+    for wrong in (run / "init", other / "draft"):
+        with pytest.raises(
+            UserError, match=f"the figures of mine are of {wrong}, not of checkpoint=.*recipes/evaluate"
+        ):
+            plan(wrong)
+    with pytest.raises(UserError, match=r"acceptance_draft=mine: .* has the figures of checkpoint=.* as after"):
+        plan(unknown, after=run / "draft")
 
 
 @pytest.mark.parametrize(

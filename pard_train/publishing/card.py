@@ -21,9 +21,10 @@ from transformers import PretrainedConfig
 from pard_train import __version__
 from pard_train.errors import UserError
 from pard_train.evaluation.monitor import BEST_FILE
+from pard_train.evaluation.target_text import model_fingerprint
 from pard_train.model import file_of
 from pard_train.run import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
-from pard_train.training.checkpoints import Checkpoint
+from pard_train.training.checkpoints import Checkpoint, find_checkpoint
 from pard_train.training.trackers import METRICS_FILE
 from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER
 
@@ -160,6 +161,53 @@ def read_acceptance(path: str, draft: str | None) -> list[dict[str, Any]]:
     if draft not in names and (draft is not None or len(names) != 1):
         raise UserError(f"acceptance_draft={draft}: {path} has measured {', '.join(names) or 'nothing'}; name one")
     return [record for record in records if record["draft"] in (draft or names)]
+
+
+def check_measured(path: str, records: Sequence[dict[str, Any]], checkpoint: Checkpoint) -> None:
+    """Refuse figures of another draft than the one that is exported.
+
+    The same draft has other files as a checkpoint or an export. So it takes the folder that was measured to tell: it is
+    looked for in the run and where the evaluation found it. If it is not there, or is of an unknown step, nobody can.
+
+    Args:
+        path: of acceptance.json.
+        records: of it, those that are to be shown.
+        checkpoint: that is exported.
+
+    Raises:
+        UserError: naming the folder that was measured.
+    """
+    shown, fingerprints = records[0]["draft"], {record.get("draft_fingerprint") for record in records} - {None}
+    own = _fingerprint_of(checkpoint.path)
+    if not fingerprints or own in fingerprints:
+        return
+    for record in read_json(Path(path))["records"]:
+        if own is not None and record.get("draft_fingerprint") == own:
+            raise UserError(
+                f"acceptance_draft={shown}: {path} has the figures of checkpoint={checkpoint.path} as {record['draft']}"
+            )
+    settings = Path(path).parent / CONFIG_FILE
+    evaluated = read_json(settings) if settings.is_file() else {}
+    named = [evaluated.get("draft"), *(evaluated.get("drafts") or {}).values()]
+    siblings = sorted(checkpoint.run.iterdir()) if checkpoint.run else []
+    for folder in [*map(str, siblings), *filter(None, named)]:
+        if _fingerprint_of(folder) in fingerprints and _is_another(find_checkpoint(folder), checkpoint):
+            raise UserError(
+                f"acceptance={path}: the figures of {shown} are of {folder}, not of checkpoint={checkpoint.path}: "
+                "measure that with recipes/evaluate.py"
+            )
+
+
+def _fingerprint_of(folder: str) -> str | None:
+    return model_fingerprint(folder) if (Path(folder) / "config.json").is_file() else None
+
+
+def _is_another(measured: Checkpoint, exported: Checkpoint) -> bool:
+    """Whether two folders are known to hold different drafts."""
+    if measured.run is None or exported.run is None:
+        return False
+    steps = {step_of(measured), step_of(exported)}
+    return measured.run.resolve() != exported.run.resolve() or (None not in steps and len(steps) == 2)
 
 
 def find_base(name: str | None) -> str | None:

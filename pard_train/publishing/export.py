@@ -45,6 +45,7 @@ from pard_train.model import (
 )
 from pard_train.publishing.card import (
     Card,
+    check_measured,
     find_base,
     public_name,
     read_acceptance,
@@ -142,7 +143,10 @@ def _card(config: ExportConfig, checkpoint: Checkpoint, model_config: Pretrained
     licence = read_licence(config.licence, base)
     if not licence:
         print("licence: unknown; the model card says so (licence=... names it)")
-    records = read_acceptance(config.acceptance, config.acceptance_draft) if config.acceptance else []
+    records = []
+    if config.acceptance:
+        records = read_acceptance(config.acceptance, config.acceptance_draft)
+        check_measured(config.acceptance, records, checkpoint)
     return Card("", model_config, config.dtype, base=base, licence=licence, training=training, records=records)
 
 
