@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from tiny import build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import EvaluateConfig, PrepareConfig, RegenerateConfig, SourceConfig, TrainConfig
-from pard_train.errors import UserError
-from recipes.quickstart import run
+from pard_train.errors import ThresholdError, UserError
+from recipes.quickstart import run, validate
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,35 @@ def test_other_settings_are_refused_and_never_shown_as_the_new_result(job: Train
     (root / "evaluation").rename(root / "evaluation-of-before")
     with pytest.raises(UserError, match=r"export holds .*evaluation.max_prompts: 2 -> 1"):
         run(replace(job, evaluate=replace(job.evaluate, max_prompts=1)))
+    shutil.rmtree(root / "evaluation")
+    (root / "evaluation-of-before").rename(root / "evaluation")
+    run(job)
 
 
 def test_the_export_is_padded_for_the_targets_and_named_as_the_documents_name_it(job: TrainConfig) -> None:
     folder = Path(job.output_dir) / "export"
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 352  # the draft's own are 320
     assert f"vllm serve {job.regenerate.targets[0]} " in (folder / "README.md").read_text()
+
+
+def test_settings_of_the_evaluation_are_checked_before_anything_starts(job: TrainConfig) -> None:
+    validate(job)
+    for wrong, reason in {"live_methods": ["medusa"], "live_rounds": 0, "fail_below": {"all": 0.5}}.items():
+        with pytest.raises(UserError, match=f"evaluate.{wrong}"):
+            validate(replace(job, evaluate=replace(job.evaluate, **{wrong: reason})))
+
+
+def test_a_threshold_missed_by_the_trained_draft_and_a_part_that_failed_end_the_job_as_they_end_an_evaluation(
+    job: TrainConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ThresholdError) as missed:
+        run(replace(job, evaluate=replace(job.evaluate, fail_below={"all": 5.0})))
+    assert len(missed.value.misses) == 1  # the untrained draft need not reach it
+    assert "draft after" in missed.value.misses[0]
+    damaged = tmp_path / "damaged"
+    shutil.copytree(job.regenerate.targets[0], damaged)
+    (damaged / "model.safetensors").write_bytes(b"torn")
+    targets = [*job.regenerate.targets, str(damaged)]
+    with pytest.raises(SystemExit, match="not exported: a part of the evaluation failed"):  # a text is status 1
+        run(replace(job, output_dir=str(tmp_path / "out"), evaluate=replace(job.evaluate, targets=targets)))
+    assert not (tmp_path / "out" / "export").exists()
