@@ -467,12 +467,27 @@ def test_an_environment_without_vllm_is_told_how_to_make_one(tmp_path: Path) -> 
         run(REQUEST, python="/no/python", folder=tmp_path, timeout=60)
 
 
+def test_the_engines_python_may_be_older_and_sees_no_module_of_ours(tmp_path: Path) -> None:
+    """An interpreter that knows no -P, as Python 3.10 does not, with a vLLM that tells what is in its way."""
+    (tmp_path / "vllm.py").write_text("import sys\nraise ImportError(f'path: {sys.path}')\n")
+    program = (
+        "import os, sys\n"
+        "if sys.argv[1].startswith('-'): sys.exit(f'Unknown option: {sys.argv[1]}')\n"
+        f"os.execve({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]], "
+        f"{{**os.environ, 'PYTHONPATH': {str(tmp_path)!r}}})"
+    )
+    with pytest.raises(UserError, match="ImportError: path: ") as error:
+        run(REQUEST, python=write_interpreter(tmp_path / "python", program), folder=tmp_path / "out", timeout=60)
+    assert str(tmp_path) in str(error.value)
+    assert str(ROOT / "pard_train" / "engines") not in str(error.value)
+
+
 SLEEPER = """
 import os, runpy, sys
 from pathlib import Path
 sys.path.insert(0, {modules!r})
 Path({pid_file!r}).write_text(str(os.getpid()))
-sys.argv = sys.argv[2:]  # without -P and this file's own name
+sys.argv = sys.argv[1:]  # without this file's own name
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
