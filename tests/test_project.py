@@ -115,6 +115,25 @@ def test_vllm_for_cpus_comes_with_the_index_that_has_its_torch(given: str | None
     assert line.split()[0] == (given or "https://download.pytorch.org/whl/cpu")
 
 
+def test_the_deepspeed_launcher_reads_a_hostfile_from_where_it_was_called_and_keeps_the_number_of_processes(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "hosts").write_text("node0 slots=4\n")
+    (tmp_path / "deepspeed").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "deepspeed").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOSTFILE": "hosts"}
+    environment.pop("NUM_PROCESSES", None)
+
+    def topology(**more: str) -> str:
+        command = [str(ROOT / "launch" / "deepspeed.sh"), "seed=1"]
+        done = subprocess.run(command, cwd=tmp_path, env={**environment, **more}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert f"--hostfile {tmp_path / 'hosts'} --master_port" in topology()
+    assert f"--hostfile {tmp_path / 'hosts'} --num_gpus 2 --master_port" in topology(NUM_PROCESSES="2")
+
+
 def test_a_wheel_carries_recipes_and_conf_and_runs_without_a_checkout(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(pip, check=True, timeout=300)
