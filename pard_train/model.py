@@ -122,6 +122,12 @@ def load_config(path: str, *, trust_remote_code: bool = False, revision: str | N
     return config
 
 
+def num_rows_of(path: str) -> int:
+    """Vocabulary rows of a model, be it one that could draft or not. Raises UserError if its config cannot be read."""
+    with _explained(path, "config"):
+        return AutoConfig.from_pretrained(path).get_text_config().vocab_size
+
+
 def load_causal_lm(
     path: str,
     *,

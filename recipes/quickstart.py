@@ -35,7 +35,6 @@ def run(config: TrainConfig) -> None:
     """Run the steps in order."""
     from data_scripts.prepare import PROMPTS_FOLDER, prepare
     from data_scripts.regenerate import ANSWERS_FILE, ANSWERS_FOLDER, write_answers
-    from pard_train.engines.candidates import write_custom_generate
     from pard_train.evaluation.evaluation import evaluate, read_document
     from pard_train.evaluation.monitor import build_monitor
     from pard_train.evaluation.target_text import model_fingerprint
@@ -92,7 +91,6 @@ def run(config: TrainConfig) -> None:
     claim_product(root / "export", {"draft": model_fingerprint(after), "targets": served, "evaluation": evaluated})
     if not (root / "export").exists():
         for folder in export(settings):
-            write_custom_generate(folder)
             print(f"exported and reloaded: {folder}")
     print(f"done in {(time.time() - started) / 60:.1f} min; open {evaluation_dir / PAGE_FILE} in a browser")
 

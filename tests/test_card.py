@@ -19,7 +19,6 @@ from huggingface_hub import ModelCard
 from transformers import PretrainedConfig, Qwen2Config
 
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
-from pard_train.engines.candidates import write_custom_generate
 from pard_train.errors import UserError
 from pard_train.model import inspect_base, write_initial_draft
 from pard_train.publishing.card import (
@@ -138,7 +137,6 @@ def test_the_transformers_call_of_the_card_generates_with_the_draft(
 ) -> None:
     write_initial_draft(inspect_base(ModelConfig(path=str(base_folder)), DraftConfig()), 4, tmp_path / "init")
     (folder,) = export(ExportConfig(str(tmp_path / "init"), str(tmp_path / "export"), targets=[str(base_folder)]))
-    write_custom_generate(folder)
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)[-1]
     exec(compile(code.replace("max_new_tokens=256", "max_new_tokens=12"), "card", "exec"), {})
     assert "<|im_start|>assistant" in capsys.readouterr().out

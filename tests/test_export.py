@@ -94,7 +94,8 @@ def test_an_export_pads_to_the_target_reloads_and_drafts_the_same(
     assert config["use_cache"] is True
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (base_folder / name).read_bytes(), name
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever reads one file reads all
+    assert len({path.stat().st_mode for path in folder.rglob("*") if path.is_file()}) == 1  # who reads one reads all
+    assert (folder / "custom_generate" / "generate.py").is_file()  # whole from the moment it has its name
     assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -111,11 +112,22 @@ def test_targets_of_equal_size_share_a_folder_and_others_have_their_own(
     assert export(ExportConfig(str(run / "draft"), str(shared), targets=[names[0], names[2]])) == [shared]
 
 
+def test_a_target_that_could_not_draft_can_have_a_draft(
+    run: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    build_model("qwen2", seed=1, num_rows=352, **window).save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    plan = plan_export(ExportConfig(str(run / "draft"), str(tmp_path / "export"), targets=[str(tmp_path / "target")]))
+    assert list(plan.sizes) == [352]
+
+
 def test_a_checkpoint_of_the_same_step_gives_the_export_of_the_draft_byte_for_byte(run: Path, tmp_path: Path) -> None:
     export(ExportConfig(str(run / "draft"), str(tmp_path / "draft")))
     export(ExportConfig(str(run / "checkpoint-4"), str(tmp_path / "checkpoint")))
-    files = {path.name for path in (tmp_path / "draft").iterdir()}
-    assert files == {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    files = {str(p.relative_to(tmp_path / "draft")) for p in (tmp_path / "draft").rglob("*") if p.is_file()}
+    checkpoint = tmp_path / "checkpoint"
+    assert files == {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
     for name in files - {"README.md", "config.json"}:
         assert (tmp_path / "draft" / name).read_bytes() == (tmp_path / "checkpoint" / name).read_bytes(), name
     assert keys_of(tmp_path / "draft") == keys_of(tmp_path / "checkpoint")

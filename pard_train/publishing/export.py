@@ -27,6 +27,7 @@ from transformers import (
 from pard_train.config import ExportConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packages import local_model
+from pard_train.engines.candidates import write_custom_generate
 from pard_train.errors import UserError
 from pard_train.model import (
     DTYPES,
@@ -38,6 +39,7 @@ from pard_train.model import (
     load_config,
     load_tokenizer,
     mask_token_of,
+    num_rows_of,
     produced_ids,
     required_mask_token_of,
     resize_vocabulary,
@@ -108,6 +110,7 @@ def export(config: ExportConfig) -> list[Path]:
             write_folder(model, plan, folder, max_shard_size=config.max_shard_size)
             check_reload(folder, model, plan)
             name = public_address(config.push_to_hub, plan.folder(root, num_rows), root)
+            write_custom_generate(folder)
             write_card(replace(plan.card, name=name, config=model.config, targets=targets), folder)
     return [plan.folder(root, num_rows) for num_rows in plan.sizes]
 
@@ -179,7 +182,7 @@ def find_sizes(
     for name in targets:
         target = local_model(name)
         check_same_tokenizer(tokenizer, load_tokenizer(target), draft, name)
-        wanted = load_config(target).vocab_size
+        wanted = num_rows_of(target)
         if wanted < num_rows:
             raise UserError(
                 f"targets: {name} has {wanted} vocabulary rows, the draft {num_rows}: engines want equal sizes; train "
