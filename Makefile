@@ -47,5 +47,5 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:
-	rm -rf $(VENV) .venv-vllm outputs build dist .pytest_cache .ruff_cache .mypy_cache
+clean:  ## environments, caches and builds; outputs/, where the trained drafts are, stays
+	rm -rf $(VENV) .venv-vllm build dist .pytest_cache .ruff_cache .mypy_cache

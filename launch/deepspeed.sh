@@ -4,12 +4,15 @@
 #   launch/deepspeed.sh experiment=qwen2.5-0.5b deepspeed=zero1 data.source=answers.jsonl output_dir=outputs/my-draft
 #   HOSTFILE=hosts launch/deepspeed.sh ...                                 (several nodes)
 #
-# NUM_PROCESSES: processes per node; default: one per GPU, one without a GPU.
+# NUM_PROCESSES: processes per node; default: one per GPU, one without a GPU; with HOSTFILE as many as a node's slots.
 # MASTER_PORT: where they meet; default: 29500. Two runs on one node need one each.
 set -euo pipefail
+[ -n "${HOSTFILE:-}" ] && HOSTFILE="$(realpath -e "$HOSTFILE")"  # the launcher takes one that is missing for none
 cd "$(dirname "$0")/.."
-processes="${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.accelerator.device_count()))')}"
-topology=(--num_gpus "$processes")
-[ -n "${HOSTFILE:-}" ] && topology=(--hostfile "$HOSTFILE")
+if [ -n "${HOSTFILE:-}" ]; then
+  topology=(--hostfile "$HOSTFILE" ${NUM_PROCESSES:+--num_gpus "$NUM_PROCESSES"})
+else
+  topology=(--num_gpus "${NUM_PROCESSES:-$(python -c 'import torch; print(max(1, torch.accelerator.device_count()))')}")
+fi
 # --no_local_rank: the launcher would add --local_rank=N, which Hydra takes for a mistake.
 exec deepspeed --no_local_rank "${topology[@]}" --master_port "${MASTER_PORT:-29500}" recipes/train.py "$@"

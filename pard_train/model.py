@@ -122,6 +122,12 @@ def load_config(path: str, *, trust_remote_code: bool = False, revision: str | N
     return config
 
 
+def num_rows_of(path: str) -> int:
+    """Vocabulary rows of a model, be it one that could draft or not. Raises UserError if its config cannot be read."""
+    with _explained(path, "config"):
+        return AutoConfig.from_pretrained(path).get_text_config().vocab_size
+
+
 def load_causal_lm(
     path: str,
     *,
@@ -236,9 +242,11 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, num_rows: int, draft: 
 
 
 def vocabulary_tensors(model: PreTrainedModel) -> list[Tensor]:
-    """The embedding, and the output head unless it is tied to it; each [V, ...]."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return [embedding] if head is embedding else [embedding, head]
+    """The embedding, the output head unless it is tied to it, and the head's bias if it has one; each [V, ...]."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tensors = [embedding] if head.weight is embedding else [embedding, head.weight]
+    bias = getattr(head, "bias", None)
+    return tensors if bias is None else [*tensors, bias]
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ FREE_KEYS = (
     *("resume", "logger", "evaluate", "prepare", "regenerate", "score", "show", "monitor"),
     *("data.num_workers", "data.cache_dir", "trainer.dataloader_num_workers"),
     *("trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit"),
+    *("engine_python", "timeout"),  # of recipes/verify.py
 )
 
 
@@ -70,6 +71,23 @@ def claim_run(folder: Path, config: dict[str, Any]) -> None:
     write_json(folder / RUN_FILE, provenance())
 
 
+def claim_product(product: Path, made_from: dict[str, Any]) -> None:
+    """Write what a step of a longer job is made from into NAME.json beside its product, before it is made.
+
+    Args:
+        product: file or folder that the step writes.
+        made_from: JSON-like.
+
+    Raises:
+        UserError: if the product stands already and was made from something else.
+    """
+    record = product.with_name(f"{product.name}.json")
+    if product.exists() and record.exists():
+        _check_same_settings(read_json(record), made_from, product)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, made_from)
+
+
 def _check_same_settings(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     before, after = _flatten(old), _flatten(new)
     changed = [
@@ -79,8 +97,8 @@ def _check_same_settings(old: dict[str, Any], new: dict[str, Any], folder: Path)
     ]
     if changed:
         raise UserError(
-            f"output_dir={folder} holds a run with other settings ({'; '.join(changed)}): resume with the same "
-            "ones, or choose another output_dir"
+            f"output_dir={folder} holds a run with other settings ({'; '.join(changed)}): take the same ones, "
+            "or choose another output_dir"
         )
 
 
@@ -98,22 +116,9 @@ def unfinished(path: Path) -> Path:
     """
     return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
 
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file that comes to be whole or not at all: write the one yielded, which takes its place at the end."""
-    partial = unfinished(path)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    with new_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    (*("data.num_workers", "data.cache_dir", "trainer.dataloader_num_workers"),)
+    (*("trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit"),)
+    (*("engine_python", "timeout"),)  # of recipes/verify.py
 
 
 def read_json(path: Path) -> Any:

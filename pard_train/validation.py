@@ -104,11 +104,21 @@ def validate_evaluate(config: EvaluateConfig) -> None:
     for name, example in _EXAMPLES.items():
         if not getattr(config, name):
             raise UserError(f"{name} is empty: give a list, for example {name}={example}")
-    _validate_measure("", config)
-    _validate_live(config)
-    for name, value in config.fail_below.items():
-        _at_least(f"fail_below.{name}", value, 1)
+    validate_measurement("", config)
     _validate_logger(config.logger)
+
+
+def validate_measurement(prefix: str, config: EvaluateConfig) -> None:
+    """Check how is measured, whatever is. Raises UserError.
+
+    Args:
+        prefix: of the fields' names, such as `evaluate.` where an evaluation is a part of something else.
+        config: whose drafts, targets, benchmarks and output_dir may be missing.
+    """
+    _validate_measure(prefix, config)
+    _validate_live(prefix, config)
+    for name, value in config.fail_below.items():
+        _at_least(f"{prefix}fail_below.{name}", value, 1)
 
 
 def _validate_measure(prefix: str, config: EvaluateConfig) -> None:
@@ -127,19 +137,21 @@ def _validate_measure(prefix: str, config: EvaluateConfig) -> None:
     _validate_servers(f"{prefix}servers", config.servers)
 
 
-def _validate_live(config: EvaluateConfig) -> None:
-    _at_least("live_num_draft_tokens", config.live_num_draft_tokens, 1)
-    _at_least("live_rounds", config.live_rounds, 1)
+def _validate_live(prefix: str, config: EvaluateConfig) -> None:
+    _at_least(f"{prefix}live_num_draft_tokens", config.live_num_draft_tokens, 1)
+    _at_least(f"{prefix}live_rounds", config.live_rounds, 1)
     for method in config.live_methods:
-        _one_of("live_methods", method, LIVE_METHODS)
+        _one_of(f"{prefix}live_methods", method, LIVE_METHODS)
     if config.engine_python and not config.live_prompts:
         raise UserError(
-            f"engine_python={config.engine_python} decodes the live prompts, of which there are none: set live_prompts"
+            f"{prefix}engine_python={config.engine_python} decodes the live prompts, of which there are none: set "
+            f"{prefix}live_prompts"
         )
     if any(config.temperatures) and config.servers and not config.live_prompts:
         raise UserError(
-            f"temperatures={list(config.temperatures)} above 0 need the target's weights: set live_prompts to the "
-            "number of prompts to decode with them, leave servers empty, or temperatures=[0]"
+            f"{prefix}temperatures={list(config.temperatures)} above 0 need the target's weights: set "
+            f"{prefix}live_prompts to the number of prompts to decode with them, leave {prefix}servers empty, or "
+            f"{prefix}temperatures=[0]"
         )
 
 

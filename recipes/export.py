@@ -13,12 +13,10 @@ from recipes.app import hydra_program
 
 def run(config: ExportConfig) -> None:
     """Export, say where, and upload if asked to."""
-    from pard_train.engines.candidates import write_custom_generate
     from pard_train.publishing.export import export, push_to_hub
 
     folders = export(config)
     for folder in folders:
-        write_custom_generate(folder)
         print(f"exported and reloaded: {folder}")
     if config.push_to_hub is not None:
         for address in push_to_hub(folders, config):

@@ -12,6 +12,7 @@ import torch
 from tiny import NUM_ROWS, VOCABULARY, build_model, conversations
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
@@ -309,6 +310,15 @@ def test_a_draft_given_as_a_folder_is_loaded_once_and_knows_its_unused_rows(
         generate(target, prompt, draft_model=draft_folder, max_new_tokens=4)
     assert candidates._load.cache_info().misses == 1
     assert candidates._prepare(target, draft_folder, 4, None).num_tokens == VOCABULARY
+
+
+def test_a_draft_that_brought_its_own_generate_writes_text_by_itself_too(
+    draft_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    settings = {"input_ids": prompts(tokenizer, 1)[0], "max_new_tokens": 8, "do_sample": False}
+    trusted = AutoModelForCausalLM.from_pretrained(draft_folder, trust_remote_code=True)
+    own = AutoModelForCausalLM.from_pretrained(draft_folder).generate(**settings)
+    assert torch.equal(trusted.generate(**settings), own)
 
 
 @pytest.mark.parametrize(

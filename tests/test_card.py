@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +19,21 @@ from huggingface_hub import ModelCard
 from transformers import PretrainedConfig, Qwen2Config
 
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
-from pard_train.engines.candidates import write_custom_generate
 from pard_train.errors import UserError
 from pard_train.model import inspect_base, write_initial_draft
 from pard_train.publishing.card import (
     Card,
+    find_base,
     is_hub_name,
     public_name,
     read_acceptance,
     read_licence,
     read_training,
+    step_of,
     write_card,
 )
 from pard_train.publishing.export import export
+from pard_train.training.checkpoints import Checkpoint
 
 TARGET = "Qwen/Qwen2.5-7B-Instruct"
 
@@ -116,12 +123,20 @@ def test_commands_can_be_run_as_they_stand(tmp_path: Path) -> None:
     assert "custom_generate" in {k.arg for node in ast.walk(transformers) for k in getattr(node, "keywords", [])}
 
 
+def test_a_packaged_target_is_named_but_not_as_one_that_an_engine_could_serve(tmp_path: Path) -> None:
+    packaged = "pypi:SmolLM2-135M-Instruct"
+    text = written(Card("me/draft", config(), "bfloat16", targets=[packaged]), tmp_path).text
+    assert f"| targets | {packaged} |" in text
+    assert "vllm serve TARGET " in text
+    both = written(Card("me/draft", config(), "bfloat16", targets=[packaged, TARGET]), tmp_path).text
+    assert f"vllm serve {TARGET} " in both
+
+
 def test_the_transformers_call_of_the_card_generates_with_the_draft(
     base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_initial_draft(inspect_base(ModelConfig(path=str(base_folder)), DraftConfig()), 4, tmp_path / "init")
     (folder,) = export(ExportConfig(str(tmp_path / "init"), str(tmp_path / "export"), targets=[str(base_folder)]))
-    write_custom_generate(folder)
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)[-1]
     exec(compile(code.replace("max_new_tokens=256", "max_new_tokens=12"), "card", "exec"), {})
     assert "<|im_start|>assistant" in capsys.readouterr().out
@@ -191,9 +206,7 @@ def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: P
     written_by = {"targets": {TARGET: "ab"}, "temperature": 0.0, "counts": {"rows": 1501, "tokens_per_second": 9.5}}
     (answers / "manifest.json").write_text(json.dumps(written_by))
 
-    training = read_training(run, None)
-    assert training.step == 1250
-    assert read_training(run, 500).step == 500
+    training = read_training(run, 1250)
     card = written(Card("me/draft", config(), "bfloat16", training=training), tmp_path)
     for row in (
         "| steps | 1250 |",
@@ -210,6 +223,16 @@ def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: P
     assert str(tmp_path) not in card.content  # folders of this machine mean nothing to a reader
 
 
+def test_the_best_draft_and_the_untrained_one_are_not_said_to_be_of_the_last_step(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n{"step": 1250, "loss": 1.0}\n')
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "best.json").write_text('{"step": 750}')
+    steps = {"draft": 1250, "best": 750, "init": 0, "checkpoint-500": 500, "export": None}
+    for name, step in steps.items():
+        checkpoint = Checkpoint(str(tmp_path / name), str(tmp_path / name), tmp_path, None, has_safetensors=True)
+        assert step_of(checkpoint) == step, name
+
+
 def test_the_licence_is_that_given_or_of_the_bases_card_or_said_to_be_unknown(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
@@ -222,6 +245,42 @@ def test_the_licence_is_that_given_or_of_the_bases_card_or_said_to_be_unknown(tm
     assert "## Licence\n\nUnknown." in card.text
     assert card.data.base_model is None
     assert "| base model | base |" in card.text
+
+
+class NoSuchRepository(BaseHTTPRequestHandler):
+    """A hub that has nothing."""
+
+    def do_HEAD(self) -> None:
+        """As the hub says it."""
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_a_base_whose_folder_is_gone_has_no_known_licence_and_is_not_published_as_a_hub_name(tmp_path: Path) -> None:
+    assert read_licence(None, "models/a..b") == {}  # no name that a hub could have
+    assert find_base("models/a..b") == "a..b"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NoSuchRepository)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    code = (
+        "from pard_train.publishing.card import find_base, read_licence; "
+        "print(find_base('models/gone'), read_licence(None, 'models/gone'))"
+    )
+    try:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env={**os.environ, **hub}, capture_output=True, text=True, timeout=60)
+    finally:
+        server.shutdown()
+    assert done.stdout.endswith("gone {}\n"), done.stderr[-2000:]
+    card = Card("me/draft", config(), "bfloat16", base=find_base("models/elsewhere"))  # offline nobody can tell
+    assert written(card, tmp_path).data.base_model == "models/elsewhere"
 
 
 def test_what_nobody_knows_is_said_to_be_unknown(tmp_path: Path) -> None:

@@ -16,11 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import build_model, build_tokenizer, experiment
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedTokenizerBase,
+)
 
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
 from pard_train.errors import UserError
-from pard_train.model import inspect_base, load_config, write_initial_draft
+from pard_train.evaluation.target_text import model_fingerprint
+from pard_train.model import add_mask_token, inspect_base, load_config, write_initial_draft
 from pard_train.publishing.export import (
     check_access,
     export,
@@ -86,7 +94,8 @@ def test_an_export_pads_to_the_target_reloads_and_drafts_the_same(
     assert config["use_cache"] is True
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (base_folder / name).read_bytes(), name
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever reads one file reads all
+    assert len({path.stat().st_mode for path in folder.rglob("*") if path.is_file()}) == 1  # who reads one reads all
+    assert (folder / "custom_generate" / "generate.py").is_file()  # whole from the moment it has its name
     assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -103,11 +112,22 @@ def test_targets_of_equal_size_share_a_folder_and_others_have_their_own(
     assert export(ExportConfig(str(run / "draft"), str(shared), targets=[names[0], names[2]])) == [shared]
 
 
+def test_a_target_that_could_not_draft_can_have_a_draft(
+    run: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    build_model("qwen2", seed=1, num_rows=352, **window).save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    plan = plan_export(ExportConfig(str(run / "draft"), str(tmp_path / "export"), targets=[str(tmp_path / "target")]))
+    assert list(plan.sizes) == [352]
+
+
 def test_a_checkpoint_of_the_same_step_gives_the_export_of_the_draft_byte_for_byte(run: Path, tmp_path: Path) -> None:
     export(ExportConfig(str(run / "draft"), str(tmp_path / "draft")))
     export(ExportConfig(str(run / "checkpoint-4"), str(tmp_path / "checkpoint")))
-    files = {path.name for path in (tmp_path / "draft").iterdir()}
-    assert files == {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    files = {str(p.relative_to(tmp_path / "draft")) for p in (tmp_path / "draft").rglob("*") if p.is_file()}
+    checkpoint = tmp_path / "checkpoint"
+    assert files == {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
     for name in files - {"README.md", "config.json"}:
         assert (tmp_path / "draft" / name).read_bytes() == (tmp_path / "checkpoint" / name).read_bytes(), name
     assert keys_of(tmp_path / "draft") == keys_of(tmp_path / "checkpoint")
@@ -163,6 +183,22 @@ def test_padding_never_changes_what_is_drafted(kind: str, dtype: torch.dtype) ->
     if kind != "nearly equal rows":  # no ties, so the winner does not hang on who comes first among equals
         is_other = before.argmax(dim=-1) != MASK
         assert (after[is_other, 320:].amax(dim=-1) < before[is_other].amax(dim=-1)).all()
+
+
+def test_padding_never_wins_where_the_output_head_has_a_bias() -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(PhiConfig(vocab_size=320, **shape, tie_word_embeddings=False)).eval()
+    head, ids = model.lm_head, torch.randint(0, 300, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        head.bias.copy_(torch.arange(320) / 100 - 8)  # all below 0
+        add_mask_token(model, MASK)
+        others = torch.arange(320) != MASK
+        torch.testing.assert_close(head.bias[MASK], head.bias[others].mean())
+        head.bias[MASK] -= 1  # as training does
+        before = model(ids).logits.argmax(dim=-1)
+        pad_vocabulary(model, 352, MASK)
+        assert (model.lm_head.bias[320:] == model.lm_head.bias[MASK]).all()
+        assert torch.equal(model(ids).logits.argmax(dim=-1), before)
 
 
 def test_no_end_of_turn_of_the_family_is_lost() -> None:
@@ -238,6 +274,13 @@ def test_what_cannot_work_is_said_before_weights_are_read_and_leaves_nothing(
         "different tokenizers: 1 entries differ": ExportConfig(str(draft), str(output), targets=[str(other)]),
         "is not a parallel draft model": ExportConfig(str(base_folder), str(output)),
         "the hub does not know you": ExportConfig(str(draft), str(output), push_to_hub="me/draft"),
+        "push_to_hub=me/a..b: Cannot have -- or ..": ExportConfig(str(draft), str(output), push_to_hub="me/a..b"),
+        "vocab-320: Repo id must .* maximum length is 96": ExportConfig(
+            str(draft),
+            str(output),
+            targets=[str(targets[320]), str(targets[352])],
+            push_to_hub=f"me/{'x' * 90}",  # with its size it is too long
+        ),
         "cannot be read": ExportConfig(str(draft), str(output), acceptance=str(tmp_path / "none.json")),
         "the model cannot be loaded": ExportConfig(str(draft), str(output)),  # all else is fine: now the weights
     }
@@ -267,6 +310,38 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(run: Path,
     with pytest.raises(UserError, match=r"GB are free and .* GB needed"):
         plan_export(ExportConfig(str(draft), str(tmp_path / "deep" / "export")))
     assert not (tmp_path / "deep").exists()
+
+
+def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
+    run: Path, base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    train(experiment(base_folder, chats_file, other, max_steps=4, learning_rate=1e-3))
+    unknown = tmp_path / "unknown"
+    export(ExportConfig(str(run / "init"), str(unknown)))
+    file = tmp_path / "acceptance.json"
+    (tmp_path / "config.json").write_text(json.dumps({"draft": None, "drafts": {"mine": str(other / "draft")}}))
+
+    def plan(measured: Path, **others: Path) -> None:
+        """Plan the export of the trained draft with figures of the folder."""
+        records = [
+            {"draft": name, "mode": "replay", "draft_fingerprint": model_fingerprint(str(folder))}
+            for name, folder in {"mine": measured, **others}.items()
+        ]
+        file.write_text(json.dumps({"schema_version": 1, "records": records, "failures": []}))
+        plan_export(
+            ExportConfig(str(run / "draft"), str(tmp_path / "export"), acceptance=str(file), acceptance_draft="mine")
+        )
+
+    for same in (run / "draft", run / "checkpoint-4", unknown):  # of an export nobody knows what it was made from
+        plan(same)
+    for wrong in (run / "init", other / "draft"):
+        with pytest.raises(
+            UserError, match=f"the figures of mine are of {wrong}, not of checkpoint=.*recipes/evaluate"
+        ):
+            plan(wrong)
+    with pytest.raises(UserError, match=r"acceptance_draft=mine: .* has the figures of checkpoint=.* as after"):
+        plan(unknown, after=run / "draft")
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,47 @@ def test_commands_and_files_named_in_the_docs_exist(page: Path) -> None:
         assert not is_choice or (ROOT / "conf" / group / f"{option}.yaml").is_file() or group == "draft", option
 
 
+def test_cleaning_up_leaves_what_was_trained() -> None:
+    commands = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert ".venv" in commands
+    assert "outputs" not in commands
+
+
+@pytest.mark.parametrize("given", [None, "https://mirror.example/simple"])
+def test_vllm_for_cpus_comes_with_the_index_that_has_its_torch(given: str | None, tmp_path: Path) -> None:
+    python, venv = tmp_path / "python", tmp_path / "venv"
+    python.write_text(
+        '#!/bin/sh\n[ "$2" = venv ] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python"\n'
+        'echo "$PIP_EXTRA_INDEX_URL $*" >> "$LOG"\n'
+    )
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PIP_EXTRA_INDEX_URL", "VLLM", "TORCH")}
+    environment |= {"PYTHON": str(python), "VENV": str(venv), "LOG": str(tmp_path / "log")}
+    environment |= {"PIP_EXTRA_INDEX_URL": given} if given else {}
+    subprocess.run(["bash", "launch/vllm_cpu.sh"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if "install" in line and "torch==" in line]
+    assert line.split()[0] == (given or "https://download.pytorch.org/whl/cpu")
+
+
+def test_the_deepspeed_launcher_reads_a_hostfile_from_where_it_was_called_and_keeps_the_number_of_processes(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "hosts").write_text("node0 slots=4\n")
+    (tmp_path / "deepspeed").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "deepspeed").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOSTFILE": "hosts"}
+    environment.pop("NUM_PROCESSES", None)
+
+    def topology(**more: str) -> str:
+        command = [str(ROOT / "launch" / "deepspeed.sh"), "seed=1"]
+        done = subprocess.run(command, cwd=tmp_path, env={**environment, **more}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert f"--hostfile {tmp_path / 'hosts'} --master_port" in topology()
+    assert f"--hostfile {tmp_path / 'hosts'} --num_gpus 2 --master_port" in topology(NUM_PROCESSES="2")
+
+
 def test_a_wheel_carries_recipes_and_conf_and_runs_without_a_checkout(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(pip, check=True, timeout=300)

@@ -376,16 +376,19 @@ def write_odd_draft(draft: Path, folder: Path, **keys: Any) -> Path:
 
 
 def test_what_cannot_be_served_is_told_before_an_engine_starts(
-    served: tuple[Path, Path], settings: Settings, tmp_path: Path
+    served: tuple[Path, Path], questions: Path, settings: Settings, tmp_path: Path
 ) -> None:
+    namesake = tmp_path / "other" / questions.name
     bare = write_odd_draft(served[1], tmp_path / "bare", pard_token=None, mask_token_id=None)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
+    namesake.write_text('{"prompt": "another question"}')
     mistakes = {
         "is not a parallel draft model": {"draft": str(bare)},
         "the config cannot be loaded": {"draft": str(tmp_path / "none")},
         "positions, but prompt, answer and draft": {"max_new_tokens": 3000},
         "benchmark 'no-such'": {"benchmarks": ["no-such"]},
+        "are both called questions: rename one": {"benchmarks": [str(questions), str(namesake)]},
         "is not empty and holds no run": {"output_dir": str(tmp_path / "other")},
     }
     for message, changes in mistakes.items():
@@ -413,6 +416,18 @@ def test_another_verification_in_the_folder_is_not_overwritten(settings: Setting
     verify(settings(engine="transformers", max_prompts=1, max_new_tokens=4))  # the same one may be repeated
     with pytest.raises(UserError, match="max_new_tokens: 4 -> 5"):
         verify(settings(engine="transformers", max_prompts=1, max_new_tokens=5))
+
+
+def test_what_the_error_of_an_engine_advises_can_be_done_in_the_same_folder(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="engine_python=/no/python cannot be started"):
+        verify(settings(engine_python="/no/python"))
+    slow = write_interpreter(tmp_path / "python", "import time; time.sleep(60)")
+    with pytest.raises(UserError, match="not done in timeout=1 s: allow it more"):
+        verify(settings(engine_python=slow, timeout=0.5))
+    with pytest.raises(
+        UserError, match=r"\(max_new_tokens: 20 -> 5\): take the same ones, or choose another output_dir"
+    ):
+        verify(settings(engine_python=slow, max_new_tokens=5))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,12 +467,27 @@ def test_an_environment_without_vllm_is_told_how_to_make_one(tmp_path: Path) -> 
         run(REQUEST, python="/no/python", folder=tmp_path, timeout=60)
 
 
+def test_the_engines_python_may_be_older_and_sees_no_module_of_ours(tmp_path: Path) -> None:
+    """An interpreter that knows no -P, as Python 3.10 does not, with a vLLM that tells what is in its way."""
+    (tmp_path / "vllm.py").write_text("import sys\nraise ImportError(f'path: {sys.path}')\n")
+    program = (
+        "import os, sys\n"
+        "if sys.argv[1].startswith('-'): sys.exit(f'Unknown option: {sys.argv[1]}')\n"
+        f"os.execve({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]], "
+        f"{{**os.environ, 'PYTHONPATH': {str(tmp_path)!r}}})"
+    )
+    with pytest.raises(UserError, match="ImportError: path: ") as error:
+        run(REQUEST, python=write_interpreter(tmp_path / "python", program), folder=tmp_path / "out", timeout=60)
+    assert str(tmp_path) in str(error.value)
+    assert str(ROOT / "pard_train" / "engines") not in str(error.value)
+
+
 SLEEPER = """
 import os, runpy, sys
 from pathlib import Path
 sys.path.insert(0, {modules!r})
 Path({pid_file!r}).write_text(str(os.getpid()))
-sys.argv = sys.argv[2:]  # without -P and this file's own name
+sys.argv = sys.argv[1:]  # without this file's own name
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -190,7 +190,9 @@ def generate(
     Args:
         model: the target. Its tokenizer must be the draft's; the vocabularies may have different numbers of rows.
         inputs: the prompt, int64 [1, N], or give `input_ids`.
-        draft_model: the draft, or its folder or hub name, loaded on first use with the target's dtype and device.
+        draft_model: the draft, or its folder or hub name, loaded on first use with the target's dtype and device. None
+            where `model` is a draft itself: loaded with trust_remote_code it has this function as its own `generate`,
+            and writes its text without drafts, one token after the other.
         num_draft_tokens: K, draft tokens per step.
         streamer: as in `generate`.
         tokenizer: of both models. A draft that is given as a model proposes no unused row then; `stop_strings` need it.
@@ -204,6 +206,10 @@ def generate(
     Raises:
         ValueError: without a draft, for more than one text at once, and for modes that assisted decoding lacks.
     """
+    own = partial(type(model).generate, model, inputs, streamer=streamer)  # the class has it still, see draft_model
+    if draft_model is None and _mask_tokens(model.config):
+        named = {"tokenizer": tokenizer, "stop_strings": stop_strings, "stopping_criteria": stopping_criteria}
+        return own(**{name: value for name, value in named.items() if value is not None}, **arguments)
     draft = _prepare(model, draft_model, num_draft_tokens, tokenizer)
     if arguments.get("assistant_model") is not None:
         raise ValueError("assistant_model and draft_model are two ways to draft: give draft_model only")
@@ -214,10 +220,7 @@ def generate(
             [*(stopping_criteria or []), StopStringCriteria(tokenizer, stop_strings)]
         )
     decode = partial(_decode, draft=draft, num_draft_tokens=num_draft_tokens, streamer=streamer)
-    # The method of the class: a draft that was loaded with trust_remote_code has this very function as its `generate`.
-    return type(model).generate(
-        model, inputs, custom_generate=decode, streamer=streamer, stopping_criteria=stopping_criteria, **arguments
-    )
+    return own(custom_generate=decode, stopping_criteria=stopping_criteria, **arguments)
 
 
 def _prepare(
@@ -251,8 +254,12 @@ def _load(path: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTrain
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
 
 
+def _mask_tokens(config: PretrainedConfig) -> set[Any]:
+    return {getattr(config, key, None) for key in ("pard_token", "mask_token_id")} - {None}
+
+
 def _mask_token_of(config: PretrainedConfig) -> int:
-    ids: set[Any] = {getattr(config, key, None) for key in ("pard_token", "mask_token_id")} - {None}
+    ids = _mask_tokens(config)
     if len(ids) != 1 or not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
         raise ValueError(
             f"{config.name_or_path or config.model_type} is no parallel draft model: pard_token and mask_token_id of "

@@ -182,8 +182,7 @@ def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: fl
     request_path, result_path, log_path = (folder / name for name in (REQUEST_FILE, RESULT_FILE, LOG_FILE))
     result_path.unlink(missing_ok=True)
     request_path.write_text(json.dumps(asdict(request)))
-    # -P: the folder of this file, where modules of ours lie, stays off the engine's path.
-    command = [python or sys.executable, "-P", __file__, str(request_path.resolve()), str(result_path.resolve())]
+    command = [python or sys.executable, __file__, str(request_path.resolve()), str(result_path.resolve())]
     try:
         with log_path.open("w") as log, _process(command, log) as process:
             process.wait(timeout)
@@ -346,4 +345,6 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    # Python puts the folder of this file first, where modules of ours lie; its option -P came with 3.11.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     sys.exit(main(*sys.argv[1:]))

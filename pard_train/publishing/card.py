@@ -15,13 +15,18 @@ from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from transformers import PretrainedConfig
 
 from pard_train import __version__
 from pard_train.errors import UserError
+from pard_train.evaluation.monitor import BEST_FILE
+from pard_train.evaluation.target_text import model_fingerprint
 from pard_train.model import file_of
 from pard_train.run import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
+from pard_train.training.checkpoints import Checkpoint, find_checkpoint
 from pard_train.training.trackers import METRICS_FILE
+from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER
 
 DEFAULT_K = 8  # shown beside the largest K measured; and K of the commands where that of training is unknown
 MEASURED_MODES = ("replay", "live", "engine")  # of acceptance.json, the most exact first; an estimate is no measurement
@@ -83,7 +88,7 @@ def write_card(card: Card, folder: Path) -> None:
         facts=_facts(card),
         training=_training(card.training) if card.training else "Unknown.",
         acceptance=_acceptance(card.records),
-        target=card.targets[0] if card.targets else "TARGET",
+        target=next((target for target in card.targets if not target.startswith("pypi:")), "TARGET"),
         settings=settings,
         settings_json=json.dumps(settings),
         k=k,
@@ -97,18 +102,31 @@ def write_card(card: Card, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def step_of(checkpoint: Checkpoint) -> int | None:
+    """Optimizer step of the weights, None where nobody knows it (an export that lies in its run, say)."""
+    folder = Path(checkpoint.path)
+    if checkpoint.run is None:
+        return None
+    if (folder / BEST_FILE).is_file():
+        return read_json(folder / BEST_FILE)["step"]
+    if folder.name == DRAFT_FOLDER:
+        return _last_step(checkpoint.run)
+    return 0 if folder.name == INITIAL_FOLDER else checkpoint.step
+
+
+def _last_step(run: Path) -> int | None:
+    logged = (run / METRICS_FILE).read_text().splitlines() if (run / METRICS_FILE).is_file() else []
+    return max((row["step"] for row in map(json.loads, logged) if "step" in row), default=None)
+
+
 def read_training(run: Path, step: int | None) -> Training:
     """What a run says of itself.
 
     Args:
         run: its output folder.
-        step: of the checkpoint; None takes the last that was logged.
+        step: of the weights, None if unknown.
     """
     config = read_json(run / CONFIG_FILE)
-    logged = (run / METRICS_FILE).read_text().splitlines() if (run / METRICS_FILE).is_file() else []
-    steps = [row["step"] for row in map(json.loads, logged) if "step" in row]
-    if step is None:
-        step = max(steps, default=None)
     return Training(config, step, _manifests(config["data"]["source"]), read_json(run / RUN_FILE)["versions"])
 
 
@@ -145,13 +163,79 @@ def read_acceptance(path: str, draft: str | None) -> list[dict[str, Any]]:
     return [record for record in records if record["draft"] in (draft or names)]
 
 
+def check_measured(path: str, records: Sequence[dict[str, Any]], checkpoint: Checkpoint) -> None:
+    """Refuse figures of another draft than the one that is exported.
+
+    The same draft has other files as a checkpoint or an export. So it takes the folder that was measured to tell: it is
+    looked for in the run and where the evaluation found it. If it is not there, or is of an unknown step, nobody can.
+
+    Args:
+        path: of acceptance.json.
+        records: of it, those that are to be shown.
+        checkpoint: that is exported.
+
+    Raises:
+        UserError: naming the folder that was measured.
+    """
+    shown, fingerprints = records[0]["draft"], {record.get("draft_fingerprint") for record in records} - {None}
+    own = _fingerprint_of(checkpoint.path)
+    if not fingerprints or own in fingerprints:
+        return
+    for record in read_json(Path(path))["records"]:
+        if own is not None and record.get("draft_fingerprint") == own:
+            raise UserError(
+                f"acceptance_draft={shown}: {path} has the figures of checkpoint={checkpoint.path} as {record['draft']}"
+            )
+    settings = Path(path).parent / CONFIG_FILE
+    evaluated = read_json(settings) if settings.is_file() else {}
+    named = [evaluated.get("draft"), *(evaluated.get("drafts") or {}).values()]
+    siblings = sorted(checkpoint.run.iterdir()) if checkpoint.run else []
+    for folder in [*map(str, siblings), *filter(None, named)]:
+        if _fingerprint_of(folder) in fingerprints and _is_another(find_checkpoint(folder), checkpoint):
+            raise UserError(
+                f"acceptance={path}: the figures of {shown} are of {folder}, not of checkpoint={checkpoint.path}: "
+                "measure that with recipes/evaluate.py"
+            )
+
+
+def _fingerprint_of(folder: str) -> str | None:
+    return model_fingerprint(folder) if (Path(folder) / "config.json").is_file() else None
+
+
+def _is_another(measured: Checkpoint, exported: Checkpoint) -> bool:
+    """Whether two folders are known to hold different drafts."""
+    if measured.run is None or exported.run is None:
+        return False
+    steps = {step_of(measured), step_of(exported)}
+    return measured.run.resolve() != exported.run.resolve() or (None not in steps and len(steps) == 2)
+
+
+def find_base(name: str | None) -> str | None:
+    """What the base model is called: of a name that the hub does not know, and so was a folder's path, the last part.
+
+    Offline, where nobody can tell, it stays as it is.
+    """
+    if not is_hub_name(name):
+        return name
+    _, is_known = _card_of(str(name))
+    return name if is_known else Path(str(name)).name
+
+
+def _card_of(base: str) -> tuple[Path | None, bool]:
+    """A model's card if it can be had; and whether there may be such a model."""
+    try:
+        return file_of(base, "README.md"), True
+    except (OSError, HTTPError) as error:
+        return None, not isinstance(error.__cause__, RepositoryNotFoundError | HFValidationError)
+
+
 def read_licence(licence: str | None, base: str | None) -> dict[str, str]:
     """The licence given, else that of the base model's card; empty if neither is known."""
     if licence is not None:
         return {"license": licence}
     if base is None or not (is_hub_name(base) or Path(base).is_dir()):
         return {}
-    card = file_of(base, "README.md")
+    card, _ = _card_of(base)
     if card is None:
         return {}
     head = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()

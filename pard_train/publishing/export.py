@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -26,9 +27,11 @@ from transformers import (
 from pard_train.config import ExportConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packages import local_model
+from pard_train.engines.candidates import write_custom_generate
 from pard_train.errors import UserError
 from pard_train.model import (
     DTYPES,
+    Base,
     check_same_tokenizer,
     copy_tokenizer,
     file_of,
@@ -36,12 +39,23 @@ from pard_train.model import (
     load_config,
     load_tokenizer,
     mask_token_of,
+    num_rows_of,
     produced_ids,
     required_mask_token_of,
     resize_vocabulary,
     vocabulary_tensors,
 )
-from pard_train.publishing.card import Card, public_name, read_acceptance, read_licence, read_training, write_card
+from pard_train.publishing.card import (
+    Card,
+    check_measured,
+    find_base,
+    public_name,
+    read_acceptance,
+    read_licence,
+    read_training,
+    step_of,
+    write_card,
+)
 from pard_train.run import new_folder, read_json, write_json
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint, load_weights
 
@@ -96,6 +110,7 @@ def export(config: ExportConfig) -> list[Path]:
             write_folder(model, plan, folder, max_shard_size=config.max_shard_size)
             check_reload(folder, model, plan)
             name = public_address(config.push_to_hub, plan.folder(root, num_rows), root)
+            write_custom_generate(folder)
             write_card(replace(plan.card, name=name, config=model.config, targets=targets), folder)
     return [plan.folder(root, num_rows) for num_rows in plan.sizes]
 
@@ -114,31 +129,60 @@ def plan_export(config: ExportConfig) -> Plan:
     model_config = load_config(checkpoint.home)
     mask_token_id = required_mask_token_of(model_config)
     tokenizer = load_tokenizer(checkpoint.home)
-    sizes = _sizes(config, model_config.vocab_size, tokenizer)
+    sizes = find_sizes(config.targets, config.checkpoint, model_config.vocab_size, tokenizer)
     _check_disk(root, model_config, sizes, DTYPES[config.dtype].itemsize)
+    card = _card(config, checkpoint, model_config)
+    plan = Plan(checkpoint, model_config, tokenizer, mask_token_id, sizes, card)
     if config.push_to_hub is not None:
+        check_names(config.push_to_hub, [plan.folder(root, num_rows) for num_rows in sizes], root)
         check_access(config.push_to_hub)
-    return Plan(checkpoint, model_config, tokenizer, mask_token_id, sizes, _card(config, checkpoint, model_config))
+    return plan
 
 
 def _card(config: ExportConfig, checkpoint: Checkpoint, model_config: PretrainedConfig) -> Card:
     """What the cards of all sizes have in common."""
-    training = read_training(checkpoint.run, checkpoint.step) if checkpoint.run else None
-    base = training.config["model"]["path"] if training else getattr(model_config, "pard_base", None)
+    training = read_training(checkpoint.run, step_of(checkpoint)) if checkpoint.run else None
+    base = find_base(training.config["model"]["path"] if training else getattr(model_config, "pard_base", None))
     licence = read_licence(config.licence, base)
     if not licence:
         print("licence: unknown; the model card says so (licence=... names it)")
-    records = read_acceptance(config.acceptance, config.acceptance_draft) if config.acceptance else []
+    records = []
+    if config.acceptance:
+        records = read_acceptance(config.acceptance, config.acceptance_draft)
+        check_measured(config.acceptance, records, checkpoint)
     return Card("", model_config, config.dtype, base=base, licence=licence, training=training, records=records)
 
 
-def _sizes(config: ExportConfig, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[str]]:
-    """Targets by their vocabulary rows. Raises UserError if one has another tokenizer, or fewer rows."""
-    sizes: dict[int, list[str]] = {} if config.targets else {num_rows: []}
-    for name in config.targets:
+def check_targets(base: Base, targets: Sequence[str]) -> None:
+    """Check that a draft model that is yet to be trained can be exported for its targets.
+
+    Raises:
+        UserError: if a target has another tokenizer than the base, or fewer rows than the draft will have.
+    """
+    trust, revision = base.config.trust_remote_code, base.config.revision
+    num_rows = load_config(base.path, trust_remote_code=trust, revision=revision).vocab_size
+    find_sizes(targets, base.config.path, max(num_rows, base.mask_token_id + 1), base.tokenizer)
+
+
+def find_sizes(
+    targets: Sequence[str], draft: str, num_rows: int, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, list[str]]:
+    """Targets by their vocabulary rows.
+
+    Args:
+        targets: folders or hub names.
+        draft: what the draft model is called in messages.
+        num_rows: of the draft model.
+        tokenizer: of the draft model.
+
+    Raises:
+        UserError: if a target has another tokenizer, or fewer rows.
+    """
+    sizes: dict[int, list[str]] = {} if targets else {num_rows: []}
+    for name in targets:
         target = local_model(name)
-        check_same_tokenizer(tokenizer, load_tokenizer(target), config.checkpoint, name)
-        wanted = load_config(target).vocab_size
+        check_same_tokenizer(tokenizer, load_tokenizer(target), draft, name)
+        wanted = num_rows_of(target)
         if wanted < num_rows:
             raise UserError(
                 f"targets: {name} has {wanted} vocabulary rows, the draft {num_rows}: engines want equal sizes; train "
@@ -180,7 +224,7 @@ def set_keys(config: PretrainedConfig, plan: Plan) -> None:
 
 @torch.no_grad()
 def pad_vocabulary(model: PreTrainedModel, num_rows: int, mask_token_id: int) -> None:
-    """Append copies of the mask token's row, so that padding changes no draft, whatever the precision.
+    """Append copies of the mask token's row, bias and all, so that padding changes no draft, whatever the precision.
 
     A copy's logit is the mask token's own, in every dtype, so it is above all others only where the mask token is; and
     that is no label in training and never the text of a target. (A mean row is below the largest logit too, but only
@@ -247,6 +291,16 @@ def check_reload(folder: Path, model: PreTrainedModel, plan: Plan) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The hub
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_names(repository: str, folders: Sequence[Path], root: Path) -> None:
+    """Check that the hub allows the names of all repositories. Raises UserError."""
+    for folder in folders:
+        name = public_address(repository, folder, root)
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise UserError(f"push_to_hub={name}: {str(error).splitlines()[0]}") from error
 
 
 def check_access(repository: str) -> None:

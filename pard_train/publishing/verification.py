@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from pard_train.config import VerifyConfig
+from pard_train.config import EvaluateConfig, VerifyConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.engines.transformers_engine import run_transformers
 from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
 from pard_train.errors import UserError
 from pard_train.evaluation.acceptance import walk
-from pard_train.evaluation.benchmarks import check_benchmark, load_benchmark
 from pard_train.evaluation.compatibility import OK, Finding, Model, check_pair, require
+from pard_train.evaluation.evaluation import load_benchmarks
 from pard_train.evaluation.replay import replay_all
 from pard_train.generation.decoding import Drafter, Limits, end_ids_of
 from pard_train.model import DTYPES, default_device
@@ -113,15 +113,17 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         What verification.json holds; `agrees` is the outcome, `difference` where it parts from replay.
 
     Raises:
-        UserError: if draft and target do not fit, or the engine fails.
+        UserError: if draft and target do not fit, two benchmarks have one name, or the engine fails.
     """
     folder, settings, k = Path(config.output_dir), asdict(config), config.num_draft_tokens
-    for benchmark in config.benchmarks:
-        check_benchmark(benchmark)
+    benchmarks = load_benchmarks(EvaluateConfig(benchmarks=config.benchmarks, max_prompts=config.max_prompts))
     check_run(folder, settings, resume=True)
     draft, target = Model.load(config.draft), Model.load(config.target)
     limits = Limits(config.max_new_tokens, end_ids_of(target.path, target.tokenizer))
-    prompts = _prompts(config, target)
+    encoder = ChatEncoder(target.tokenizer, config.template_kwargs)
+    prompts = {
+        f"{b.name} {prompt.id}": encoder.encode_prompt(prompt.turns[0]) for b in benchmarks for prompt in b.prompts
+    }
     request = EngineRequest(
         target=target.path,
         draft=draft.path,
@@ -133,6 +135,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     )
     _require_served(check_pair(draft, target, num_tokens=request.num_positions, dtype=config.dtype))
     claim_run(folder, settings)
+    (folder / VERIFICATION_FILE).unlink(missing_ok=True)  # another engine may have written it
     texts, result = ask_vllm(request, config) if config.engine == "vllm" else run_transformers(request)
     drafter = Drafter.load(draft.path, dtype=DTYPES[config.dtype], device=default_device())
     expectations = expect(drafter, prompts, texts, limits, k, num_prefilled=int(config.engine == "vllm"))
@@ -145,13 +148,6 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     }
     write_json(folder / VERIFICATION_FILE, report)
     return report
-
-
-def _prompts(config: VerifyConfig, target: Model) -> dict[str, list[int]]:
-    """First questions of the benchmarks' prompts as ids, by name."""
-    encoder = ChatEncoder(target.tokenizer, config.template_kwargs)
-    benchmarks = [load_benchmark(source, config.max_prompts) for source in config.benchmarks]
-    return {f"{b.name} {prompt.id}": encoder.encode_prompt(prompt.turns[0]) for b in benchmarks for prompt in b.prompts}
 
 
 def _require_served(findings: Sequence[Finding]) -> None:

@@ -1,0 +1,86 @@
+"""The whole job on tiny models: what stands is shown again only if it is what the settings ask for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import build_model, conversations, experiment
+from transformers import PreTrainedTokenizerBase
+
+from pard_train.config import EvaluateConfig, PrepareConfig, RegenerateConfig, SourceConfig, TrainConfig
+from pard_train.errors import ThresholdError, UserError
+from recipes.quickstart import run, validate
+
+
+@pytest.fixture(scope="module")
+def job(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A finished job whose target has more vocabulary rows than the draft."""
+    root = tmp_path_factory.mktemp("job")
+    target, chats = root / "target", root / "chats.jsonl"
+    model = build_model("qwen2", seed=1, num_rows=352)
+    rows = model.get_input_embeddings().weight.data
+    rows[len(tokenizer) :] = rows[: len(tokenizer)].mean(dim=0)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    chats.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in conversations(30, seed=0)))
+    config = replace(
+        experiment(base_folder, chats, root / "out", max_steps=2),
+        prepare=PrepareConfig(
+            sources={"mine": SourceConfig(path=str(chats))},
+            held_out_fraction=0.2,
+            near_duplicates=1.0,
+            decontaminate=[],
+            num_workers=1,
+        ),
+        regenerate=RegenerateConfig(targets=[str(target)], max_new_tokens=16, dtype="float32"),
+        evaluate=EvaluateConfig(max_prompts=2, max_new_tokens=12, num_draft_tokens=[4]),
+    )
+    run(config)
+    return config
+
+
+def test_other_settings_are_refused_and_never_shown_as_the_new_result(job: TrainConfig) -> None:
+    root = Path(job.output_dir)
+    with pytest.raises(UserError, match=r"trainer.learning_rate: 0.001 -> 0.002"):
+        run(replace(job, trainer=replace(job.trainer, learning_rate=2e-3)))
+    with pytest.raises(UserError, match=r"max_new_tokens: 16 -> 8"):  # other answers than the draft has learnt from
+        run(replace(job, regenerate=replace(job.regenerate, max_new_tokens=8)))
+    (root / "evaluation").rename(root / "evaluation-of-before")
+    with pytest.raises(UserError, match=r"export holds .*evaluation.max_prompts: 2 -> 1"):
+        run(replace(job, evaluate=replace(job.evaluate, max_prompts=1)))
+    shutil.rmtree(root / "evaluation")
+    (root / "evaluation-of-before").rename(root / "evaluation")
+    run(job)
+
+
+def test_the_export_is_padded_for_the_targets_and_named_as_the_documents_name_it(job: TrainConfig) -> None:
+    folder = Path(job.output_dir) / "export"
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 352  # the draft's own are 320
+    assert f"vllm serve {job.regenerate.targets[0]} " in (folder / "README.md").read_text()
+
+
+def test_settings_of_the_evaluation_are_checked_before_anything_starts(job: TrainConfig) -> None:
+    validate(job)
+    for wrong, reason in {"live_methods": ["medusa"], "live_rounds": 0, "fail_below": {"all": 0.5}}.items():
+        with pytest.raises(UserError, match=f"evaluate.{wrong}"):
+            validate(replace(job, evaluate=replace(job.evaluate, **{wrong: reason})))
+
+
+def test_a_threshold_missed_by_the_trained_draft_and_a_part_that_failed_end_the_job_as_they_end_an_evaluation(
+    job: TrainConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ThresholdError) as missed:
+        run(replace(job, evaluate=replace(job.evaluate, fail_below={"all": 5.0})))
+    assert len(missed.value.misses) == 1  # the untrained draft need not reach it
+    assert "draft after" in missed.value.misses[0]
+    damaged = tmp_path / "damaged"
+    shutil.copytree(job.regenerate.targets[0], damaged)
+    (damaged / "model.safetensors").write_bytes(b"torn")
+    targets = [*job.regenerate.targets, str(damaged)]
+    with pytest.raises(SystemExit, match="not exported: a part of the evaluation failed"):  # a text is status 1
+        run(replace(job, output_dir=str(tmp_path / "out"), evaluate=replace(job.evaluate, targets=targets)))
+    assert not (tmp_path / "out" / "export").exists()
