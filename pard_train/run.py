@@ -116,9 +116,22 @@ def unfinished(path: Path) -> Path:
     """
     return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
 
-    (*("data.num_workers", "data.cache_dir", "trainer.dataloader_num_workers"),)
-    (*("trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit"),)
-    (*("engine_python", "timeout"),)  # of recipes/verify.py
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file that comes to be whole or not at all: write the one yielded, which takes its place at the end."""
+    partial = unfinished(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
