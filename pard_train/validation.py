@@ -54,6 +54,10 @@ def validate_train(config: TrainConfig) -> None:
             "deepspeed=... needs a launcher: torchrun --nproc_per_node N recipes/train.py ..., or "
             "deepspeed --no_local_rank --num_gpus N recipes/train.py ...; for one process without it, deepspeed=none"
         )
+    if config.deepspeed.get("fp16", {}).get("enabled") is True:
+        raise UserError(
+            "deepspeed.fp16.enabled=true rounds small gradients of the head to nothing: take trainer.precision=bf16"
+        )
     zero = config.deepspeed.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UserError(
@@ -170,6 +174,11 @@ def validate_monitor(config: TrainConfig) -> None:
                     f"monitor.every_steps={monitor.every_steps} measures on evaluate.{name}, which is empty: "
                     f"give evaluate.{name}={_EXAMPLES[name]}, or monitor.every_steps=0"
                 )
+        if config.trainer.extra.get("fsdp"):
+            raise UserError(
+                f"monitor.every_steps={monitor.every_steps} copies the draft, which trainer.extra.fsdp cuts up: shard "
+                "with deepspeed=zero3 instead, or set monitor.every_steps=0"
+            )
 
 
 def validate_compare(config: CompareConfig) -> None:

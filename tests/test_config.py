@@ -14,7 +14,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from pard_train.config import TrainConfig
+from pard_train.config import DataConfig, ModelConfig, TrainConfig
+from pard_train.errors import UserError
 from pard_train.validation import (
     validate_compare,
     validate_evaluate,
@@ -148,6 +149,7 @@ def test_overrides_that_the_help_names_can_be_given(primary: str, override: str,
 
 
 GOOD = [f"{key}={value}" for key, value in CHOSEN.items()]
+MEASURED = ["monitor.every_steps=5", "evaluate.targets=[t]", "evaluate.benchmarks=[humaneval]"]
 MISTAKES = [
     ("train", [*GOOD, "trainer.lr=1"], ["trainer.lr", "not in 'TrainerConfig'"]),
     ("train", [*GOOD, "trainer.learning_rate=fast"], ["trainer.learning_rate=fast", "Float"]),
@@ -158,6 +160,7 @@ MISTAKES = [
     ("train", [*GOOD, "data.slot_budget=100"], ["data.slot_budget=100", "data.max_length=512", ">=1723"]),
     ("train", [*GOOD, "trainer.lr_scheduler_type=wavy"], ["trainer.lr_scheduler_type=wavy"]),
     ("train", [*GOOD, "seed=-1"], ["seed=-1"]),
+    ("train", [*GOOD, *MEASURED, "trainer.extra={fsdp: full_shard}"], ["monitor.every_steps=5", "deepspeed=zero3"]),
     ("evaluate", ["targets=[t]", "output_dir=out"], ["draft=DIR"]),
     ("export", ["checkpoint=c"], ["not set: output_dir"]),
     ("generate", [], ["not set: draft, target"]),
@@ -183,6 +186,13 @@ def test_a_mistake_in_settings_costs_one_line_and_no_import_of_torch(
     assert not any(line.rpartition("|")[2].strip() == "torch" for line in lines)
     assert sum(after[:2]) - sum(before[:2]) < 5  # seconds of processor time, whatever else the machine does
     assert list(tmp_path.iterdir()) == []
+
+
+def test_deepspeeds_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    config = TrainConfig(ModelConfig("m"), data=DataConfig("d"), output_dir="o", deepspeed={"fp16": {"enabled": True}})
+    with pytest.raises(UserError, match=r"deepspeed\.fp16\.enabled=true .* trainer\.precision=bf16"):
+        validate_train(config)
 
 
 @pytest.mark.parametrize("program", ["recipes/evaluate.py", "recipes/quickstart.py", "data_scripts/prepare.py"])
