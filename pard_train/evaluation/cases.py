@@ -20,13 +20,13 @@ from pard_train.data.packages import local_model
 from pard_train.data.store import encoder_identity
 from pard_train.evaluation.benchmarks import Benchmark, Prompt
 from pard_train.evaluation.compatibility import Model
+from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.servers import ask_all
 from pard_train.evaluation.target_text import (
     Answer,
     AnswerCache,
     answer_text,
     cached_answers,
-    model_fingerprint,
     prompt_key,
 )
 from pard_train.generation.decoding import Limits, end_ids_of

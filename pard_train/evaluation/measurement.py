@@ -16,11 +16,11 @@ from pard_train.evaluation.acceptance import Trace, group_traces, length_bucket,
 from pard_train.evaluation.cases import Case, Target, Turn
 from pard_train.evaluation.compatibility import Model
 from pard_train.evaluation.estimate import estimate_acceptance
+from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.replay import replay_all
 from pard_train.evaluation.scored_cases import ScoredCase
 from pard_train.evaluation.speed import Latencies, measure_latencies, prediction, time_proposers
-from pard_train.evaluation.target_text import model_fingerprint
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, Sampling

@@ -24,11 +24,8 @@ from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Dice, Sampling, draw, probabilities
-from pard_train.run import fingerprint
 
 Messages = list[dict[str, Any]]
-
-SAMPLE_BYTES = 1 << 20  # of each end of a weight file that go into a fingerprint
 
 
 @dataclass(frozen=True)
@@ -49,20 +46,6 @@ class Refusal:
     """A prompt that a server will not answer, and why."""
 
     reason: str
-
-
-def model_fingerprint(path: str, revision: str | None = None) -> str:
-    """Short name of a model's config and weights: a folder's file sizes and both ends of each, or a hub commit."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return fingerprint([path, revision])
-    parts: list[Any] = []
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with file.open("rb") as data:
-            head = data.read(SAMPLE_BYTES)
-            data.seek(max(0, file.stat().st_size - SAMPLE_BYTES))
-            parts.append([file.name, file.stat().st_size, hashlib.sha256(head + data.read()).hexdigest()])
-    return fingerprint(parts)
 
 
 def prompt_key(prompt: Sequence[int]) -> str:
