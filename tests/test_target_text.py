@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import build_model, conversations
@@ -27,6 +29,7 @@ from pard_train.evaluation.target_text import (
     write_batches,
 )
 from pard_train.generation.decoding import Limits, decode
+from pard_train.model import load_causal_lm
 
 LIMITS = Limits(12, frozenset(range(2, 300, 17)))  # so many ends that some answers come to one
 
@@ -44,9 +47,9 @@ def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [encoder.encode_prompt(chat[:1]) for chat in conversations(21, seed=5)]
 
 
-def decoded(model: PreTrainedModel, prompt: list[int]) -> Answer:
-    """The greedy answer, one prompt and one token at a time."""
-    ids = [token for step in decode(model, prompt, LIMITS) for token in step.tokens]
+def decoded(model: PreTrainedModel, prompt: list[int], sampling: Sampling = GREEDY) -> Answer:
+    """The answer, one prompt and one token at a time."""
+    ids = [token for step in decode(model, prompt, LIMITS, sampling=sampling) for token in step.tokens]
     return Answer(ids, is_cut=ids[-1] not in LIMITS.end_ids)
 
 
@@ -112,6 +115,45 @@ def test_answers_in_batches_are_those_of_decoding_one_by_one(
     assert answers == [decoded(model, prompt) for prompt in asked]
     assert {answer.is_cut for answer in answers} == {True, False}
     assert (tmp_path / "cache.jsonl").read_bytes().count(b"\n") == len(prompts)  # the same question is answered once
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, seed=1)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"do_sample": True, "temperature": 0.3, "top_k": 2, "top_p": 0.5, "min_p": 0.9},
+        {"num_beams": 3, "length_penalty": 2.0},
+        {"min_new_tokens": 9},
+        {"suppress_tokens": list(range(40, 300))},
+        {"guidance_scale": 3.0},
+        {"stop_strings": ["a", "e"]},
+        {"cache_implementation": "static"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_targets_own_generation_config_changes_no_token(
+    model: PreTrainedModel, prompts: list[list[int]], tmp_path: Path, settings: dict[str, Any], sampling: Sampling
+) -> None:
+    model.save_pretrained(tmp_path / "target")
+    file = tmp_path / "target" / "generation_config.json"
+    file.write_text(json.dumps(settings | {"eos_token_id": 2, "pad_token_id": 0}))
+    target = load_causal_lm(str(tmp_path / "target"))
+    name, value = next(iter(settings.items()))
+    assert getattr(target.generation_config, name) == value
+    asked = prompts[:6]
+    answers = cached_answers(
+        lambda: target,
+        asked,
+        limits=LIMITS,
+        batch_size=3,
+        cache=tmp_path / "c.jsonl",
+        description="",
+        sampling=sampling,
+    )
+    assert answers == [decoded(model, prompt, sampling) for prompt in asked]
+    assert getattr(target.generation_config, name) == value
 
 
 def test_prompts_that_are_added_or_shuffled_find_the_answers_of_before(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
@@ -197,21 +198,34 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    output = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=limits.max_new_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([] if sampling.is_greedy else [DrawnToken(prompts, sampling)]),
-        repetition_penalty=1.0,  # a generation config that ships another one would not be greedy decoding
-        eos_token_id=sorted(limits.end_ids),
-        pad_token_id=padding,
-    )
+    with _nothing_configured(model):
+        output = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=limits.max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([] if sampling.is_greedy else [DrawnToken(prompts, sampling)]),
+            eos_token_id=sorted(limits.end_ids),
+            pad_token_id=padding,
+        )
     answers = []
     for row in output[:, width:].tolist():
         tokens = limits.cut(row, 0)
         answers.append(Answer(tokens, is_cut=tokens[-1] not in limits.end_ids))
     return answers
+
+
+@contextmanager
+def _nothing_configured(model: PreTrainedModel) -> Iterator[None]:
+    """A model without its generation config, whose penalties, beams and stop strings would not be greedy decoding.
+
+    `generate` fills up whatever config it is given from the model's own, so that one has to go.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class DrawnToken(LogitsProcessor):
