@@ -19,6 +19,7 @@ from pard_train.config import EvaluateConfig
 from pard_train.errors import UserError
 from pard_train.evaluation.evaluation import evaluate, read_document
 from pard_train.training.trainer import train
+from pard_train.validation import validate_evaluate
 
 ROOT = Path(__file__).parents[1]
 FIELDS = """draft target benchmark mode method temperature top_p num_draft_tokens batch_size max_new_tokens dtype
@@ -196,6 +197,17 @@ def test_above_temperature_0_acceptance_is_estimated_from_drawn_texts_and_sample
         assert 1 <= record["tau"] <= record["num_draft_tokens"] + 1
         assert record["mode"] != "live" or record["speed"]["num_equal_texts"] is None
     assert without_origin(evaluate(config)) == without_origin(document)
+
+
+def test_a_threshold_of_no_benchmark_or_of_no_number_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    config = settings((tmp_path, tmp_path), tmp_path, tmp_path / "mine.jsonl.gz", tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"fail_below.humaneval is the threshold of no benchmark: allowed are mine, all"
+    ):
+        evaluate(replace(config, fail_below={"mine": 2.0, "all": 2.0, "humaneval": 2.0}))
+    config = replace(config, draft=None, fail_below={"mine": float("nan")})
+    with pytest.raises(UserError, match=r"fail_below.mine=nan: must be at least 1"):
+        validate_evaluate(config)
 
 
 def test_a_missed_threshold_ends_the_command_with_status_3_after_everything_is_written(

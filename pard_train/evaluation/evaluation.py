@@ -15,7 +15,7 @@ from typing import Any
 
 from pard_train.config import EvaluateConfig
 from pard_train.errors import UserError
-from pard_train.evaluation.benchmarks import Benchmark, check_benchmark, load_benchmark
+from pard_train.evaluation.benchmarks import Benchmark, benchmark_name, check_benchmark, load_benchmark
 from pard_train.evaluation.cases import Case, Target, longest_text, write_case
 from pard_train.evaluation.compatibility import OK, Model, check_engine, check_pair, require
 from pard_train.evaluation.engine_records import engine_records
@@ -51,10 +51,11 @@ def evaluate(config: EvaluateConfig) -> Document:
         What acceptance.json holds (docs/acceptance.md).
 
     Raises:
-        UserError: for a model, benchmark or pair that does not fit, before any target writes a token; or if nothing
-            could be measured.
+        UserError: for a model, benchmark, pair or threshold that does not fit, before any target writes a token; or if
+            nothing could be measured.
     """
     folder = Path(config.output_dir or "")
+    _check_thresholds(config)
     benchmarks = load_benchmarks(config)
     targets = [load_target(name, config) for name in config.targets]
     drafts = [load_draft(name, path, config) for name, path in _named_drafts(config).items()]
@@ -138,6 +139,13 @@ def _replay_visit(
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured, checked before anything expensive
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_thresholds(config: EvaluateConfig) -> None:
+    names = [*map(benchmark_name, config.benchmarks), "all"]
+    for name in config.fail_below:
+        if name not in names:
+            raise UserError(f"fail_below.{name} is the threshold of no benchmark: allowed are {', '.join(names)}")
 
 
 def load_benchmarks(config: EvaluateConfig) -> list[Benchmark]:
