@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import FakeServer
+from fake_server import FakeServer, scripted
 from tiny import conversations
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import EvaluateConfig
 from pard_train.data.chat import ChatEncoder
+from pard_train.errors import UserError
 from pard_train.evaluation.benchmarks import Benchmark, load_benchmark
-from pard_train.evaluation.cases import Target, answer_turns, longest_text, write_case
+from pard_train.evaluation.cases import Case, Target, answer_turns, longest_text, write_case
 from pard_train.evaluation.compatibility import Model
 from pard_train.evaluation.target_text import Answer, answer_text
 from pard_train.generation.decoding import Limits
@@ -106,6 +108,29 @@ def test_a_case_is_read_from_the_cache_and_anything_that_decides_the_text_gives_
         other = replace(config, **changes)
         write_case(open_target(base_folder, other), benchmark, other, tmp_path)
     assert len(list((tmp_path / "target_text").iterdir())) == 5
+
+
+def test_a_target_needs_no_server_but_its_own_and_none_at_all_where_its_text_is_there(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, benchmark: Benchmark, tmp_path: Path
+) -> None:
+    names = [str(shutil.copytree(base_folder, tmp_path / name)) for name in ("first", "second")]
+
+    def write(number: int, *servers: FakeServer) -> Case:
+        config = replace(
+            settings(base_folder, servers=[server.url for server in servers], max_retries=0), targets=names
+        )
+        return write_case(open_target(Path(names[number]), config), benchmark, config, tmp_path)
+
+    first, second = (FakeServer(scripted(tokenizer), models=({"id": name},)) for name in ("first", "second"))
+    with first:
+        case = write(0, first)
+    with second:  # the first is over
+        for servers in ((second,), (first, second)):
+            assert write(0, *servers) == case
+            assert len(write(1, *servers).turns) == len(case.turns)
+        with pytest.raises(UserError, match=r"serves .*third"):
+            names.append(str(shutil.copytree(base_folder, tmp_path / "third")))
+            write(2, second)
 
 
 def test_servers_write_what_generation_in_this_process_writes(

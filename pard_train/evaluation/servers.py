@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -55,31 +56,54 @@ class NoServerLeftError(UserError):
     """Every server of a target has failed."""
 
 
+class AbsentError(UserError):
+    """A server that does not answer."""
+
+
 @asynccontextmanager
-async def open_servers(config: ServerSettings, targets: Mapping[str, str]) -> AsyncIterator[dict[str, list[Server]]]:
+async def open_servers(
+    config: ServerSettings, targets: Mapping[str, str], asked: Collection[str] | None = None
+) -> AsyncIterator[dict[str, list[Server]]]:
     """The servers of each target, by the models that they list. A single target is served by every server.
 
     Args:
         config: addresses, time limit and retries. The key comes from the environment: OPENAI_API_KEY.
         targets: folder or hub name of each target, by the name that the user gave it.
+        asked: names of those that must have a server; None takes all. A server that does not answer is set aside as
+            long as each of them has another.
 
     Raises:
-        UserError: if a server does not answer or serves none of the targets, or a target has no server.
+        UserError: if a server serves none of the targets, or a target that is asked has no server that answers.
     """
     for name in HTTP_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every request
     key = os.environ.get("OPENAI_API_KEY") or "none"
     found: dict[str, list[Server]] = {name: [] for name in targets}
+    absent: list[AbsentError] = []
     async with AsyncExitStack() as stack:
         for url in config.servers:
             client = AsyncOpenAI(base_url=url, api_key=key, timeout=config.timeout, max_retries=config.max_retries)
             await stack.enter_async_context(client)
-            for name, model in (await _served_targets(url, client, targets)).items():
+            try:
+                served = await _served_targets(url, client, targets)
+            except AbsentError as error:
+                absent.append(error)
+                continue
+            for name, model in served.items():
                 found[name].append(Server(url, client, model))
-        for name, servers in found.items():
-            if not servers:
-                raise UserError(f"targets: no server of {list(config.servers)} serves {name}: start one")
+        for name in targets if asked is None else asked:
+            if not found[name]:
+                reasons = "; ".join(map(str, absent)) or "start one"
+                raise UserError(f"targets: no server of {list(config.servers)} serves {name}: {reasons}")
+        for reason in absent:
+            _say_once(f"set aside: {reason}")
         yield found
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Print a line the first time: servers are opened for every benchmark and turn."""
+    tqdm.write(line)
 
 
 async def _served_targets(url: str, client: AsyncOpenAI, targets: Mapping[str, str]) -> dict[str, str]:
@@ -87,7 +111,7 @@ async def _served_targets(url: str, client: AsyncOpenAI, targets: Mapping[str, s
     try:
         models = (await client.models.list()).data
     except openai.APIError as error:
-        raise UserError(
+        raise AbsentError(
             f"servers: {url} does not list its models ({_reason(error)}): start it, mend the address "
             "(it ends with /v1), or take it off the list"
         ) from error
@@ -217,7 +241,7 @@ def ask_all(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Mapping[str, Sequence[int]],
-    cache: AnswerCache,
+    answers: AnswerCache,
     *,
     limits: Limits,
     description: str,
@@ -230,7 +254,7 @@ def ask_all(
         name: of the one that answers.
         tokenizer: its tokenizer.
         prompts: ids by key.
-        cache: what answers are added to.
+        answers: what they are added to.
         limits: when an answer ends.
         description: shown beside the progress bar.
 
@@ -242,11 +266,11 @@ def ask_all(
         reply = await pool.ask(prompts[key])
         if isinstance(reply, Refusal):
             raise UserError(f"servers: {name} refuses a prompt of {len(prompts[key])} tokens: {reply.reason}")
-        cache.add({key: reply})
+        answers.add({key: reply})
         bar.update()
 
     async def run() -> None:
-        async with open_servers(config, targets) as found:
+        async with open_servers(config, targets, [name]) as found:
             pool = ServerPool(found[name], tokenizer, limits, GREEDY, config.concurrency)
             with tqdm(total=len(prompts), desc=description, unit="answer") as bar:
                 await run_together(ask(pool, key, bar) for key in prompts)
