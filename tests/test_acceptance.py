@@ -155,6 +155,11 @@ def test_tau_is_pooled_over_tokens_not_averaged_over_prompts() -> None:
     assert result.mean_prompt_tau == pytest.approx((5 + 1) / 2)
 
 
+def test_a_prompt_without_an_answer_has_no_part_in_the_mean_over_prompts() -> None:
+    result = pool([Trace([1], 2), Trace([], 0)], 4, prompts=["answered", "empty"])
+    assert (result.num_prompts, result.tau, result.mean_prompt_tau) == (2, 2.0, 2.0)
+
+
 @pytest.mark.parametrize("nothing", [[], [walk([], 4)]])
 def test_no_step_at_all_is_an_error_rather_than_a_number(nothing: list[Trace]) -> None:
     with pytest.raises(ValueError, match="no decoding step"):

@@ -133,6 +133,13 @@ def test_a_target_needs_no_server_but_its_own_and_none_at_all_where_its_text_is_
             write(2, second)
 
 
+def test_a_server_that_returns_text_alone_is_refused(base_folder: Path, benchmark: Benchmark, tmp_path: Path) -> None:
+    with FakeServer(lambda prompt: {"text": "the cat", "finish_reason": "stop"}) as server:
+        config = settings(base_folder, servers=[server.url])
+        with pytest.raises(UserError, match=rf"servers: {server.url} returns no token ids, .* return_token_ids"):
+            write_case(open_target(base_folder, config), benchmark, config, tmp_path)
+
+
 def test_servers_write_what_generation_in_this_process_writes(
     base_folder: Path, benchmark: Benchmark, tmp_path: Path
 ) -> None:

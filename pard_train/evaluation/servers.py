@@ -145,6 +145,7 @@ class ServerPool:
         limits: when an answer ends.
         sampling: how tokens are chosen.
         concurrency: requests under way at each server.
+        needs_ids: text alone will not do, as tokenizing it may give other tokens than the target's.
     """
 
     def __init__(
@@ -154,8 +155,10 @@ class ServerPool:
         limits: Limits,
         sampling: Sampling,
         concurrency: int,
+        *,
+        needs_ids: bool = False,
     ):
-        self.tokenizer, self.limits, self.sampling = tokenizer, limits, sampling
+        self.tokenizer, self.limits, self.sampling, self.needs_ids = tokenizer, limits, sampling, needs_ids
         self.num_slots = concurrency * len(servers)
         self._alive = set(servers)
         self._slots: asyncio.Queue[Server] = asyncio.Queue()  # one entry per request that may start
@@ -167,6 +170,7 @@ class ServerPool:
 
         Raises:
             NoServerLeftError: if every server has failed.
+            UserError: if token ids are needed and a server returns none.
         """
         while True:
             server = await self._slots.get()
@@ -193,6 +197,11 @@ class ServerPool:
         if choice.finish_reason not in ("stop", "length"):  # vLLM and SGLang: abort, when they are shut down
             raise BrokenOffError(f"it ended an answer with finish_reason {choice.finish_reason}")
         ids = getattr(choice, "token_ids", None)
+        if ids is None and self.needs_ids:
+            raise UserError(
+                f"servers: {server.url} returns no token ids, without which replay is not exact: serve {server.model} "
+                "with an engine that knows return_token_ids, as vLLM does, or leave servers empty"
+            )
         if ids is None:  # SGLang before July 2026 gives text only, and text is what is trained on
             ids = self.tokenizer(choice.text, add_special_tokens=False)["input_ids"]
         return Answer(ids, is_cut=choice.finish_reason == "length")
@@ -259,7 +268,7 @@ def ask_all(
         description: shown beside the progress bar.
 
     Raises:
-        UserError: if a server refuses a prompt, or all have failed.
+        UserError: if a server refuses a prompt or returns no token ids, or all have failed.
     """
 
     async def ask(pool: ServerPool, key: str, bar: tqdm) -> None:
@@ -271,7 +280,7 @@ def ask_all(
 
     async def run() -> None:
         async with open_servers(config, targets, [name]) as found:
-            pool = ServerPool(found[name], tokenizer, limits, GREEDY, config.concurrency)
+            pool = ServerPool(found[name], tokenizer, limits, GREEDY, config.concurrency, needs_ids=True)
             with tqdm(total=len(prompts), desc=description, unit="answer") as bar:
                 await run_together(ask(pool, key, bar) for key in prompts)
 
