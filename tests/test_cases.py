@@ -79,13 +79,16 @@ def test_a_system_prompt_stands_before_every_conversation_that_has_none(
     assert systems == ["mine<|im_end|>", "be<|im_end|>"]
 
 
-def test_the_longest_text_is_never_below_what_a_target_can_write(base_folder: Path, benchmark: Benchmark) -> None:
-    target = open_target(base_folder, settings(base_folder))
+@pytest.mark.parametrize("system_prompt", [None, "the cat " * 60])
+def test_the_longest_text_is_never_below_what_a_target_can_write(
+    base_folder: Path, benchmark: Benchmark, system_prompt: str | None
+) -> None:
+    target, asked = open_target(base_folder, settings(base_folder)), {"system_prompt": system_prompt}
     turns = answer_turns(
-        benchmark.prompts, target.encoder, LIMITS, lambda ids: [Answer(list(range(40, 52)), True) for _ in ids]
+        benchmark.prompts, target.encoder, LIMITS, lambda ids: [Answer(list(range(40, 52)), True) for _ in ids], **asked
     )
     longest = max(len(turn.prompt_ids) + len(turn.answer.ids) for turn in turns)
-    assert longest <= longest_text(benchmark.prompts, target.encoder, 12) < longest + 40
+    assert longest <= longest_text(benchmark.prompts, target.encoder, 12, **asked) < longest + 40
 
 
 def test_a_case_is_read_from_the_cache_and_anything_that_decides_the_text_gives_another_file(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import build_model, conversations, experiment
+from tiny import CHATML, build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import EvaluateConfig
@@ -144,6 +144,21 @@ def test_draft_and_target_with_different_tokenizers_are_refused_before_anything_
     (other / "tokenizer.json").write_text(json.dumps(tokens))
     with pytest.raises(UserError, match="different tokenizers: 2 entries differ"):
         evaluate(settings(drafts, base_folder, prompts_file, tmp_path / "out", targets=[str(base_folder), str(other)]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_that_refuses_the_system_prompt_or_has_no_room_for_it_is_found_before_anything_is_written(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(base_folder, tmp_path / "other")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    (other / "chat_template.jinja").write_text(refusal + CHATML)
+    targets = [str(base_folder), str(other)]
+    config = settings(drafts, base_folder, prompts_file, tmp_path / "out", targets=targets, system_prompt="Be brief.")
+    with pytest.raises(UserError, match="no system role"):
+        evaluate(config)
+    with pytest.raises(UserError, match=r"context of .* 2048 positions"):
+        evaluate(replace(config, targets=targets[:1], system_prompt="the cat " * 1000))
     assert not (tmp_path / "out").exists()
 
 

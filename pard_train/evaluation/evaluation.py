@@ -175,7 +175,10 @@ def load_draft(name: str, path: str, config: EvaluateConfig) -> Draft:
 
 def check_fit(draft: Model, target: Target, benchmarks: Sequence[Benchmark], config: EvaluateConfig) -> None:
     """Print what an engine or a user may stumble over. Raises UserError where a pair cannot work at all."""
-    longest = max(longest_text(benchmark.prompts, target.encoder, config.max_new_tokens) for benchmark in benchmarks)
+    longest = max(
+        longest_text(b.prompts, target.encoder, config.max_new_tokens, system_prompt=config.system_prompt)
+        for b in benchmarks
+    )
     num_tokens = longest + max(*config.num_draft_tokens, config.live_num_draft_tokens)
     findings = check_pair(draft, target.model, num_tokens=num_tokens, dtype=config.dtype)
     require(findings)
