@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_server import FakeServer, scripted
 from tiny import conversations
@@ -19,8 +20,10 @@ from pard_train.errors import UserError
 from pard_train.evaluation.benchmarks import Benchmark, load_benchmark
 from pard_train.evaluation.cases import Case, Target, answer_turns, longest_text, write_case
 from pard_train.evaluation.compatibility import Model
+from pard_train.evaluation.scored_cases import ScoredCase, write_scored_case
 from pard_train.evaluation.target_text import Answer, answer_text
 from pard_train.generation.decoding import Limits
+from pard_train.generation.sampling import Sampling
 
 LIMITS = Limits(12, frozenset({2}))
 
@@ -111,6 +114,27 @@ def test_a_case_is_read_from_the_cache_and_anything_that_decides_the_text_gives_
         other = replace(config, **changes)
         write_case(open_target(base_folder, other), benchmark, other, tmp_path)
     assert len(list((tmp_path / "target_text").iterdir())) == 5
+
+
+def test_two_programs_may_score_the_same_texts_at_the_same_time(
+    base_folder: Path, benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, savez, cases = settings(base_folder), np.savez, []
+
+    def score() -> ScoredCase:
+        target = open_target(base_folder, config)
+        return write_scored_case(target, benchmark, config, tmp_path, Sampling(temperature=0.7))
+
+    def slow(*args: Any, **arrays: Any) -> None:
+        savez(*args, **arrays)
+        monkeypatch.setattr(np, "savez", savez)
+        cases.append(score())  # the other program is done before this one goes on
+
+    monkeypatch.setattr(np, "savez", slow)
+    cases.append(score())
+    for one, other in zip(*(case.texts for case in cases), strict=True):
+        assert np.array_equal(one.top_logprobs, other.top_logprobs)
+    assert len(list((tmp_path / "target_text").iterdir())) == 2  # texts and scores, and nothing unfinished
 
 
 def test_a_target_needs_no_server_but_its_own_and_none_at_all_where_its_text_is_there(

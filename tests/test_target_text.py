@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import random
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -92,6 +95,25 @@ def test_a_process_reads_the_files_of_all_and_leaves_the_torn_line_of_another_al
     assert files[1].read_bytes() == torn
     with AnswerCache(files[0], files) as cache:
         assert dict(cache) == {k: v for part in parts for k, v in part.items()}
+
+
+def add_and_read(path: Path, answers: dict[str, Answer], start: Barrier) -> dict[str, Answer]:
+    """Add answers one by one, as a program of its own, and read them again."""
+    with AnswerCache(path) as cache:
+        start.wait()
+        for key, answer in answers.items():
+            cache.add({key: answer})
+        return {key: cache[key] for key in answers}
+
+
+def test_programs_that_write_to_one_file_at_the_same_time_read_each_its_own_answers(tmp_path: Path) -> None:
+    parts = [random_answers(3000, seed) for seed in range(2)]
+    path, context = tmp_path / "cache.jsonl", multiprocessing.get_context("fork")
+    with context.Manager() as manager, ProcessPoolExecutor(2, context) as programs:
+        start = manager.Barrier(2)
+        assert list(programs.map(add_and_read, [path] * 2, parts, [start] * 2)) == parts
+    with AnswerCache(path) as cache:
+        assert dict(cache) == parts[0] | parts[1]
 
 
 def test_of_two_answers_to_one_prompt_all_processes_take_the_same(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class AnswerCache(Mapping[str, Answer]):
         self.num_new_tokens = 0
         for number, file in enumerate(self._files):
             end = self._read_places(number, file)
-            if number == self._own:
+            if number == self._own and file.tell() > end:  # else another program may have written since
                 file.truncate(end)
 
     def _read_places(self, number: int, file: BinaryIO) -> int:
@@ -88,14 +88,18 @@ class AnswerCache(Mapping[str, Answer]):
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Append answers in one piece: they are on their way to the disk when this returns."""
+        lines = {
+            k: json.dumps({"key": k, "ids": a.ids, "is_cut": a.is_cut}).encode() + b"\n" for k, a in answers.items()
+        }
         file = self._files[self._own]
-        start, lines = file.seek(0, os.SEEK_END), b""
-        for key, answer in answers.items():
-            self._places[key] = (self._own, start + len(lines))
-            lines += json.dumps({"key": key, "ids": answer.ids, "is_cut": answer.is_cut}).encode() + b"\n"
-            self.num_new_tokens += len(answer.ids)
-        file.write(lines)
+        file.seek(0, os.SEEK_END)
+        file.write(b"".join(lines.values()))
         file.flush()
+        place = file.tell()  # the end is known only now: another program may append to the same file
+        for key, line in reversed(lines.items()):
+            place -= len(line)
+            self._places[key] = (self._own, place)
+        self.num_new_tokens += sum(len(answer.ids) for answer in answers.values())
 
     def __getitem__(self, key: str) -> Answer:
         number, offset = self._places[key]
@@ -144,10 +148,8 @@ def cached_answers(
     with AnswerCache(cache) as known:
         missing = {key: prompt for prompt in prompts if (key := prompt_key(prompt)) not in known}
         if missing:
-            batches = split_batches(missing, batch_size)
-            write_batches(
-                load_target(), missing, batches, known, limits=limits, sampling=sampling, description=description
-            )
+            model, batches = load_target(), split_batches(missing, batch_size)
+            write_batches(model, missing, batches, known, limits=limits, sampling=sampling, description=description)
         return [known[prompt_key(prompt)] for prompt in prompts]
 
 
@@ -208,11 +210,8 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
             eos_token_id=sorted(limits.end_ids),
             pad_token_id=padding,
         )
-    answers = []
-    for row in output[:, width:].tolist():
-        tokens = limits.cut(row, 0)
-        answers.append(Answer(tokens, is_cut=tokens[-1] not in limits.end_ids))
-    return answers
+    answers = [limits.cut(row, 0) for row in output[:, width:].tolist()]
+    return [Answer(tokens, is_cut=tokens[-1] not in limits.end_ids) for tokens in answers]
 
 
 @contextmanager
