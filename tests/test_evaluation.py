@@ -178,6 +178,27 @@ def test_a_target_that_fails_is_reported_and_the_rest_still_run(
     assert "Traceback" in (tmp_path / "out" / "failures.log").read_text()
 
 
+def test_a_draft_that_cannot_be_loaded_is_named_and_the_others_are_timed_all_the_same(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    torn = shutil.copytree(drafts[0], tmp_path / "torn")
+    whole = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(whole[:1000])
+    live = {"live_prompts": 2, "live_rounds": 1, "live_methods": ["pard", "draft", "ngram"]}
+    config = settings((torn, drafts[1]), base_folder, prompts_file, tmp_path / "out", num_draft_tokens=[4], **live)
+
+    def timed() -> list[tuple[str, str]]:
+        return [(r["draft"], r["method"]) for r in document["records"] if r["mode"] == "live"]
+
+    document = evaluate(config)
+    assert {failure["draft"] for failure in document["failures"]} == {"before"}
+    assert timed() == [("after", "pard"), ("after", "draft"), ("-", "ngram")]
+    (torn / "model.safetensors").write_bytes(whole)
+    document = evaluate(config)
+    assert document["failures"] == []
+    assert len(timed()) == 5
+
+
 def test_the_same_command_mends_what_failed(
     drafts: Drafts, base_folder: Path, prompts_file: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

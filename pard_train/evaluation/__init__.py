@@ -2,5 +2,6 @@
 benchmarks; the monitor runs it inside of training.
 
 In the order of imports: acceptance, chain_memory, chains, replay, estimate, fingerprints, target_text, servers,
-benchmarks, compatibility, cases, scored_cases, speed, matrix, measurement, engine_records, evaluation, monitor.
+benchmarks, compatibility, cases, scored_cases, speed, matrix, measurement, samples, engine_records, evaluation,
+monitor.
 """

@@ -28,9 +28,9 @@ from pard_train.evaluation.measurement import (
     predict_speedup,
     replay_case,
     replay_records,
-    sample_answers,
     sampling_at,
 )
+from pard_train.evaluation.samples import sample_answers
 from pard_train.evaluation.scored_cases import ScoredCase, write_scored_case
 from pard_train.evaluation.speed import Latencies
 from pard_train.reports.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document, Record
