@@ -129,6 +129,31 @@ def test_a_repeated_evaluation_computes_nothing_again_and_a_changed_one_is_refus
     assert read_document(replace(config, max_new_tokens=12)) is None
 
 
+def test_a_result_of_other_weights_or_prompts_in_the_same_places_is_not_taken_for_this_one(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    folders = tuple(shutil.copytree(folder, tmp_path / folder.name) for folder in drafts)
+    target, prompts = tmp_path / "target", tmp_path / "mine.jsonl"
+    shutil.copytree(base_folder, target)
+    shutil.copyfile(prompts_file, prompts)
+    live = {"live_prompts": 1, "live_rounds": 1, "live_methods": ["ngram"]}
+    config = settings(folders, target, prompts, tmp_path / "out", num_draft_tokens=[4], **live)
+    document = evaluate(config)
+    assert read_document(config) == document
+
+    changed = {
+        folders[0] / "model.safetensors": (drafts[1] / "model.safetensors").read_bytes(),
+        target / "config.json": (target / "config.json").read_bytes() + b"\n",
+        prompts: prompts.read_bytes().replace(b"the", b"The"),
+    }
+    for path, content in changed.items():
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        assert read_document(config) is None
+        path.write_bytes(whole)
+    assert read_document(config) == document
+
+
 def without_origin(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Records without the command and time that made them."""
     return [{name: value for name, value in record.items() if name != "made_by"} for record in document["records"]]

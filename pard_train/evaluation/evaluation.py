@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from pard_train.config import EvaluateConfig
+from pard_train.data.packages import local_model
 from pard_train.errors import UserError
 from pard_train.evaluation.benchmarks import Benchmark, benchmark_name, check_benchmark, load_benchmark
-from pard_train.evaluation.cases import Case, Target, longest_text, write_case
+from pard_train.evaluation.cases import Case, Target, longest_text, short_name, write_case
 from pard_train.evaluation.compatibility import OK, Model, check_engine, check_pair, require
 from pard_train.evaluation.engine_records import engine_records
+from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.measurement import (
+    NO_DRAFT,
     Draft,
     estimate_records,
     live_records,
@@ -208,9 +211,29 @@ def _settings(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def read_document(config: EvaluateConfig) -> Document | None:
-    """The result of this very evaluation if it was finished without a failure; None otherwise."""
+    """The result of this very evaluation, of the weights and prompts as they are now; None if there is none.
+
+    A result with failures does not count.
+
+    Raises:
+        UserError: if a benchmark cannot be read.
+    """
     folder = Path(config.output_dir or "")
     if not (folder / ACCEPTANCE_FILE).exists() or read_json(folder / CONFIG_FILE) != _settings(config):
         return None
     document = read_json(folder / ACCEPTANCE_FILE)
-    return None if document["failures"] else document
+    return None if document["failures"] or _named_in(document) != _named_now(config) else document
+
+
+def _named_in(document: Document) -> set[tuple[str, str, str]]:
+    """(kind, name, fingerprint) of everything that a result is about."""
+    kinds = ("draft", "target", "benchmark")
+    named = {(kind, r[kind], r[f"{kind}_fingerprint"]) for r in document["records"] for kind in kinds}
+    return named - {("draft", NO_DRAFT, NO_DRAFT)}
+
+
+def _named_now(config: EvaluateConfig) -> set[tuple[str, str, str]]:
+    """The same of what an evaluation would be about."""
+    drafts = {("draft", name, model_fingerprint(local_model(path))) for name, path in _named_drafts(config).items()}
+    targets = {("target", short_name(t, config.targets), model_fingerprint(local_model(t))) for t in config.targets}
+    return drafts | targets | {("benchmark", b.name, b.fingerprint) for b in load_benchmarks(config)}
