@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_server import FakeServer, scripted
-from tiny import conversations
+from tiny import CHATML, build_model, conversations
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import EvaluateConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
 from pard_train.evaluation.benchmarks import Benchmark, load_benchmark
-from pard_train.evaluation.cases import Case, Target, answer_turns, longest_text, write_case
+from pard_train.evaluation.cases import Case, Target, answer_turns, case_identity, longest_text, write_case
 from pard_train.evaluation.compatibility import Model
 from pard_train.evaluation.scored_cases import ScoredCase, write_scored_case
 from pard_train.evaluation.target_text import Answer, answer_text
 from pard_train.generation.decoding import Limits
-from pard_train.generation.sampling import Sampling
+from pard_train.generation.sampling import GREEDY, Sampling
+from pard_train.run import fingerprint
 
 LIMITS = Limits(12, frozenset({2}))
 
@@ -165,6 +166,44 @@ def test_a_server_that_returns_text_alone_is_refused(base_folder: Path, benchmar
         config = settings(base_folder, servers=[server.url])
         with pytest.raises(UserError, match=rf"servers: {server.url} returns no token ids, .* return_token_ids"):
             write_case(open_target(base_folder, config), benchmark, config, tmp_path)
+
+
+def test_everything_that_decides_a_text_is_in_its_identity_and_a_batch_size_is_not(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, benchmark: Benchmark, tmp_path: Path
+) -> None:
+    def folder(name: str, file: str, content: str) -> Path:
+        target = tmp_path / name / base_folder.name  # the label stays the same
+        shutil.copytree(base_folder, target)
+        (target / file).write_text(content)
+        return target
+
+    def name(
+        base: Path = base_folder, asked: Benchmark = benchmark, sampling: Sampling = GREEDY, **changes: Any
+    ) -> str:
+        config = replace(settings(base_folder), **changes)
+        return fingerprint(case_identity(open_target(base, config), asked, config, sampling))
+
+    other_weights = tmp_path / "weights" / base_folder.name
+    shutil.copytree(base_folder, other_weights)
+    build_model("qwen2", seed=5).save_pretrained(other_weights)
+    shorter = replace(benchmark, prompts=benchmark.prompts[:-1])
+    servers = {"servers": ["http://localhost:8000/v1"]}
+    names = [
+        name(),
+        name(other_weights),
+        name(folder("ends", "generation_config.json", json.dumps({"eos_token_id": [2, 7]}))),
+        name(folder("template", "chat_template.jinja", CHATML.replace("assistant", "user"))),
+        name(asked=shorter),
+        name(system_prompt="x"),
+        name(template_kwargs={"a": 1}),
+        name(max_new_tokens=13),
+        name(dtype="bfloat16"),
+        name(**servers),
+        *(name(sampling=Sampling(*values)) for values in ((0.7, 1.0, 1), (0.8, 1.0, 1), (0.7, 0.9, 1), (0.7, 1.0, 2))),
+    ]
+    assert len(set(names)) == len(names)
+    assert name(batch_size=1) == name(concurrency=1) == names[0]
+    assert name(**servers, dtype="bfloat16") == name(**servers)  # which is the server's own affair
 
 
 def test_servers_write_what_generation_in_this_process_writes(

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pard_train.config import EvaluateConfig
 from pard_train.errors import UserError
 from pard_train.evaluation.evaluation import evaluate, read_document
+from pard_train.model import device_name
 from pard_train.training.trainer import train
 from pard_train.validation import validate_evaluate
 
@@ -257,7 +258,23 @@ def test_above_temperature_0_acceptance_is_estimated_from_drawn_texts_and_sample
         assert record["top_p"] == 0.9
         assert 1 <= record["tau"] <= record["num_draft_tokens"] + 1
         assert record["mode"] != "live" or record["speed"]["num_equal_texts"] is None
+    before, after = ([r["tau"] for r in estimates if r["draft"] == draft] for draft in ("before", "after"))
+    assert before[0] != after[0] and before[1] != after[1]  # though the texts are the same
     assert without_origin(evaluate(config)) == without_origin(document)
+
+
+def test_every_way_to_decode_live_is_a_measurement_of_its_own_and_of_this_machine(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    changes = {"temperatures": [0.0, 0.8], "live_batch_sizes": [1, 2], "live_prompts": 2, "live_rounds": 1}
+    config = settings(drafts, base_folder, prompts_file, tmp_path / "out", num_draft_tokens=[1], **changes)
+    document = evaluate(config)
+    cells = [json.loads(path.read_text())["identity"] for path in (tmp_path / "out" / "cells").glob("live-*.json")]
+    assert sorted((cell["sampling"]["temperature"], cell["batch_size"]) for cell in cells) == [
+        (0.0, 1), (0.0, 2), (0.8, 1), (0.8, 2)
+    ]  # fmt: skip
+    assert {(cell["device"], len(cell["prompts"])) for cell in cells} == {(device_name(), 2)}
+    assert {r["made_by"]["device"] for r in document["records"]} == {device_name()}
 
 
 def test_a_threshold_of_no_benchmark_or_of_no_number_is_refused_before_anything_is_read(tmp_path: Path) -> None:

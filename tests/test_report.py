@@ -160,6 +160,10 @@ def test_a_threshold_on_what_was_not_measured_is_a_miss(whole: dict[str, Any]) -
     (miss,) = tau_below(whole, {"humaneval": 1.0})
     assert miss.startswith("humaneval: not measured: target Qwen2.5-72B-Instruct")
     assert tau_below(whole, {"gsm8k": 1.0}) == []
+    everywhere = {"draft": "lost", "target": SMALL, "benchmark": None, "reason": "out of memory"}
+    assert tau_below({**whole, "failures": [everywhere]}, {"gsm8k": 1.0}) == [
+        f"gsm8k: not measured: draft lost, target {SMALL}: out of memory"
+    ]
 
 
 def test_an_estimate_stands_beside_what_was_measured_and_sets_no_threshold(whole: dict[str, Any]) -> None:
@@ -257,6 +261,8 @@ def test_several_drafts_are_matched_by_name_and_an_unknown_one_is_not_guessed() 
         ("template_kwargs", {"enable_thinking": False}),
         ("system_prompt", "You are terse."),
         ("num_prompts", 3),
+        ("top_p", 0.9),
+        ("instruction", "Be brief.\n\n{question}"),
     ],
 )
 def test_unlike_rows_are_named_in_one_line_and_never_compared(field: str, value: Any) -> None:
