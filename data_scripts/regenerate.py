@@ -37,6 +37,7 @@ from pard_train.data.packages import local_model
 from pard_train.data.rows import read_jsonl, source_version
 from pard_train.data.schemas import SYSTEM_PROMPTS, to_chat
 from pard_train.errors import UserError
+from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.servers import NoServerLeftError, Server, ServerPool, open_servers, run_together
 from pard_train.evaluation.target_text import (
     GREEDY,
@@ -46,7 +47,6 @@ from pard_train.evaluation.target_text import (
     Refusal,
     Sampling,
     converse,
-    model_fingerprint,
     prompt_key,
     questions,
     split_batches,

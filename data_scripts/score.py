@@ -23,7 +23,7 @@ from pard_train.data.packages import local_model
 from pard_train.data.scores import Scores, write_scores
 from pard_train.data.store import TokenStore
 from pard_train.errors import UserError
-from pard_train.evaluation.target_text import model_fingerprint
+from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.model import (
     DTYPES,
     check_revision_unused,

@@ -339,7 +339,7 @@ def _validate_dtype(value: str) -> None:
 
 
 def _at_least(name: str, value: float, low: float) -> None:
-    if value < low:
+    if not value >= low:  # nan is refused, too
         raise UserError(f"{name}={value}: must be at least {low}")
 
 

@@ -126,6 +126,8 @@ def lives(draft: str, target: str, benchmark: str) -> list[dict[str, Any]]:
                     "tokens_per_second_high": plain * speedup * 1.02,
                     "ar_tokens_per_second": plain,
                     "speedup": speedup,
+                    "speedup_low": speedup * 0.98,
+                    "speedup_high": speedup * 1.01,
                     "num_equal_texts": None if temperature else 8,
                     "num_rounds": 3,
                 },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -149,10 +151,24 @@ def test_the_interval_shrinks_with_more_prompts_and_is_the_same_on_every_call() 
     assert pool(prompts, 4) == few
 
 
+def test_the_interval_is_that_of_95_of_100_resamples() -> None:
+    prompts = [Trace([a], a + 1) for a in (0, 0, 1, 1, 2, 3, 4, 4)] * 25
+    result = pool(prompts, 4)
+    assert (result.tau_low, result.tau_high) == pytest.approx((2.655, 3.095))
+    spread = statistics.pstdev(trace.num_tokens for trace in prompts) / len(prompts) ** 0.5
+    normal = (result.tau - 1.96 * spread, result.tau + 1.96 * spread)  # of means: 2.662 and 3.088
+    assert (result.tau_low, result.tau_high) == pytest.approx(normal, abs=0.1 * spread)
+
+
 def test_tau_is_pooled_over_tokens_not_averaged_over_prompts() -> None:
     result = pool([Trace([4], 5), Trace([0] * 5, 5)], 4)
     assert result.tau == pytest.approx(10 / 6)
     assert result.mean_prompt_tau == pytest.approx((5 + 1) / 2)
+
+
+def test_a_prompt_without_an_answer_has_no_part_in_the_mean_over_prompts() -> None:
+    result = pool([Trace([1], 2), Trace([], 0)], 4, prompts=["answered", "empty"])
+    assert (result.num_prompts, result.tau, result.mean_prompt_tau) == (2, 2.0, 2.0)
 
 
 @pytest.mark.parametrize("nothing", [[], [walk([], 4)]])
@@ -222,6 +238,13 @@ def test_a_step_belongs_to_the_place_where_it_starts() -> None:
     groups = group_traces([trace], prompts=["a"], names={}, width=5)
     assert [(g["name"], g["num_tokens"], g["num_steps"]) for g in groups] == [("0-4", 5, 2), ("5-9", 6, 1)]
     assert groups[0]["tau"] == 2.5
+
+
+def test_a_step_that_accepts_up_to_the_end_of_the_answer_emits_no_token_of_the_targets_own() -> None:
+    trace = walk([0, 3, 2, 1], 4)  # token 0, then the three that are left
+    assert trace == Trace([0, 3], 4)
+    groups = group_traces([trace], prompts=["a"], names={}, width=1)
+    assert [(g["name"], g["num_tokens"], g["num_steps"]) for g in groups] == [("0-0", 1, 1), ("1-1", 3, 1)]
 
 
 def test_groups_stand_in_the_order_of_their_numbers_and_nameless_answers_are_in_none() -> None:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from fake_server import FakeServer
-from tiny import conversations
+from fake_server import FakeServer, scripted
+from tiny import CHATML, build_model, conversations
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import EvaluateConfig
 from pard_train.data.chat import ChatEncoder
+from pard_train.errors import UserError
 from pard_train.evaluation.benchmarks import Benchmark, load_benchmark
-from pard_train.evaluation.cases import Target, answer_turns, longest_text, write_case
+from pard_train.evaluation.cases import Case, Target, answer_turns, case_identity, longest_text, write_case
 from pard_train.evaluation.compatibility import Model
+from pard_train.evaluation.scored_cases import ScoredCase, write_scored_case
 from pard_train.evaluation.target_text import Answer, answer_text
 from pard_train.generation.decoding import Limits
+from pard_train.generation.sampling import GREEDY, Sampling
+from pard_train.run import fingerprint
 
 LIMITS = Limits(12, frozenset({2}))
 
@@ -77,13 +83,16 @@ def test_a_system_prompt_stands_before_every_conversation_that_has_none(
     assert systems == ["mine<|im_end|>", "be<|im_end|>"]
 
 
-def test_the_longest_text_is_never_below_what_a_target_can_write(base_folder: Path, benchmark: Benchmark) -> None:
-    target = open_target(base_folder, settings(base_folder))
+@pytest.mark.parametrize("system_prompt", [None, "the cat " * 60])
+def test_the_longest_text_is_never_below_what_a_target_can_write(
+    base_folder: Path, benchmark: Benchmark, system_prompt: str | None
+) -> None:
+    target, asked = open_target(base_folder, settings(base_folder)), {"system_prompt": system_prompt}
     turns = answer_turns(
-        benchmark.prompts, target.encoder, LIMITS, lambda ids: [Answer(list(range(40, 52)), True) for _ in ids]
+        benchmark.prompts, target.encoder, LIMITS, lambda ids: [Answer(list(range(40, 52)), True) for _ in ids], **asked
     )
     longest = max(len(turn.prompt_ids) + len(turn.answer.ids) for turn in turns)
-    assert longest <= longest_text(benchmark.prompts, target.encoder, 12) < longest + 40
+    assert longest <= longest_text(benchmark.prompts, target.encoder, 12, **asked) < longest + 40
 
 
 def test_a_case_is_read_from_the_cache_and_anything_that_decides_the_text_gives_another_file(
@@ -106,6 +115,95 @@ def test_a_case_is_read_from_the_cache_and_anything_that_decides_the_text_gives_
         other = replace(config, **changes)
         write_case(open_target(base_folder, other), benchmark, other, tmp_path)
     assert len(list((tmp_path / "target_text").iterdir())) == 5
+
+
+def test_two_programs_may_score_the_same_texts_at_the_same_time(
+    base_folder: Path, benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, savez, cases = settings(base_folder), np.savez, []
+
+    def score() -> ScoredCase:
+        target = open_target(base_folder, config)
+        return write_scored_case(target, benchmark, config, tmp_path, Sampling(temperature=0.7))
+
+    def slow(*args: Any, **arrays: Any) -> None:
+        savez(*args, **arrays)
+        monkeypatch.setattr(np, "savez", savez)
+        cases.append(score())  # the other program is done before this one goes on
+
+    monkeypatch.setattr(np, "savez", slow)
+    cases.append(score())
+    for one, other in zip(*(case.texts for case in cases), strict=True):
+        assert np.array_equal(one.top_logprobs, other.top_logprobs)
+    assert len(list((tmp_path / "target_text").iterdir())) == 2  # texts and scores, and nothing unfinished
+
+
+def test_a_target_needs_no_server_but_its_own_and_none_at_all_where_its_text_is_there(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, benchmark: Benchmark, tmp_path: Path
+) -> None:
+    names = [str(shutil.copytree(base_folder, tmp_path / name)) for name in ("first", "second")]
+
+    def write(number: int, *servers: FakeServer) -> Case:
+        config = replace(
+            settings(base_folder, servers=[server.url for server in servers], max_retries=0), targets=names
+        )
+        return write_case(open_target(Path(names[number]), config), benchmark, config, tmp_path)
+
+    first, second = (FakeServer(scripted(tokenizer), models=({"id": name},)) for name in ("first", "second"))
+    with first:
+        case = write(0, first)
+    with second:  # the first is over
+        for servers in ((second,), (first, second)):
+            assert write(0, *servers) == case
+            assert len(write(1, *servers).turns) == len(case.turns)
+        with pytest.raises(UserError, match=r"serves .*third"):
+            names.append(str(shutil.copytree(base_folder, tmp_path / "third")))
+            write(2, second)
+
+
+def test_a_server_that_returns_text_alone_is_refused(base_folder: Path, benchmark: Benchmark, tmp_path: Path) -> None:
+    with FakeServer(lambda prompt: {"text": "the cat", "finish_reason": "stop"}) as server:
+        config = settings(base_folder, servers=[server.url])
+        with pytest.raises(UserError, match=rf"servers: {server.url} returns no token ids, .* return_token_ids"):
+            write_case(open_target(base_folder, config), benchmark, config, tmp_path)
+
+
+def test_everything_that_decides_a_text_is_in_its_identity_and_a_batch_size_is_not(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, benchmark: Benchmark, tmp_path: Path
+) -> None:
+    def folder(name: str, file: str, content: str) -> Path:
+        target = tmp_path / name / base_folder.name  # the label stays the same
+        shutil.copytree(base_folder, target)
+        (target / file).write_text(content)
+        return target
+
+    def name(
+        base: Path = base_folder, asked: Benchmark = benchmark, sampling: Sampling = GREEDY, **changes: Any
+    ) -> str:
+        config = replace(settings(base_folder), **changes)
+        return fingerprint(case_identity(open_target(base, config), asked, config, sampling))
+
+    other_weights = tmp_path / "weights" / base_folder.name
+    shutil.copytree(base_folder, other_weights)
+    build_model("qwen2", seed=5).save_pretrained(other_weights)
+    shorter = replace(benchmark, prompts=benchmark.prompts[:-1])
+    servers = {"servers": ["http://localhost:8000/v1"]}
+    names = [
+        name(),
+        name(other_weights),
+        name(folder("ends", "generation_config.json", json.dumps({"eos_token_id": [2, 7]}))),
+        name(folder("template", "chat_template.jinja", CHATML.replace("assistant", "user"))),
+        name(asked=shorter),
+        name(system_prompt="x"),
+        name(template_kwargs={"a": 1}),
+        name(max_new_tokens=13),
+        name(dtype="bfloat16"),
+        name(**servers),
+        *(name(sampling=Sampling(*values)) for values in ((0.7, 1.0, 1), (0.8, 1.0, 1), (0.7, 0.9, 1), (0.7, 1.0, 2))),
+    ]
+    assert len(set(names)) == len(names)
+    assert name(batch_size=1) == name(concurrency=1) == names[0]
+    assert name(**servers, dtype="bfloat16") == name(**servers)  # which is the server's own affair
 
 
 def test_servers_write_what_generation_in_this_process_writes(

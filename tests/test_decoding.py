@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,10 +17,10 @@ from pard_train.core.products import PackedLinear, can_pack
 from pard_train.data.chat import ChatEncoder
 from pard_train.evaluation.acceptance import walk, walk_as_vllm
 from pard_train.evaluation.replay import replay
-from pard_train.generation.decoding import Limits, Step, decode, decode_batch
+from pard_train.generation.decoding import Limits, Step, decode, decode_batch, end_ids_of
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter, Task
 from pard_train.generation.runner import Runner
-from pard_train.generation.sampling import GREEDY, Sampling, probabilities
+from pard_train.generation.sampling import GREEDY, Dice, Sampling, probabilities
 from pard_train.model import add_mask_token, set_draft_keys
 
 MAX_K = 6
@@ -309,6 +311,44 @@ def test_sampled_answers_are_the_same_alone_and_in_company(tokenizer: PreTrained
                 alone = list(decode(target, prompt, limits, drafter=proposer, num_draft_tokens=3, sampling=sampling))
                 assert alone == answer.steps
     assert together != decode_batch(target, asked, limits, sampling=Sampling(0.8, 0.9, seed=2))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.3, 1.0, seed=1), Sampling(2.0, 1.0, seed=1), Sampling(1.0, 0.5, 1)])
+def test_a_sampled_draft_is_drawn_as_the_answers_are_and_a_likely_one_is_not_drawn(
+    tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> None:
+    drafter, asked = build_drafter(build_model("llama", seed=0), tokenizer), prompts(tokenizer, 2)
+    logits = torch.randn(2, 3, 320, generator=torch.Generator().manual_seed(0))
+    task = Task(2, 100, 3, sampling, Dice(asked, sampling))
+    likely = logits[..., :300].argmax(-1)  # the 300 tokens of the tokenizer; its mask token lies behind
+    assert torch.equal(drafter.pick(logits, [0, 1], task)[0], likely)
+    drafter.is_sampled = True
+    tokens, probs = drafter.pick(logits, [0, 1], task)
+    expected = (logits[..., :300] / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        ranked, order = expected.sort(descending=True)
+        is_kept = (ranked.cumsum(-1) - ranked < sampling.top_p).gather(-1, order.argsort(-1))
+        expected = expected * is_kept / (expected * is_kept).sum(-1, keepdim=True)
+    torch.testing.assert_close(probs, expected, check_dtype=False)
+    assert (expected.gather(-1, tokens[..., None]) > 0).all()
+
+
+@pytest.mark.parametrize("configured, found", [(7, {2, 7}), ([5, 7], {2, 5, 7}), (None, {2}), (2, {2})])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_a_turn_ends_at_every_id_of_the_generation_config_else_of_the_config_and_at_the_tokenizers(
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    file: str,
+    configured: object,
+    found: set[int],
+) -> None:
+    folder = shutil.copytree(base_folder, tmp_path / "model")
+    (folder / "generation_config.json").unlink()  # which older folders lack
+    for name, ends in {"config.json": 9, file: configured}.items():
+        content = json.loads((folder / name).read_text()) if name == "config.json" else {}
+        (folder / name).write_text(json.dumps(content | {"eos_token_id": ends}))
+    assert end_ids_of(str(folder), tokenizer) == found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import build_model, conversations, experiment
+from tiny import CHATML, build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import EvaluateConfig
 from pard_train.errors import UserError
 from pard_train.evaluation.evaluation import evaluate, read_document
+from pard_train.model import device_name
 from pard_train.training.trainer import train
+from pard_train.validation import validate_evaluate
 
 ROOT = Path(__file__).parents[1]
 FIELDS = """draft target benchmark mode method temperature top_p num_draft_tokens batch_size max_new_tokens dtype
@@ -128,6 +130,31 @@ def test_a_repeated_evaluation_computes_nothing_again_and_a_changed_one_is_refus
     assert read_document(replace(config, max_new_tokens=12)) is None
 
 
+def test_a_result_of_other_weights_or_prompts_in_the_same_places_is_not_taken_for_this_one(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    folders = tuple(shutil.copytree(folder, tmp_path / folder.name) for folder in drafts)
+    target, prompts = tmp_path / "target", tmp_path / "mine.jsonl"
+    shutil.copytree(base_folder, target)
+    shutil.copyfile(prompts_file, prompts)
+    live = {"live_prompts": 1, "live_rounds": 1, "live_methods": ["ngram"]}
+    config = settings(folders, target, prompts, tmp_path / "out", num_draft_tokens=[4], **live)
+    document = evaluate(config)
+    assert read_document(config) == document
+
+    changed = {
+        folders[0] / "model.safetensors": (drafts[1] / "model.safetensors").read_bytes(),
+        target / "config.json": (target / "config.json").read_bytes() + b"\n",
+        prompts: prompts.read_bytes().replace(b"the", b"The"),
+    }
+    for path, content in changed.items():
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        assert read_document(config) is None
+        path.write_bytes(whole)
+    assert read_document(config) == document
+
+
 def without_origin(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Records without the command and time that made them."""
     return [{name: value for name, value in record.items() if name != "made_by"} for record in document["records"]]
@@ -146,6 +173,21 @@ def test_draft_and_target_with_different_tokenizers_are_refused_before_anything_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_template_that_refuses_the_system_prompt_or_has_no_room_for_it_is_found_before_anything_is_written(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(base_folder, tmp_path / "other")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    (other / "chat_template.jinja").write_text(refusal + CHATML)
+    targets = [str(base_folder), str(other)]
+    config = settings(drafts, base_folder, prompts_file, tmp_path / "out", targets=targets, system_prompt="Be brief.")
+    with pytest.raises(UserError, match="no system role"):
+        evaluate(config)
+    with pytest.raises(UserError, match=r"context of .* 2048 positions"):
+        evaluate(replace(config, targets=targets[:1], system_prompt="the cat " * 1000))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_target_that_fails_is_reported_and_the_rest_still_run(
     drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +202,27 @@ def test_a_target_that_fails_is_reported_and_the_rest_still_run(
     assert {record["target"] for record in document["records"]} == {base_folder.name}
     assert "FAILED: target" in capsys.readouterr().out
     assert "Traceback" in (tmp_path / "out" / "failures.log").read_text()
+
+
+def test_a_draft_that_cannot_be_loaded_is_named_and_the_others_are_timed_all_the_same(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    torn = shutil.copytree(drafts[0], tmp_path / "torn")
+    whole = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(whole[:1000])
+    live = {"live_prompts": 2, "live_rounds": 1, "live_methods": ["pard", "draft", "ngram"]}
+    config = settings((torn, drafts[1]), base_folder, prompts_file, tmp_path / "out", num_draft_tokens=[4], **live)
+
+    def timed() -> list[tuple[str, str]]:
+        return [(r["draft"], r["method"]) for r in document["records"] if r["mode"] == "live"]
+
+    document = evaluate(config)
+    assert {failure["draft"] for failure in document["failures"]} == {"before"}
+    assert timed() == [("after", "pard"), ("after", "draft"), ("-", "ngram")]
+    (torn / "model.safetensors").write_bytes(whole)
+    document = evaluate(config)
+    assert document["failures"] == []
+    assert len(timed()) == 5
 
 
 def test_the_same_command_mends_what_failed(
@@ -195,7 +258,34 @@ def test_above_temperature_0_acceptance_is_estimated_from_drawn_texts_and_sample
         assert record["top_p"] == 0.9
         assert 1 <= record["tau"] <= record["num_draft_tokens"] + 1
         assert record["mode"] != "live" or record["speed"]["num_equal_texts"] is None
+    before, after = ([r["tau"] for r in estimates if r["draft"] == draft] for draft in ("before", "after"))
+    assert before[0] != after[0] and before[1] != after[1]  # though the texts are the same
     assert without_origin(evaluate(config)) == without_origin(document)
+
+
+def test_every_way_to_decode_live_is_a_measurement_of_its_own_and_of_this_machine(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    changes = {"temperatures": [0.0, 0.8], "live_batch_sizes": [1, 2], "live_prompts": 2, "live_rounds": 1}
+    config = settings(drafts, base_folder, prompts_file, tmp_path / "out", num_draft_tokens=[1], **changes)
+    document = evaluate(config)
+    cells = [json.loads(path.read_text())["identity"] for path in (tmp_path / "out" / "cells").glob("live-*.json")]
+    assert sorted((cell["sampling"]["temperature"], cell["batch_size"]) for cell in cells) == [
+        (0.0, 1), (0.0, 2), (0.8, 1), (0.8, 2)
+    ]  # fmt: skip
+    assert {(cell["device"], len(cell["prompts"])) for cell in cells} == {(device_name(), 2)}
+    assert {r["made_by"]["device"] for r in document["records"]} == {device_name()}
+
+
+def test_a_threshold_of_no_benchmark_or_of_no_number_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    config = settings((tmp_path, tmp_path), tmp_path, tmp_path / "mine.jsonl.gz", tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"fail_below.humaneval is the threshold of no benchmark: allowed are mine, all"
+    ):
+        evaluate(replace(config, fail_below={"mine": 2.0, "all": 2.0, "humaneval": 2.0}))
+    config = replace(config, draft=None, fail_below={"mine": float("nan")})
+    with pytest.raises(UserError, match=r"fail_below.mine=nan: must be at least 1"):
+        validate_evaluate(config)
 
 
 def test_a_missed_threshold_ends_the_command_with_status_3_after_everything_is_written(

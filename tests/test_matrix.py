@@ -18,6 +18,8 @@ def test_a_finished_cell_is_not_computed_again_and_keeps_what_it_was_made_by(tmp
 
     first = Matrix(tmp_path).cell("replay", {"k": 1}, compute)
     again = Matrix(tmp_path)
+    assert again.is_finished("replay", {"k": 1})
+    assert not again.is_finished("replay", {"k": 2})
     again.made_by["time"] = "later"
     assert again.cell("replay", {"k": 1}, compute) == first
     assert again.cell("replay", {"k": 2}, compute)[0] == [2]
@@ -34,6 +36,17 @@ def test_a_cell_that_fails_leaves_nothing_and_is_computed_the_next_time(tmp_path
     assert matrix.failures == [{"draft": None, "target": "t", "benchmark": "b", "reason": "out of memory"}]
     assert "and more" in (tmp_path / "failures.log").read_text()
     assert matrix.cell("replay", {}, lambda: 7)[0] == 7
+
+
+def test_what_fails_several_times_for_one_reason_is_one_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matrix = Matrix(tmp_path)
+    for reason in ("torn", "torn", "out of memory"):
+        with matrix.surviving(target="t", draft="d"):
+            raise RuntimeError(reason)
+    assert [failure["reason"] for failure in matrix.failures] == ["torn", "out of memory"]
+    assert capsys.readouterr().out.count("FAILED") == 2
 
 
 def test_an_interrupt_is_not_survived(tmp_path: Path) -> None:

@@ -160,6 +160,10 @@ def test_a_threshold_on_what_was_not_measured_is_a_miss(whole: dict[str, Any]) -
     (miss,) = tau_below(whole, {"humaneval": 1.0})
     assert miss.startswith("humaneval: not measured: target Qwen2.5-72B-Instruct")
     assert tau_below(whole, {"gsm8k": 1.0}) == []
+    everywhere = {"draft": "lost", "target": SMALL, "benchmark": None, "reason": "out of memory"}
+    assert tau_below({**whole, "failures": [everywhere]}, {"gsm8k": 1.0}) == [
+        f"gsm8k: not measured: draft lost, target {SMALL}: out of memory"
+    ]
 
 
 def test_an_estimate_stands_beside_what_was_measured_and_sets_no_threshold(whole: dict[str, Any]) -> None:
@@ -257,6 +261,8 @@ def test_several_drafts_are_matched_by_name_and_an_unknown_one_is_not_guessed() 
         ("template_kwargs", {"enable_thinking": False}),
         ("system_prompt", "You are terse."),
         ("num_prompts", 3),
+        ("top_p", 0.9),
+        ("instruction", "Be brief.\n\n{question}"),
     ],
 )
 def test_unlike_rows_are_named_in_one_line_and_never_compared(field: str, value: Any) -> None:
@@ -289,6 +295,37 @@ def test_a_benchmark_that_a_later_result_lost_is_a_note_and_a_miss() -> None:
     comparison = compare_documents({"main": main, "mine": mine})
     assert f"mine: not compared: mt-bench on {SMALL}: this result has no such row" in comparison.notes
     assert f"mine: mt-bench on {LARGE}: not compared" in ratios_below(comparison, 0.5)
+
+
+def test_rows_that_a_later_result_lost_are_few_notes_and_misses_and_those_it_has_more_are_none() -> None:
+    first = document(drafts=["untrained", "pard-0.5b"], targets=[SMALL])
+    names = ("humaneval", "gsm8k", "mt-bench")
+    everywhere = ", ".join(f"{name} on {SMALL}" for name in names)
+
+    def lost(**fields: Any) -> list[str]:
+        later = deepcopy(first)
+        later["records"] = [r for r in first["records"] if any(r[name] != value for name, value in fields.items())]
+        comparison = compare_documents({"main": first, "mine": later})
+        assert len(comparison.pairs) == len(later["records"]) < len(first["records"])
+        assert not compare_documents({"mine": later, "main": first}).missing
+        notes = [note for note in comparison.notes if "not measured" not in note]
+        assert [note.split(": ", 2)[2].removesuffix(": this result has no such row") for note in notes] == [
+            miss.split(": ", 1)[1] for miss in comparison.missing
+        ]
+        return [miss.removeprefix("mine: ") for miss in ratios_below(comparison, 1.0)]
+
+    draft = "draft untrained, replay, K=1, 2, 4, 8, 12, 16"
+    assert f"{draft}: {everywhere}: not compared" in lost(draft="untrained")
+    assert lost(draft="untrained", num_draft_tokens=4, mode="replay") == [
+        f"draft untrained, replay, K=4: {everywhere}: not compared"
+    ]
+    assert lost(mode="replay", benchmark="humaneval", num_draft_tokens=16) == [
+        f"draft {name}, replay, K=16: humaneval on {SMALL}: not compared" for name in ("untrained", "pard-0.5b")
+    ]
+    assert lost(temperature=0.7, mode="live") == [
+        f"draft {name}, live, T=0.7, K=8: humaneval on {SMALL}: not compared" for name in ("untrained", "pard-0.5b")
+    ]
+    assert f"gsm8k on {SMALL}: not compared" in lost(benchmark="gsm8k")
 
 
 def test_nothing_comparable_is_an_error(tmp_path: Path) -> None:

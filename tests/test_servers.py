@@ -212,11 +212,25 @@ def test_a_server_of_no_target_and_a_target_of_no_server_are_refused(serve: Serv
 
 
 def test_a_server_that_does_not_answer_is_named_before_anything_is_asked(serve: Serve) -> None:
+    big, dead = serve(models=({"id": "big-7b"},)), serve(models=({"id": "small"},))
+    dead.die()
+    with pytest.raises(
+        UserError, match=f"serves pypi:small: .*{dead.url} does not list its models \\(Connection error"
+    ):
+        found_models([big, dead], TARGETS, max_retries=0)
+    assert not big.requests
+
+
+def test_an_address_that_is_dead_is_set_aside_in_one_line_while_another_serves_the_same_target(
+    serve: Serve, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
     good, dead = serve(), serve()
     dead.die()
-    with pytest.raises(UserError, match=f"servers: {dead.url} does not list its models \\(Connection error"):
-        found_models([good, dead], {"target": "target"}, max_retries=0)
-    assert not good.requests
+    for question in ("a", "b"):
+        prompts = prompts_of(tokenizer, question)
+        assert ask([dead, good], tokenizer, prompts) == expected(good, prompts)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert line.startswith(f"set aside: servers: {dead.url} does not list its models (Connection error")
 
 
 def test_the_key_comes_from_the_environment_and_is_printed_nowhere(

@@ -71,6 +71,8 @@ def test_a_record_holds_medians_their_range_and_the_ratio_within_rounds() -> Non
         "tokens_per_second_high": 50.0,
         "ar_tokens_per_second": 10.0,
         "speedup": 2.5,  # of 3.0, 2.0 and 2.5
+        "speedup_low": 2.0,
+        "speedup_high": 3.0,
         "num_equal_texts": 1,
         "num_rounds": 3,
     }

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+import multiprocessing
 import random
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 from tiny import build_model, conversations
@@ -21,13 +26,13 @@ from pard_train.evaluation.target_text import (
     answer_text,
     cached_answers,
     converse,
-    model_fingerprint,
     prompt_key,
     questions,
     split_batches,
     write_batches,
 )
 from pard_train.generation.decoding import Limits, decode
+from pard_train.model import load_causal_lm
 
 LIMITS = Limits(12, frozenset(range(2, 300, 17)))  # so many ends that some answers come to one
 
@@ -45,9 +50,9 @@ def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [encoder.encode_prompt(chat[:1]) for chat in conversations(21, seed=5)]
 
 
-def decoded(model: PreTrainedModel, prompt: list[int]) -> Answer:
-    """The greedy answer, one prompt and one token at a time."""
-    ids = [token for step in decode(model, prompt, LIMITS) for token in step.tokens]
+def decoded(model: PreTrainedModel, prompt: list[int], sampling: Sampling = GREEDY) -> Answer:
+    """The answer, one prompt and one token at a time."""
+    ids = [token for step in decode(model, prompt, LIMITS, sampling=sampling) for token in step.tokens]
     return Answer(ids, is_cut=ids[-1] not in LIMITS.end_ids)
 
 
@@ -92,6 +97,25 @@ def test_a_process_reads_the_files_of_all_and_leaves_the_torn_line_of_another_al
         assert dict(cache) == {k: v for part in parts for k, v in part.items()}
 
 
+def add_and_read(path: Path, answers: dict[str, Answer], start: Barrier) -> dict[str, Answer]:
+    """Add answers one by one, as a program of its own, and read them again."""
+    with AnswerCache(path) as cache:
+        start.wait()
+        for key, answer in answers.items():
+            cache.add({key: answer})
+        return {key: cache[key] for key in answers}
+
+
+def test_programs_that_write_to_one_file_at_the_same_time_read_each_its_own_answers(tmp_path: Path) -> None:
+    parts = [random_answers(3000, seed) for seed in range(2)]
+    path, context = tmp_path / "cache.jsonl", multiprocessing.get_context("fork")
+    with context.Manager() as manager, ProcessPoolExecutor(2, context) as programs:
+        start = manager.Barrier(2)
+        assert list(programs.map(add_and_read, [path] * 2, parts, [start] * 2)) == parts
+    with AnswerCache(path) as cache:
+        assert dict(cache) == parts[0] | parts[1]
+
+
 def test_of_two_answers_to_one_prompt_all_processes_take_the_same(tmp_path: Path) -> None:
     files = [tmp_path / f"rank-{rank}.jsonl" for rank in range(2)]
     for rank, file in enumerate(files):
@@ -113,6 +137,45 @@ def test_answers_in_batches_are_those_of_decoding_one_by_one(
     assert answers == [decoded(model, prompt) for prompt in asked]
     assert {answer.is_cut for answer in answers} == {True, False}
     assert (tmp_path / "cache.jsonl").read_bytes().count(b"\n") == len(prompts)  # the same question is answered once
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, seed=1)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"do_sample": True, "temperature": 0.3, "top_k": 2, "top_p": 0.5, "min_p": 0.9},
+        {"num_beams": 3, "length_penalty": 2.0},
+        {"min_new_tokens": 9},
+        {"suppress_tokens": list(range(40, 300))},
+        {"guidance_scale": 3.0},
+        {"stop_strings": ["a", "e"]},
+        {"cache_implementation": "static"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_targets_own_generation_config_changes_no_token(
+    model: PreTrainedModel, prompts: list[list[int]], tmp_path: Path, settings: dict[str, Any], sampling: Sampling
+) -> None:
+    model.save_pretrained(tmp_path / "target")
+    file = tmp_path / "target" / "generation_config.json"
+    file.write_text(json.dumps(settings | {"eos_token_id": 2, "pad_token_id": 0}))
+    target = load_causal_lm(str(tmp_path / "target"))
+    name, value = next(iter(settings.items()))
+    assert getattr(target.generation_config, name) == value
+    asked = prompts[:6]
+    answers = cached_answers(
+        lambda: target,
+        asked,
+        limits=LIMITS,
+        batch_size=3,
+        cache=tmp_path / "c.jsonl",
+        description="",
+        sampling=sampling,
+    )
+    assert answers == [decoded(model, prompt, sampling) for prompt in asked]
+    assert getattr(target.generation_config, name) == value
 
 
 def test_prompts_that_are_added_or_shuffled_find_the_answers_of_before(
@@ -171,14 +234,6 @@ def test_sampled_answers_depend_on_prompts_and_seed_alone(
     assert sampled("all at once", split_batches(asked, len(asked)), sampling=warm) == once
     assert sampled("other seed", batches, sampling=Sampling(temperature=1.0, top_p=0.9, seed=2)) != once
     assert sampled("greedy", batches, sampling=GREEDY) != once
-
-
-def test_changed_weights_change_the_fingerprint(tmp_path: Path) -> None:
-    names = set()
-    for seed in (0, 1):
-        build_model("llama", seed=seed).save_pretrained(tmp_path / str(seed))
-        names |= {model_fingerprint(str(tmp_path / str(seed))) for _ in range(2)}
-    assert len(names) == 2
 
 
 def said(*texts: str) -> list[dict[str, str]]:

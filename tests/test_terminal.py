@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import DraftConfig, GenerateConfig, ModelConfig
+from pard_train.data.chat import ChatEncoder
+from pard_train.errors import UserError
 from pard_train.generation.terminal import ChatSession
 from pard_train.model import inspect_base, write_initial_draft
 
@@ -37,6 +42,41 @@ def test_a_greedy_chat_shows_the_answers_and_that_they_are_the_targets_own(
     assert output.count("(tau ") == output.count("without draft") == 2
     for answer in answers:
         assert answer.rstrip("\ufffd") in output
+
+
+def test_a_target_that_cannot_be_decoded_is_refused_before_any_weights_are_read(
+    draft_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    target = shutil.copytree(base_folder, tmp_path / "target")
+    config = json.loads((target / "config.json").read_text())
+    windows = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
+    (target / "config.json").write_text(json.dumps(config | windows))
+    (target / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"it has sliding_attention layers"):
+        chat(draft_folder, target)
+
+
+@pytest.mark.parametrize("which", ["draft", "target"])
+def test_a_question_is_refused_where_its_answer_might_leave_the_context(
+    draft_folder: Path, base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, which: str
+) -> None:
+    folders = {"draft": draft_folder, "target": base_folder}
+    short = folders[which] = shutil.copytree(folders[which], tmp_path / which)
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (short / "config.json").write_text(json.dumps(config))
+    question, output = "the cat sees", io.StringIO()
+    num_prompt = len(ChatEncoder(tokenizer).encode_prompt([{"role": "user", "content": question}]))
+
+    def session(num_tokens: int) -> ChatSession:
+        limits = {"num_draft_tokens": 3, "max_new_tokens": num_tokens - 3 - num_prompt}
+        config = GenerateConfig(**{name: str(folder) for name, folder in folders.items()}, **limits)
+        return ChatSession(config, Console(file=output))
+
+    too_long = session(65)
+    with pytest.raises(UserError, match=rf"{which} has 64 positions, .* may take 65: ask something shorter"):
+        too_long.answer(question)
+    assert (too_long.messages, output.getvalue()) == ([], "")
+    assert session(64).answer(question)
 
 
 def test_a_sampled_chat_is_decided_by_its_seed(draft_folder: Path, base_folder: Path) -> None:

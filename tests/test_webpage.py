@@ -27,6 +27,7 @@ from pard_train.reports.charts import (
     thinned,
 )
 from pard_train.reports.comparison import compare_documents, render_comparison_page
+from pard_train.reports.sections import build_sections
 from pard_train.reports.webpage import TEMPLATES, render_page
 
 VOID = {"meta", "br"}
@@ -256,6 +257,22 @@ def test_an_interval_chart_prints_the_value_of_every_row_in_order() -> None:
     assert len(whiskers) == 2
     widths = [float(w.get("x2") or "") - float(w.get("x1") or "") for w in whiskers]
     assert widths[0] == pytest.approx(widths[1], abs=0.2) and widths[0] > 50
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["now", "without a range"])
+def test_the_lines_of_measured_speed_ups_span_the_ratios_of_the_rounds(whole: dict[str, Any], is_old: bool) -> None:
+    record = next(r for r in whole["records"] if r["mode"] == "live")
+    ratios = {"speedup": 2.0} | ({} if is_old else {"speedup_low": 1.0, "speedup_high": 4.0})
+    rates = {"tokens_per_second": 10.0, "tokens_per_second_low": 1.0, "tokens_per_second_high": 90.0}
+    speed = {"ar_tokens_per_second": 5.0, "num_equal_texts": 8, "num_rounds": 3} | ratios | rates
+    sections = build_sections({**whole, "records": [record | {"speed": speed}]}, [])
+    (figure,) = next(section.figures for section in sections if section.anchor == "speed")
+    lines = {line.get("class", "").split()[0]: line for line in ElementTree.fromstring(figure.svg).iter("line")}
+    assert ("whisker" in lines) != is_old
+    if not is_old:
+        one, two = (float(lines["track"].get(name, "")) for name in ("x1", "x2"))  # from 1 to the speed-up
+        low, high = (float(lines["whisker"].get(name, "")) for name in ("x1", "x2"))
+        assert (low, high) == pytest.approx((one, one + 3 * (two - one)), abs=0.5)
 
 
 def test_a_breakdown_into_a_single_group_is_not_drawn(page: str) -> None:

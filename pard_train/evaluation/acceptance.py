@@ -96,7 +96,7 @@ class Acceptance:
         histogram: number of steps that accepted 0..K draft tokens, [K + 1].
         num_tokens: tokens emitted.
         tau_low, tau_high: bootstrap 95% interval over prompts.
-        mean_prompt_tau: mean over prompts of tokens / steps.
+        mean_prompt_tau: mean of tokens / steps over prompts that have a step.
     """
 
     num_draft_tokens: int
@@ -167,6 +167,7 @@ def pool(traces: Sequence[Trace], num_draft_tokens: int, *, prompts: Sequence[st
         raise ValueError("no decoding step to count")
     histogram = np.bincount([a for trace in traces for a in trace.accepted], minlength=num_draft_tokens + 1)
     low, high = tau_interval(counts)
+    answered = counts[counts[:, 1] > 0]
     return Acceptance(
         num_draft_tokens=num_draft_tokens,
         num_prompts=len(counts),
@@ -175,7 +176,7 @@ def pool(traces: Sequence[Trace], num_draft_tokens: int, *, prompts: Sequence[st
         histogram=histogram.tolist(),
         tau_low=low,
         tau_high=high,
-        mean_prompt_tau=float((counts[:, 0] / np.maximum(counts[:, 1], 1)).mean()),
+        mean_prompt_tau=float((answered[:, 0] / answered[:, 1]).mean()),
     )
 
 

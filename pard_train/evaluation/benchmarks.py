@@ -177,6 +177,11 @@ def check_benchmark(source: str) -> None:
         raise UserError(f"benchmark {source!r}: allowed are {names}, or an existing .jsonl file of prompts")
 
 
+def benchmark_name(source: str) -> str:
+    """What results call a benchmark: its name in the table, or that of its file without the suffix."""
+    return source if source in NAMED else Path(source).name.partition(".jsonl")[0]
+
+
 def load_benchmark(source: str, max_prompts: int = 0) -> Benchmark:
     """A named benchmark, or the prompts of a JSONL file (see `file_prompt`).
 
@@ -191,13 +196,13 @@ def load_benchmark(source: str, max_prompts: int = 0) -> Benchmark:
     if source in NAMED:
         recipe = NAMED[source]
         prompts = _distinct(_named_prompts(source, recipe))
-        name, where, licence, instruction = source, str(recipe.source), recipe.licence, recipe.instruction
+        where, licence, instruction = str(recipe.source), recipe.licence, recipe.instruction
     else:
         prompts = _distinct((file_prompt(row, origin), origin) for row, origin in read_jsonl(source))
-        name, where, licence, instruction = Path(source).name.partition(".jsonl")[0], source, "unknown", "{question}"
+        where, licence, instruction = source, "unknown", "{question}"
     if not prompts:
         raise UserError(f"benchmark {source}: no prompts")
-    return Benchmark(name, _share(prompts, max_prompts), where, licence, instruction)
+    return Benchmark(benchmark_name(source), _share(prompts, max_prompts), where, licence, instruction)
 
 
 def _distinct(prompts: Iterable[tuple[Prompt, str]]) -> list[Prompt]:

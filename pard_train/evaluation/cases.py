@@ -20,13 +20,13 @@ from pard_train.data.packages import local_model
 from pard_train.data.store import encoder_identity
 from pard_train.evaluation.benchmarks import Benchmark, Prompt
 from pard_train.evaluation.compatibility import Model
+from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.servers import ask_all
 from pard_train.evaluation.target_text import (
     Answer,
     AnswerCache,
     answer_text,
     cached_answers,
-    model_fingerprint,
     prompt_key,
 )
 from pard_train.generation.decoding import Limits, end_ids_of
@@ -225,13 +225,20 @@ def _opening(prompt: Prompt, system_prompt: str | None) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system_prompt}] if system_prompt is not None and not has_one else []
 
 
-def longest_text(prompts: Sequence[Prompt], encoder: ChatEncoder, max_new_tokens: int) -> int:
-    """Tokens that the longest conversation can come to, every answer at its limit."""
+def longest_text(
+    prompts: Sequence[Prompt], encoder: ChatEncoder, max_new_tokens: int, *, system_prompt: str | None = None
+) -> int:
+    """Tokens that the longest conversation can come to, every answer at its limit.
+
+    Raises:
+        UserError: if the chat template refuses a conversation, such as one with a system prompt.
+    """
     placeholder = {"role": "assistant", "content": "."}
     longest = 0
     for prompt in prompts:
         messages = [message for turn in prompt.turns for message in (*turn, placeholder)][:-1]
-        longest = max(longest, len(encoder.encode_prompt(messages)) + max_new_tokens * len(prompt.turns))
+        num_tokens = len(encoder.encode_prompt(_opening(prompt, system_prompt) + messages))
+        longest = max(longest, num_tokens + max_new_tokens * len(prompt.turns))
     return longest
 
 

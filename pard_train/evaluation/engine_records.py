@@ -55,6 +55,7 @@ def engine_records(
     drafts, accepted = (sum(a["counters"][name] for a in own) for name in ("num_drafts", "num_accepted_tokens"))
     num_tokens = sum(len(answer["token_ids"]) for answer in own)
     rate, ar_rate = num_tokens / _seconds(own), sum(len(a["token_ids"]) for a in plain) / _seconds(plain)
+    speedup = rate / ar_rate
     yield {
         **head(draft.name, draft.fingerprint, case, config),
         "mode": "engine",
@@ -71,7 +72,9 @@ def engine_records(
             "tokens_per_second_low": rate,
             "tokens_per_second_high": rate,
             "ar_tokens_per_second": ar_rate,
-            "speedup": rate / ar_rate,
+            "speedup": speedup,
+            "speedup_low": speedup,
+            "speedup_high": speedup,
             "num_equal_texts": sum(a["token_ids"] == b["token_ids"] for a, b in zip(own, plain, strict=True)),
             "num_rounds": 1,
         },

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from pard_train.config import EvaluateConfig
+from pard_train.data.packages import local_model
 from pard_train.errors import UserError
-from pard_train.evaluation.benchmarks import Benchmark, check_benchmark, load_benchmark
-from pard_train.evaluation.cases import Case, Target, longest_text, write_case
+from pard_train.evaluation.benchmarks import Benchmark, benchmark_name, check_benchmark, load_benchmark
+from pard_train.evaluation.cases import Case, Target, longest_text, short_name, write_case
 from pard_train.evaluation.compatibility import OK, Model, check_engine, check_pair, require
 from pard_train.evaluation.engine_records import engine_records
+from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.measurement import (
+    NO_DRAFT,
     Draft,
     estimate_records,
     live_records,
@@ -28,9 +31,9 @@ from pard_train.evaluation.measurement import (
     predict_speedup,
     replay_case,
     replay_records,
-    sample_answers,
     sampling_at,
 )
+from pard_train.evaluation.samples import sample_answers
 from pard_train.evaluation.scored_cases import ScoredCase, write_scored_case
 from pard_train.evaluation.speed import Latencies
 from pard_train.reports.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document, Record
@@ -51,10 +54,11 @@ def evaluate(config: EvaluateConfig) -> Document:
         What acceptance.json holds (docs/acceptance.md).
 
     Raises:
-        UserError: for a model, benchmark or pair that does not fit, before any target writes a token; or if nothing
-            could be measured.
+        UserError: for a model, benchmark, pair or threshold that does not fit, before any target writes a token; or if
+            nothing could be measured.
     """
     folder = Path(config.output_dir or "")
+    _check_thresholds(config)
     benchmarks = load_benchmarks(config)
     targets = [load_target(name, config) for name in config.targets]
     drafts = [load_draft(name, path, config) for name, path in _named_drafts(config).items()]
@@ -140,6 +144,13 @@ def _replay_visit(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _check_thresholds(config: EvaluateConfig) -> None:
+    names = [*map(benchmark_name, config.benchmarks), "all"]
+    for name in config.fail_below:
+        if name not in names:
+            raise UserError(f"fail_below.{name} is the threshold of no benchmark: allowed are {', '.join(names)}")
+
+
 def load_benchmarks(config: EvaluateConfig) -> list[Benchmark]:
     """Every benchmark. Raises UserError if one does not exist, before any is read, or if two have one name."""
     for source in config.benchmarks:
@@ -167,7 +178,10 @@ def load_draft(name: str, path: str, config: EvaluateConfig) -> Draft:
 
 def check_fit(draft: Model, target: Target, benchmarks: Sequence[Benchmark], config: EvaluateConfig) -> None:
     """Print what an engine or a user may stumble over. Raises UserError where a pair cannot work at all."""
-    longest = max(longest_text(benchmark.prompts, target.encoder, config.max_new_tokens) for benchmark in benchmarks)
+    longest = max(
+        longest_text(b.prompts, target.encoder, config.max_new_tokens, system_prompt=config.system_prompt)
+        for b in benchmarks
+    )
     num_tokens = longest + max(*config.num_draft_tokens, config.live_num_draft_tokens)
     findings = check_pair(draft, target.model, num_tokens=num_tokens, dtype=config.dtype)
     require(findings)
@@ -197,9 +211,29 @@ def _settings(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def read_document(config: EvaluateConfig) -> Document | None:
-    """The result of this very evaluation if it was finished without a failure; None otherwise."""
+    """The result of this very evaluation, of the weights and prompts as they are now; None if there is none.
+
+    A result with failures does not count.
+
+    Raises:
+        UserError: if a benchmark cannot be read.
+    """
     folder = Path(config.output_dir or "")
     if not (folder / ACCEPTANCE_FILE).exists() or read_json(folder / CONFIG_FILE) != _settings(config):
         return None
     document = read_json(folder / ACCEPTANCE_FILE)
-    return None if document["failures"] else document
+    return None if document["failures"] or _named_in(document) != _named_now(config) else document
+
+
+def _named_in(document: Document) -> set[tuple[str, str, str]]:
+    """(kind, name, fingerprint) of everything that a result is about."""
+    kinds = ("draft", "target", "benchmark")
+    named = {(kind, r[kind], r[f"{kind}_fingerprint"]) for r in document["records"] for kind in kinds}
+    return named - {("draft", NO_DRAFT, NO_DRAFT)}
+
+
+def _named_now(config: EvaluateConfig) -> set[tuple[str, str, str]]:
+    """The same of what an evaluation would be about."""
+    drafts = {("draft", name, model_fingerprint(local_model(path))) for name, path in _named_drafts(config).items()}
+    targets = {("target", short_name(t, config.targets), model_fingerprint(local_model(t))) for t in config.targets}
+    return drafts | targets | {("benchmark", b.name, b.fingerprint) for b in load_benchmarks(config)}

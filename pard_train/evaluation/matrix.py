@@ -37,22 +37,32 @@ class Matrix:
             identity: everything that decides the result.
             compute: gives it as JSON.
         """
-        path = self.folder / CELLS_FOLDER / f"{kind}-{fingerprint([kind, identity])}.json"
+        path = self._path(kind, identity)
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             write_json(path, {"identity": identity, "result": compute(), "made_by": self.made_by})
         kept = read_json(path)
         return kept["result"], kept["made_by"]
 
+    def is_finished(self, kind: str, identity: dict[str, Any]) -> bool:
+        """Whether the result of a cell is there, in this run or from one before."""
+        return self._path(kind, identity).exists()
+
+    def _path(self, kind: str, identity: dict[str, Any]) -> Path:
+        return self.folder / CELLS_FOLDER / f"{kind}-{fingerprint([kind, identity])}.json"
+
     @contextmanager
     def surviving(self, *, target: str, draft: str | None = None, benchmark: str | None = None) -> Iterator[None]:
-        """Note what fails inside, and let the rest of the matrix run."""
+        """Note what fails inside, once for each reason, and let the rest of the matrix run."""
         try:
             yield
         except Exception as error:  # out of memory, a server that died, a missing kernel: everything but Ctrl-C
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             where = {"draft": draft, "target": target, "benchmark": benchmark}
-            self.failures.append({**where, "reason": reason})
+            failure = {**where, "reason": reason}
+            if failure in self.failures:
+                return
+            self.failures.append(failure)
             with (self.folder / FAILURES_LOG).open("a") as log:
                 log.write(f"{where}\n{traceback.format_exc()}\n")
             named = ", ".join(f"{kind} {name}" for kind, name in where.items() if name)

@@ -16,19 +16,17 @@ from pard_train.evaluation.acceptance import Trace, group_traces, length_bucket,
 from pard_train.evaluation.cases import Case, Target, Turn
 from pard_train.evaluation.compatibility import Model
 from pard_train.evaluation.estimate import estimate_acceptance
+from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.replay import replay_all
 from pard_train.evaluation.scored_cases import ScoredCase
 from pard_train.evaluation.speed import Latencies, measure_latencies, prediction, time_proposers
-from pard_train.evaluation.target_text import model_fingerprint
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, Sampling
 from pard_train.model import DTYPES, default_device, device_name
 from pard_train.reports.records import Record
 
-NUM_SAMPLES = 3  # answers of each draft and case that the page shows
-SAMPLE_K = 8  # K of the samples, or the largest one measured
 NO_DRAFT = "-"  # stands for a draft model where prompt look-up drafts
 
 Matches = list[list[int]]
@@ -135,39 +133,6 @@ def measured(traces: Sequence[Trace], turns: Sequence[Turn], num_draft_tokens: i
     }
 
 
-def sample_answers(
-    draft: Draft, case: Case, matches: list[list[int]], config: EvaluateConfig
-) -> Iterator[dict[str, Any]]:
-    """Some answers, cut into what each step accepted and what the target added."""
-    k = SAMPLE_K if SAMPLE_K in config.num_draft_tokens else max(config.num_draft_tokens)
-    for turn, match in list(zip(case.turns, matches, strict=True))[:NUM_SAMPLES]:
-        steps, place, ids = [], 0, turn.answer.ids
-        texts = _growing_texts(draft.model, ids)
-        for accepted in walk(match, k).accepted:
-            end = min(place + accepted + 1, len(ids))
-            middle = place + accepted
-            steps.append({"accepted": texts[middle][len(texts[place]) :], "own": texts[end][len(texts[middle]) :]})
-            place = end
-        yield {
-            "draft": draft.name,
-            "target": case.target,
-            "benchmark": case.benchmark.name,
-            "prompt_id": turn.prompt_id,
-            "num_draft_tokens": k,
-            "question": turn.question,
-            "steps": steps,
-        }
-
-
-def _growing_texts(model: Model, ids: list[int]) -> list[str]:
-    """Text of the first 0, 1, ... tokens; half a character belongs to the token that completes it."""
-    texts = [""]
-    for stop in range(1, len(ids) + 1):
-        text = model.tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)
-        texts.append(texts[-1] if text.endswith("\ufffd") else text)
-    return texts
-
-
 def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase, config: EvaluateConfig) -> Iterator[Record]:
     """One record per K: expected acceptance on texts that the target drew at a temperature."""
     sampling, case = scored.sampling, scored.case
@@ -231,7 +196,6 @@ def _timed_records(
     identity = {
         **case.identity,
         "prompts": sorted({turn.prompt_id for turn in turns}),
-        "ways": [[method, draft.fingerprint if draft else None] for method, draft in ways],
         "sampling": asdict(sampling),
         "num_draft_tokens": k,
         "batch_size": batch_size,
@@ -253,7 +217,10 @@ def _timed_records(
         )
         return [{"traces": [asdict(trace) for trace in t.traces], "speed": t.record()} for t in timings]
 
-    timings, made_by = matrix.cell("live", identity, compute)
+    if not matrix.is_finished("live", identity | _named(ways)):
+        loaded = _loaded(matrix, [draft for _, draft in ways if draft], case)
+        ways = [(method, draft) for method, draft in ways if draft is None or draft in loaded]
+    timings, made_by = matrix.cell("live", identity | _named(ways), compute) if ways else ([], {})
     for (method, draft), timing in zip(ways, timings, strict=True):
         yield {
             **head(draft.name if draft else NO_DRAFT, draft.fingerprint if draft else NO_DRAFT, case, config),
@@ -266,6 +233,20 @@ def _timed_records(
             "speed": timing["speed"],
             "made_by": made_by,
         }
+
+
+def _named(ways: Sequence[tuple[str, Draft | None]]) -> dict[str, Any]:
+    return {"ways": [[method, draft.fingerprint if draft else None] for method, draft in ways]}
+
+
+def _loaded(matrix: Matrix, drafts: Sequence[Draft], case: Case) -> list[Draft]:
+    """Those that can be loaded. What keeps another from it is noted, and the rest can be timed."""
+    loaded = []
+    for draft in dict.fromkeys(drafts):
+        with matrix.surviving(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
+            draft.drafter()
+            loaded.append(draft)
+    return loaded
 
 
 def _proposer(method: str, draft: Draft | None) -> Proposer:

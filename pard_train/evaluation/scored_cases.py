@@ -19,7 +19,7 @@ from pard_train.evaluation.benchmarks import Benchmark
 from pard_train.evaluation.cases import TARGET_TEXT_FOLDER, Case, Target, Turn, write_case
 from pard_train.evaluation.estimate import ScoredText
 from pard_train.generation.sampling import Sampling
-from pard_train.run import fingerprint
+from pard_train.run import fingerprint, unfinished
 
 TOP_K = 64  # tokens of every place that are kept: what lies outside counts as refused
 
@@ -69,9 +69,10 @@ def _write_scores(target: Target, case: Case, path: Path) -> None:
     turns = tqdm(case.turns, desc=f"{case.target} scores {case.benchmark.name}", unit="answer")
     parts = [score_documents(target.weights(), [_document(turn)], TOP_K) for turn in turns]
     label_logprobs, top_ids, top_logprobs = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, label_logprobs=label_logprobs, top_ids=top_ids, top_logprobs=top_logprobs)
-    partial.rename(path)
+    partial = unfinished(path)
+    with partial.open("wb") as file:
+        np.savez(file, label_logprobs=label_logprobs, top_ids=top_ids, top_logprobs=top_logprobs)
+    partial.replace(path)
 
 
 def _document(turn: Turn) -> Document:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -55,31 +56,54 @@ class NoServerLeftError(UserError):
     """Every server of a target has failed."""
 
 
+class AbsentError(UserError):
+    """A server that does not answer."""
+
+
 @asynccontextmanager
-async def open_servers(config: ServerSettings, targets: Mapping[str, str]) -> AsyncIterator[dict[str, list[Server]]]:
+async def open_servers(
+    config: ServerSettings, targets: Mapping[str, str], asked: Collection[str] | None = None
+) -> AsyncIterator[dict[str, list[Server]]]:
     """The servers of each target, by the models that they list. A single target is served by every server.
 
     Args:
         config: addresses, time limit and retries. The key comes from the environment: OPENAI_API_KEY.
         targets: folder or hub name of each target, by the name that the user gave it.
+        asked: names of those that must have a server; None takes all. A server that does not answer is set aside as
+            long as each of them has another.
 
     Raises:
-        UserError: if a server does not answer or serves none of the targets, or a target has no server.
+        UserError: if a server serves none of the targets, or a target that is asked has no server that answers.
     """
     for name in HTTP_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every request
     key = os.environ.get("OPENAI_API_KEY") or "none"
     found: dict[str, list[Server]] = {name: [] for name in targets}
+    absent: list[AbsentError] = []
     async with AsyncExitStack() as stack:
         for url in config.servers:
             client = AsyncOpenAI(base_url=url, api_key=key, timeout=config.timeout, max_retries=config.max_retries)
             await stack.enter_async_context(client)
-            for name, model in (await _served_targets(url, client, targets)).items():
+            try:
+                served = await _served_targets(url, client, targets)
+            except AbsentError as error:
+                absent.append(error)
+                continue
+            for name, model in served.items():
                 found[name].append(Server(url, client, model))
-        for name, servers in found.items():
-            if not servers:
-                raise UserError(f"targets: no server of {list(config.servers)} serves {name}: start one")
+        for name in targets if asked is None else asked:
+            if not found[name]:
+                reasons = "; ".join(map(str, absent)) or "start one"
+                raise UserError(f"targets: no server of {list(config.servers)} serves {name}: {reasons}")
+        for reason in absent:
+            _say_once(f"set aside: {reason}")
         yield found
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Print a line the first time: servers are opened for every benchmark and turn."""
+    tqdm.write(line)
 
 
 async def _served_targets(url: str, client: AsyncOpenAI, targets: Mapping[str, str]) -> dict[str, str]:
@@ -87,7 +111,7 @@ async def _served_targets(url: str, client: AsyncOpenAI, targets: Mapping[str, s
     try:
         models = (await client.models.list()).data
     except openai.APIError as error:
-        raise UserError(
+        raise AbsentError(
             f"servers: {url} does not list its models ({_reason(error)}): start it, mend the address "
             "(it ends with /v1), or take it off the list"
         ) from error
@@ -121,6 +145,7 @@ class ServerPool:
         limits: when an answer ends.
         sampling: how tokens are chosen.
         concurrency: requests under way at each server.
+        needs_ids: text alone will not do, as tokenizing it may give other tokens than the target's.
     """
 
     def __init__(
@@ -130,8 +155,10 @@ class ServerPool:
         limits: Limits,
         sampling: Sampling,
         concurrency: int,
+        *,
+        needs_ids: bool = False,
     ):
-        self.tokenizer, self.limits, self.sampling = tokenizer, limits, sampling
+        self.tokenizer, self.limits, self.sampling, self.needs_ids = tokenizer, limits, sampling, needs_ids
         self.num_slots = concurrency * len(servers)
         self._alive = set(servers)
         self._slots: asyncio.Queue[Server] = asyncio.Queue()  # one entry per request that may start
@@ -143,6 +170,7 @@ class ServerPool:
 
         Raises:
             NoServerLeftError: if every server has failed.
+            UserError: if token ids are needed and a server returns none.
         """
         while True:
             server = await self._slots.get()
@@ -169,6 +197,11 @@ class ServerPool:
         if choice.finish_reason not in ("stop", "length"):  # vLLM and SGLang: abort, when they are shut down
             raise BrokenOffError(f"it ended an answer with finish_reason {choice.finish_reason}")
         ids = getattr(choice, "token_ids", None)
+        if ids is None and self.needs_ids:
+            raise UserError(
+                f"servers: {server.url} returns no token ids, without which replay is not exact: serve {server.model} "
+                "with an engine that knows return_token_ids, as vLLM does, or leave servers empty"
+            )
         if ids is None:  # SGLang before July 2026 gives text only, and text is what is trained on
             ids = self.tokenizer(choice.text, add_special_tokens=False)["input_ids"]
         return Answer(ids, is_cut=choice.finish_reason == "length")
@@ -217,7 +250,7 @@ def ask_all(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Mapping[str, Sequence[int]],
-    cache: AnswerCache,
+    answers: AnswerCache,
     *,
     limits: Limits,
     description: str,
@@ -230,24 +263,24 @@ def ask_all(
         name: of the one that answers.
         tokenizer: its tokenizer.
         prompts: ids by key.
-        cache: what answers are added to.
+        answers: what they are added to.
         limits: when an answer ends.
         description: shown beside the progress bar.
 
     Raises:
-        UserError: if a server refuses a prompt, or all have failed.
+        UserError: if a server refuses a prompt or returns no token ids, or all have failed.
     """
 
     async def ask(pool: ServerPool, key: str, bar: tqdm) -> None:
         reply = await pool.ask(prompts[key])
         if isinstance(reply, Refusal):
             raise UserError(f"servers: {name} refuses a prompt of {len(prompts[key])} tokens: {reply.reason}")
-        cache.add({key: reply})
+        answers.add({key: reply})
         bar.update()
 
     async def run() -> None:
-        async with open_servers(config, targets) as found:
-            pool = ServerPool(found[name], tokenizer, limits, GREEDY, config.concurrency)
+        async with open_servers(config, targets, [name]) as found:
+            pool = ServerPool(found[name], tokenizer, limits, GREEDY, config.concurrency, needs_ids=True)
             with tqdm(total=len(prompts), desc=description, unit="answer") as bar:
                 await run_together(ask(pool, key, bar) for key in prompts)
 

@@ -54,19 +54,25 @@ class Timing:
     num_equal_texts: int | None
 
     @property
+    def ratios(self) -> list[float]:
+        """Speed-up within each round, which what slows the whole machine leaves alone."""
+        return [own / ar for own, ar in zip(self.tokens_per_second, self.ar_tokens_per_second, strict=True)]
+
+    @property
     def speedup(self) -> float:
-        """Median over rounds of the ratio within a round, which what slows the whole machine leaves alone."""
-        pairs = zip(self.tokens_per_second, self.ar_tokens_per_second, strict=True)
-        return statistics.median(own / ar for own, ar in pairs)
+        """Median over rounds."""
+        return statistics.median(self.ratios)
 
     def record(self) -> dict[str, Any]:
-        """The `speed` of a record in acceptance.json: medians and the range over rounds."""
+        """The `speed` of a record in acceptance.json: medians and ranges over rounds."""
         return {
             "tokens_per_second": statistics.median(self.tokens_per_second),
             "tokens_per_second_low": min(self.tokens_per_second),
             "tokens_per_second_high": max(self.tokens_per_second),
             "ar_tokens_per_second": statistics.median(self.ar_tokens_per_second),
             "speedup": self.speedup,
+            "speedup_low": min(self.ratios),
+            "speedup_high": max(self.ratios),
             "num_equal_texts": self.num_equal_texts,
             "num_rounds": len(self.tokens_per_second),
         }

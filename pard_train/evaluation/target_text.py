@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,17 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Dice, Sampling, draw, probabilities
-from pard_train.run import fingerprint
 
 Messages = list[dict[str, Any]]
-
-SAMPLE_BYTES = 1 << 20  # of each end of a weight file that go into a fingerprint
 
 
 @dataclass(frozen=True)
@@ -49,20 +47,6 @@ class Refusal:
     """A prompt that a server will not answer, and why."""
 
     reason: str
-
-
-def model_fingerprint(path: str, revision: str | None = None) -> str:
-    """Short name of a model's config and weights: a folder's file sizes and both ends of each, or a hub commit."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return fingerprint([path, revision])
-    parts: list[Any] = []
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with file.open("rb") as data:
-            head = data.read(SAMPLE_BYTES)
-            data.seek(max(0, file.stat().st_size - SAMPLE_BYTES))
-            parts.append([file.name, file.stat().st_size, hashlib.sha256(head + data.read()).hexdigest()])
-    return fingerprint(parts)
 
 
 def prompt_key(prompt: Sequence[int]) -> str:
@@ -89,7 +73,7 @@ class AnswerCache(Mapping[str, Answer]):
         self.num_new_tokens = 0
         for number, file in enumerate(self._files):
             end = self._read_places(number, file)
-            if number == self._own:
+            if number == self._own and file.tell() > end:  # else another program may have written since
                 file.truncate(end)
 
     def _read_places(self, number: int, file: BinaryIO) -> int:
@@ -104,14 +88,18 @@ class AnswerCache(Mapping[str, Answer]):
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Append answers in one piece: they are on their way to the disk when this returns."""
+        lines = {
+            k: json.dumps({"key": k, "ids": a.ids, "is_cut": a.is_cut}).encode() + b"\n" for k, a in answers.items()
+        }
         file = self._files[self._own]
-        start, lines = file.seek(0, os.SEEK_END), b""
-        for key, answer in answers.items():
-            self._places[key] = (self._own, start + len(lines))
-            lines += json.dumps({"key": key, "ids": answer.ids, "is_cut": answer.is_cut}).encode() + b"\n"
-            self.num_new_tokens += len(answer.ids)
-        file.write(lines)
+        file.seek(0, os.SEEK_END)
+        file.write(b"".join(lines.values()))
         file.flush()
+        place = file.tell()  # the end is known only now: another program may append to the same file
+        for key, line in reversed(lines.items()):
+            place -= len(line)
+            self._places[key] = (self._own, place)
+        self.num_new_tokens += sum(len(answer.ids) for answer in answers.values())
 
     def __getitem__(self, key: str) -> Answer:
         number, offset = self._places[key]
@@ -160,10 +148,8 @@ def cached_answers(
     with AnswerCache(cache) as known:
         missing = {key: prompt for prompt in prompts if (key := prompt_key(prompt)) not in known}
         if missing:
-            batches = split_batches(missing, batch_size)
-            write_batches(
-                load_target(), missing, batches, known, limits=limits, sampling=sampling, description=description
-            )
+            model, batches = load_target(), split_batches(missing, batch_size)
+            write_batches(model, missing, batches, known, limits=limits, sampling=sampling, description=description)
         return [known[prompt_key(prompt)] for prompt in prompts]
 
 
@@ -214,21 +200,31 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    output = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=limits.max_new_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([] if sampling.is_greedy else [DrawnToken(prompts, sampling)]),
-        repetition_penalty=1.0,  # a generation config that ships another one would not be greedy decoding
-        eos_token_id=sorted(limits.end_ids),
-        pad_token_id=padding,
-    )
-    answers = []
-    for row in output[:, width:].tolist():
-        tokens = limits.cut(row, 0)
-        answers.append(Answer(tokens, is_cut=tokens[-1] not in limits.end_ids))
-    return answers
+    with _nothing_configured(model):
+        output = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=limits.max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([] if sampling.is_greedy else [DrawnToken(prompts, sampling)]),
+            eos_token_id=sorted(limits.end_ids),
+            pad_token_id=padding,
+        )
+    answers = [limits.cut(row, 0) for row in output[:, width:].tolist()]
+    return [Answer(tokens, is_cut=tokens[-1] not in limits.end_ids) for tokens in answers]
+
+
+@contextmanager
+def _nothing_configured(model: PreTrainedModel) -> Iterator[None]:
+    """A model without its generation config, whose penalties, beams and stop strings would not be greedy decoding.
+
+    `generate` fills up whatever config it is given from the model's own, so that one has to go.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class DrawnToken(LogitsProcessor):

@@ -12,27 +12,35 @@ from transformers import PreTrainedTokenizerBase
 from pard_train.config import GenerateConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packages import local_model
+from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, Step, decode, end_ids_of
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import Sampling
-from pard_train.model import DTYPES, check_same_tokenizer, default_device, load_causal_lm, load_tokenizer
+from pard_train.model import DTYPES, check_same_tokenizer, default_device, load_causal_lm, load_config, load_tokenizer
 
 ACCEPTED_STYLE = "bold green"
 
 
 class ChatSession:
-    """One conversation with a target model, drafted by a draft model. Raises UserError if they do not fit."""
+    """One conversation with a target model, drafted by a draft model.
+
+    Raises:
+        UserError: if they do not fit, or the target has layers that live decoding cannot run.
+    """
 
     def __init__(self, config: GenerateConfig, console: Console | None = None):
         self.config = config
         self.console = console or Console(highlight=False, soft_wrap=True)
         trust, dtype, device = config.trust_remote_code, DTYPES[config.dtype], default_device()
         target = local_model(config.target)
+        target_config = load_config(target, trust_remote_code=trust)
         self.tokenizer = load_tokenizer(target, trust_remote_code=trust)
         self.drafter = Drafter.load(config.draft, dtype=dtype, device=device, trust_remote_code=trust)
         check_same_tokenizer(self.drafter.tokenizer, self.tokenizer, config.draft, config.target)
+        configs = {config.target: target_config, config.draft: self.drafter.model.config}
         self.target = Runner(load_causal_lm(target, dtype=dtype, trust_remote_code=trust).to(device))
+        self.contexts = {name: getattr(c, "max_position_embeddings", None) for name, c in configs.items()}
         self.draft = self.drafter.runner  # made ready now, so that the clock of the first answer is for decoding only
         self.encoder = ChatEncoder(self.tokenizer, config.template_kwargs)
         self.limits = Limits(config.max_new_tokens, end_ids_of(target, self.tokenizer))
@@ -40,9 +48,14 @@ class ChatSession:
         self.messages = [{"role": "system", "content": config.system}] if config.system else []
 
     def answer(self, question: str) -> str:
-        """Stream the answer to the console, then its tau and speed; the conversation goes on from it."""
-        self.messages.append({"role": "user", "content": question})
-        prompt = self.encoder.encode_prompt(self.messages)
+        """Stream the answer to the console, then its tau and speed; the conversation goes on from it.
+
+        Raises:
+            UserError: if the chat template refuses the question, or the answer might not fit into the context.
+        """
+        messages = [*self.messages, {"role": "user", "content": question}]
+        prompt = self.encoder.encode_prompt(messages)
+        self._check_context(len(prompt))
         printer = TokenPrinter(self.tokenizer, self.console)
         steps, seconds = self._decode(prompt, self.drafter, printer.show)
         self.console.print()
@@ -56,8 +69,18 @@ class ChatSession:
                 summary += "   same text" if plain == tokens else "   TEXT DIFFERS"
         self.console.print(f"({summary})", style="dim")
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        self.messages.append({"role": "assistant", "content": text})
+        self.messages = [*messages, {"role": "assistant", "content": text}]
         return text
+
+    def _check_context(self, num_prompt: int) -> None:
+        needed = num_prompt + self.config.max_new_tokens + self.config.num_draft_tokens
+        for name, limit in self.contexts.items():
+            if limit is not None and needed > limit:
+                raise UserError(
+                    f"{name} has {limit} positions, but the conversation so far ({num_prompt} tokens), "
+                    f"max_new_tokens={self.config.max_new_tokens} and num_draft_tokens={self.config.num_draft_tokens} "
+                    f"may take {needed}: ask something shorter, choose a smaller max_new_tokens, or begin anew"
+                )
 
     def _decode(
         self, prompt: list[int], drafter: Drafter | None, show: Callable[[Step], None]

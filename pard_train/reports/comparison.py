@@ -5,6 +5,7 @@ Only like is compared with like: same target weights, prompts, limits, precision
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +57,13 @@ class Comparison:
         first: name of the first result.
         pairs: what could be compared.
         notes: what could not and why, one line each.
-        missing: (result, target, benchmark) of the first result without any pair.
+        missing: rows of the first result that have no pair in a later one, which is named; several in a line.
     """
 
     first: str
     pairs: list[Pair]
     notes: list[str]
-    missing: list[tuple[str, str, str]]
+    missing: list[str]
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -93,15 +94,16 @@ def compare_documents(documents: dict[str, Document]) -> Comparison:
         documents: acceptance.json by name, oldest first.
     """
     first, *later = documents
+    old = documents[first]["records"]
     pairs: list[Pair] = []
+    missing: list[str] = []
     notes = [f"{name}: not measured: {failure_line(f)}" for name, d in documents.items() for f in d["failures"]]
     for name in later:
-        found, reasons = _pair_up(documents[first]["records"], documents[name]["records"])
-        pairs += [Pair(name, old, new) for old, new in found]
+        found, reasons = _pair_up(old, documents[name]["records"])
+        pairs += [Pair(name, record, new) for record, new in found]
         notes += [f"{name}: not compared: {reason}" for reason in distinct(reasons)]
-    compared = {(pair.name, *_case(pair.first)) for pair in pairs}
-    wanted = distinct((name, *_case(record)) for name in later for record in documents[first]["records"])
-    return Comparison(first, pairs, notes, [case for case in wanted if case not in compared])
+        missing += [f"{name}: {rows}" for rows in _in_short(_without(old, [record for record, _ in found]), old)]
+    return Comparison(first, pairs, notes, missing)
 
 
 def _case(record: Record) -> tuple[str, str]:
@@ -111,9 +113,11 @@ def _case(record: Record) -> tuple[str, str]:
 def _pair_up(old: list[Record], new: list[Record]) -> tuple[list[tuple[Record, Record]], list[str]]:
     """(pairs, why the rest has none)."""
     pairs, reasons = [], []
+    beside: list[Record] = []  # what the rows of `new` could stand beside
     for record in new:
         same_key = [r for r in old if all(r.get(name) == record.get(name) for name in KEY)]
         candidates = [r for r in same_key if r["draft"] == record["draft"]] or same_key
+        beside += candidates
         where = f"{record['benchmark']} on {record['target']}"
         if not candidates:
             reasons.append(f"{where}, {record['mode']}: the first result has no such row")
@@ -124,8 +128,29 @@ def _pair_up(old: list[Record], new: list[Record]) -> tuple[list[tuple[Record, R
             reasons.append(f"{where}: {', '.join(different)}")
         else:
             pairs.append((candidates[0], record))
-    absent = distinct(_case(r) for r in old if _case(r) not in {_case(r) for r in new})
-    return pairs, reasons + [f"{benchmark} on {target}: this result has no such row" for target, benchmark in absent]
+    return pairs, reasons + [f"{rows}: this result has no such row" for rows in _in_short(_without(old, beside), old)]
+
+
+def _without(records: list[Record], others: list[Record]) -> list[Record]:
+    names = set(map(id, others))
+    return [record for record in records if id(record) not in names]
+
+
+def _in_short(some: list[Record], of: list[Record]) -> list[str]:
+    """Some rows of a result in few lines: a benchmark of which they are all, else a draft and where it has which K."""
+    mine, number = Counter(map(_case, some)), Counter(map(_case, of))
+    lines = [
+        f"{benchmark} on {target}" for target, benchmark in mine if mine[target, benchmark] == number[target, benchmark]
+    ]
+    ks: dict[tuple[str, str], list[str]] = {}
+    for r in some:
+        if mine[_case(r)] < number[_case(r)]:
+            row = f"draft {r['draft']}, {_how(r)}", f"{r['benchmark']} on {r['target']}"
+            ks.setdefault(row, []).append(str(r["num_draft_tokens"]))
+    places: dict[str, list[str]] = {}
+    for (draft, place), values in ks.items():
+        places.setdefault(f"{draft}, K={', '.join(values)}", []).append(place)
+    return lines + [f"{draft}: {', '.join(found)}" for draft, found in places.items()]
 
 
 def _differences(old: Record, new: Record) -> Iterator[str]:
@@ -144,7 +169,7 @@ def ratios_below(comparison: Comparison, min_ratio: float | None) -> list[str]:
         for pair in comparison.pairs
         if pair.ratio < min_ratio
     ]
-    return misses + [f"{name}: {benchmark} on {target}: not compared" for name, target, benchmark in comparison.missing]
+    return misses + [f"{rows}: not compared" for rows in comparison.missing]
 
 
 def _row_name(record: Record) -> str:

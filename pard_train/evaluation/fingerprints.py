@@ -1,0 +1,60 @@
+"""Names of weights: two models have one name if nothing that their answers come from differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pard_train.model import file_of
+from pard_train.run import fingerprint
+
+FILE_BYTES = 1 << 20  # of each end of a file that are read
+TENSOR_BYTES = 1 << 12  # of each end of a tensor: a model of 140 GB is named by 10 MB of it
+LENGTH_BYTES = 8  # of a safetensors file, which tell how long its header is
+
+
+def model_fingerprint(path: str, revision: str | None = None) -> str:
+    """Short name of a model's config and weights.
+
+    Args:
+        path: a folder, of which every tensor is looked at, or a hub name, which stands for the commit that it leads to.
+        revision: of a hub name.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+        return fingerprint([[file.name, file.stat().st_size, _digest(file)] for file in files])
+    config = file_of(path, "config.json", revision=revision)
+    return fingerprint([path, config.parent.name if config is not None else revision])  # .../snapshots/COMMIT/...
+
+
+def _digest(path: Path) -> str:
+    """Hash of both ends of a file and of every tensor in it. Training changes some of every tensor that it changes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        parts = [(0, path.stat().st_size, FILE_BYTES), *((*span, TENSOR_BYTES) for span in _tensor_spans(file))]
+        for start, stop, most in parts:
+            file.seek(start)
+            digest.update(file.read(min(most, stop - start)))
+            file.seek(max(start, stop - most))
+            digest.update(file.read(min(most, stop - start)))
+    return digest.hexdigest()
+
+
+def _tensor_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Where each tensor of a safetensors file starts and stops, in bytes; nothing for a file that is none, or torn."""
+    num_header = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    first = LENGTH_BYTES + num_header
+    if first > Path(file.name).stat().st_size:
+        return
+    try:
+        header = json.loads(file.read(num_header))
+    except ValueError:
+        return
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            start, stop = tensor["data_offsets"]
+            yield first + start, first + stop
