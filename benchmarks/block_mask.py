@@ -20,8 +20,8 @@ from training import peak, reset_peak, wait
 
 from pard_train.config import DraftConfig
 from pard_train.core.attention import chain_block_mask
+from pard_train.device import default_device, device_name
 from pard_train.layout import DrawKey, SlotLayout, lay_out_document, sample_chain_lengths
-from pard_train.model import default_device, device_name
 
 LENGTH = 512
 REPEATS = 3

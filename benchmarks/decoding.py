@@ -29,19 +29,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packages import local_model
+from pard_train.device import default_device, device_name
 from pard_train.evaluation.benchmarks import load_benchmark
 from pard_train.evaluation.speed import NUM_NEW_TOKENS, median_seconds, read_seconds, take_turns
 from pard_train.generation.decoding import Decoded, Limits, Step, decode_batch
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
 from pard_train.generation.runner import Runner
-from pard_train.model import (
-    DTYPES,
-    default_device,
-    device_name,
-    inspect_base,
-    load_tokenizer,
-    write_initial_draft,
-)
+from pard_train.model import DTYPES, inspect_base, load_tokenizer, write_initial_draft
 
 Way = Callable[[list[list[int]]], list[Decoded]]
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packages import local_model
+from pard_train.device import default_device, device_name
 from pard_train.evaluation.acceptance import Trace, pool, walk
 from pard_train.evaluation.benchmarks import load_benchmark
 from pard_train.evaluation.chains import Pair
@@ -33,15 +34,7 @@ from pard_train.generation.decoding import Decoded, Limits, decode, decode_batch
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.runner import Runner
 from pard_train.layout import SlotLayout, is_visible, lay_out_document, slot_tokens
-from pard_train.model import (
-    DTYPES,
-    default_device,
-    device_name,
-    inspect_base,
-    load_causal_lm,
-    load_tokenizer,
-    write_initial_draft,
-)
+from pard_train.model import DTYPES, inspect_base, load_causal_lm, load_tokenizer, write_initial_draft
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ from pard_train.core.products import use_onednn
 from pard_train.data.chat import Document
 from pard_train.data.packages import local_model
 from pard_train.data.packing import Member, PardCollator, best_fit
+from pard_train.device import default_device, device_name
 from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, slot_bounds, supervised_runs
-from pard_train.model import default_device, device_name
 from pard_train.training.reference import DenseBatch, build_dense_batch, dense_loss, draw_kept, prepare_reference_model
 from pard_train.training.throughput import ModelShape, Work, chip_of, count_work, step_cost
 

@@ -36,6 +36,7 @@ from pard_train.data.chat import ChatEncoder
 from pard_train.data.packages import local_model
 from pard_train.data.rows import read_jsonl, source_version
 from pard_train.data.schemas import SYSTEM_PROMPTS, to_chat
+from pard_train.device import default_device, this_process
 from pard_train.errors import UserError
 from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.servers import NoServerLeftError, Server, ServerPool, open_servers, run_together
@@ -53,14 +54,7 @@ from pard_train.evaluation.target_text import (
     write_batches,
 )
 from pard_train.generation.decoding import Limits, end_ids_of
-from pard_train.model import (
-    DTYPES,
-    check_revision_unused,
-    default_device,
-    load_causal_lm,
-    load_tokenizer,
-    this_process,
-)
+from pard_train.model import DTYPES, check_revision_unused, load_causal_lm, load_tokenizer
 from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
 from pard_train.validation import validate_regenerate
 from recipes.app import hydra_program

@@ -36,8 +36,8 @@ def run(config: TrainConfig) -> None:
     from data_scripts.prepare import PROMPTS_FOLDER, prepare
     from data_scripts.regenerate import ANSWERS_FILE, ANSWERS_FOLDER, write_answers
     from pard_train.evaluation.evaluation import evaluate, read_document
+    from pard_train.evaluation.fingerprints import model_fingerprint
     from pard_train.evaluation.monitor import build_monitor
-    from pard_train.evaluation.target_text import model_fingerprint
     from pard_train.model import inspect_base
     from pard_train.publishing.export import check_targets, export
     from pard_train.reports.records import ACCEPTANCE_FILE

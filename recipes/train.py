@@ -14,8 +14,8 @@ from recipes.app import hydra_program
 
 def run(config: TrainConfig) -> None:
     """Train, and say what to do next."""
+    from pard_train.device import this_process
     from pard_train.evaluation.monitor import build_monitor
-    from pard_train.model import this_process
     from pard_train.training.trainer import train
 
     draft = train(config, build_monitor(config))

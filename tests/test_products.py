@@ -12,7 +12,8 @@ from torch import nn
 
 from pard_train.core import products
 from pard_train.core.products import OneDnnLinear, add_outer, linear, use_onednn
-from pard_train.model import default_device, load_causal_lm
+from pard_train.device import default_device
+from pard_train.model import load_causal_lm
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 

@@ -22,8 +22,9 @@ from pard_train.data.chat import ChatEncoder
 from pard_train.data.encoding import encode_corpus
 from pard_train.data.scores import Scores, write_scores
 from pard_train.data.store import TokenStore
+from pard_train.device import this_process
 from pard_train.errors import UserError
-from pard_train.model import load_causal_lm, load_tokenizer, this_process
+from pard_train.model import load_causal_lm, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TOP_K = 5

@@ -11,6 +11,7 @@ from tiny import build_model
 from transformers import PreTrainedTokenizerBase
 
 import pard_train.evaluation.speed
+from pard_train.device import device_name
 from pard_train.evaluation.acceptance import Trace, walk
 from pard_train.evaluation.replay import replay
 from pard_train.evaluation.speed import (
@@ -27,7 +28,6 @@ from pard_train.evaluation.speed import (
 from pard_train.generation.decoding import Decoded, Limits, Step, decode
 from pard_train.generation.proposers import PromptLookup, SequentialDrafter
 from pard_train.generation.sampling import Sampling
-from pard_train.model import device_name
 
 LIMITS = Limits(16, frozenset(range(40, 50)))
 

@@ -10,9 +10,10 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from pard_train.device import default_device
 from pard_train.engines.candidates import generate
 from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult
-from pard_train.model import DTYPES, default_device, load_causal_lm
+from pard_train.model import DTYPES, load_causal_lm
 
 
 def run_transformers(request: EngineRequest) -> tuple[list[list[int]], EngineResult]:

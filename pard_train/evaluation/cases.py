@@ -18,6 +18,7 @@ from pard_train.config import EvaluateConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packages import local_model
 from pard_train.data.store import encoder_identity
+from pard_train.device import default_device
 from pard_train.evaluation.benchmarks import Benchmark, Prompt
 from pard_train.evaluation.compatibility import Model
 from pard_train.evaluation.fingerprints import model_fingerprint
@@ -32,7 +33,7 @@ from pard_train.evaluation.target_text import (
 from pard_train.generation.decoding import Limits, end_ids_of
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, Sampling
-from pard_train.model import DTYPES, default_device, load_causal_lm
+from pard_train.model import DTYPES, load_causal_lm
 from pard_train.run import fingerprint
 
 TARGET_TEXT_FOLDER = "target_text"

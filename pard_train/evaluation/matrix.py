@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pard_train.model import device_name
+from pard_train.device import device_name
 from pard_train.run import fingerprint, provenance, read_json, write_json
 
 CELLS_FOLDER = "cells"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pard_train.config import EvaluateConfig
+from pard_train.device import default_device, device_name
 from pard_train.evaluation.acceptance import Trace, group_traces, length_bucket, pool, walk, walk_as_vllm
 from pard_train.evaluation.cases import Case, Target, Turn
 from pard_train.evaluation.compatibility import Model
@@ -24,7 +25,7 @@ from pard_train.evaluation.speed import Latencies, measure_latencies, prediction
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, Sampling
-from pard_train.model import DTYPES, default_device, device_name
+from pard_train.model import DTYPES
 from pard_train.reports.records import Record
 
 NO_DRAFT = "-"  # stands for a draft model where prompt look-up drafts

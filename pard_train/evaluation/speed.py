@@ -16,12 +16,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from pard_train.device import device_name
 from pard_train.evaluation.acceptance import Trace
 from pard_train.generation.decoding import Decoded, Limits, decode_batch
 from pard_train.generation.proposers import Drafter, Proposer
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, Sampling
-from pard_train.model import device_name
 
 NUM_REPEATS = 7  # of every latency, whose median counts
 NUM_NEW_TOKENS = 3  # of text that a draft step reads besides its mask tokens: about tau

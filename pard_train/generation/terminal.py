@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from pard_train.config import GenerateConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packages import local_model
+from pard_train.device import default_device
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, Step, decode, end_ids_of
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import Sampling
-from pard_train.model import DTYPES, check_same_tokenizer, default_device, load_causal_lm, load_config, load_tokenizer
+from pard_train.model import DTYPES, check_same_tokenizer, load_causal_lm, load_config, load_tokenizer
 
 ACCEPTED_STYLE = "bold green"
 

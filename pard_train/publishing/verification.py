@@ -22,6 +22,7 @@ import torch
 
 from pard_train.config import EvaluateConfig, VerifyConfig
 from pard_train.data.chat import ChatEncoder
+from pard_train.device import default_device
 from pard_train.engines.transformers_engine import run_transformers
 from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
 from pard_train.errors import UserError
@@ -30,7 +31,7 @@ from pard_train.evaluation.compatibility import OK, Finding, Model, check_pair, 
 from pard_train.evaluation.evaluation import load_benchmarks
 from pard_train.evaluation.replay import replay_all
 from pard_train.generation.decoding import Drafter, Limits, end_ids_of
-from pard_train.model import DTYPES, default_device
+from pard_train.model import DTYPES
 from pard_train.run import check_run, claim_run, provenance, write_json
 
 # Legend: N tokens of an answer, K draft tokens, V vocabulary.

@@ -24,11 +24,10 @@ from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import PackedDataset, PardCollator
 from pard_train.data.scores import Scores, open_teacher
 from pard_train.data.store import TokenStore, open_store
+from pard_train.device import default_device, device_name
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout
 from pard_train.model import (
-    default_device,
-    device_name,
     inspect_base,
     load_causal_lm,
     load_tokenizer,

@@ -1,0 +1,38 @@
+"""What this process runs on, and which of how many it is."""
+
+from __future__ import annotations
+
+import platform
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from pard_train.run import num_cores
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one (CUDA or ROCm through PyTorch's own device API), else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")  # a CUDA build names its accelerator even where there is none
+
+
+def this_process() -> PartialState:
+    """This process among those of a launcher, which wait for the slowest as long as it takes.
+
+    The first call in a process decides: accelerate, asked without a word on the device, takes every process of a
+    machine without an accelerator for the only one.
+    """
+    return PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=30))
+
+
+def device_name() -> str:
+    """What `default_device` is called by its maker, with the number of cores of a CPU."""
+    device = default_device()
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {num_cores()} cores"
