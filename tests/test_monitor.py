@@ -151,7 +151,7 @@ class FakeTrainer:
 
 def best_step(folder: Path, criterion: str) -> int:
     """Which of three measurements is kept: 1 helps one target only, 2 both a little, 3 neither."""
-    keeper, trainer = BestDraft(folder, criterion, ["a/x", "b/x"]), FakeTrainer()
+    keeper, trainer = BestDraft(folder, criterion, ["a/x", "b/x"], "texts"), FakeTrainer()
     keeper.open(is_first=True)
     for trainer.step, rows in enumerate(
         [{"a/x": 9.0, "b/x": 1.0}, {"a/x": 3.0, "b/x": 2.0}, {"a/x": 2.0, "b/x": 2.0}], 1
@@ -166,7 +166,7 @@ def test_the_mean_and_the_worst_target_may_choose_different_drafts(tmp_path: Pat
         (tmp_path / name).mkdir()
     assert best_step(tmp_path / "mean", "mean") == 1
     assert best_step(tmp_path / "worst", "worst") == 2
-    none = BestDraft(tmp_path / "none", "none", ["a/x"])
+    none = BestDraft(tmp_path / "none", "none", ["a/x"], "texts")
     assert not none.offer(Measurement(1, {"a/x": 9.0}), FakeTrainer())  # type: ignore[arg-type]
     assert not (tmp_path / "none").exists()
 
@@ -179,7 +179,7 @@ def test_a_target_counts_once_however_many_benchmarks_it_answered() -> None:
 def test_a_run_that_is_continued_goes_on_with_the_best_it_had(tmp_path: Path) -> None:
     best_step(tmp_path, "mean")
     trainer = FakeTrainer()
-    keeper = BestDraft(tmp_path, "mean", ["a/x", "b/x"])
+    keeper = BestDraft(tmp_path, "mean", ["a/x", "b/x"], "texts")
     (tmp_path / "best").rename(tmp_path / "best.previous")  # killed between two renames
     (tmp_path / "best.new").mkdir()  # and another time while writing
     keeper.open(is_first=True)
@@ -190,7 +190,9 @@ def test_a_run_that_is_continued_goes_on_with_the_best_it_had(tmp_path: Path) ->
     assert (tmp_path / "best" / "draft").read_text() == "8"
     for criterion, names in (("worst", ["a/x", "b/x"]), ("mean", ["a/x"])):
         with pytest.raises(UserError, match=r"was chosen by the mean of a/x, b/x"):
-            BestDraft(tmp_path, criterion, names).open(is_first=True)
+            BestDraft(tmp_path, criterion, names, "texts").open(is_first=True)
+    with pytest.raises(UserError, match=r"was measured on other texts"):
+        BestDraft(tmp_path, "mean", ["a/x", "b/x"], "fewer texts").open(is_first=True)
 
 
 def test_a_resumed_run_measures_and_keeps_what_an_uninterrupted_one_does(config: TrainConfig, tmp_path: Path) -> None:

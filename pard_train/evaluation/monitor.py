@@ -33,7 +33,7 @@ from pard_train.evaluation.evaluation import load_benchmarks, load_target
 from pard_train.evaluation.replay import replay_all
 from pard_train.generation.proposers import Drafter
 from pard_train.model import DTYPES, check_same_tokenizer, load_tokenizer
-from pard_train.run import read_json, write_json
+from pard_train.run import fingerprint, read_json, write_json
 from pard_train.training.trainer import PardTrainer, UsesTrainer, check_output
 
 BEST_FOLDER = "best"  # the best draft so far, with BEST_FILE in it
@@ -151,7 +151,8 @@ class AcceptanceMonitor(UsesTrainer):
         if len(set(self.names)) < len(self.names):
             raise UserError(f"evaluate.targets and evaluate.benchmarks name something twice: {', '.join(self.names)}")
         self.turns = [(number, turn) for number, case in enumerate(cases) for turn in case.turns]
-        self.keeper = BestDraft(output_dir, settings.keep_best, self.names)
+        measured_on = fingerprint([[case.identity for case in cases], str(dtype), num_draft_tokens])
+        self.keeper = BestDraft(output_dir, settings.keep_best, self.names, measured_on)
         self.seconds = self.started = 0.0
 
     def on_train_begin(
@@ -204,12 +205,13 @@ class AcceptanceMonitor(UsesTrainer):
         copy = copy_model(accelerator.unwrap_model(self.trainer.model), self.dtype, self.trainer.args.device)
         drafter = Drafter(copy, self.trainer.processing_class)
         pairs = [(turn.prompt_ids, turn.answer.ids) for _, turn in mine]
-        counts = torch.zeros(len(self.names), 2, dtype=torch.int64, device=self.trainer.args.device)
+        counts = torch.zeros(len(self.names), 3, dtype=torch.int64, device=self.trainer.args.device)
         for (case, _), matches in zip(mine, replay_all(drafter, pairs, self.num_draft_tokens), strict=True):
             trace = walk(matches.tolist(), self.num_draft_tokens)
-            counts[case] += torch.tensor([trace.num_tokens, len(trace.accepted)], device=counts.device)
+            counts[case] += torch.tensor([trace.num_tokens, len(trace.accepted), 1], device=counts.device)
         totals = accelerator.reduce(counts, reduction="sum").tolist()
-        return {name: tokens / steps for name, (tokens, steps) in zip(self.names, totals, strict=True)}
+        assert sum(num_turns for *_, num_turns in totals) == len(self.turns), "the ranks' shares are not the turns"
+        return {name: tokens / steps for name, (tokens, steps, _) in zip(self.names, totals, strict=True)}
 
 
 @torch.no_grad()
@@ -249,17 +251,19 @@ class BestDraft:
         output_dir: of the run.
         criterion: mean | worst | none.
         names: of the rows that a measurement has.
+        measured_on: short name of the texts, K and dtype of all measurements.
     """
 
-    def __init__(self, output_dir: Path, criterion: str, names: Sequence[str]):
+    def __init__(self, output_dir: Path, criterion: str, names: Sequence[str], measured_on: str):
         self.folder, self.criterion, self.names = output_dir / BEST_FOLDER, criterion, list(names)
+        self.measured_on = measured_on
         self.best: Measurement | None = None
 
     def open(self, *, is_first: bool) -> None:
         """Take up what an interrupted run had found; every rank gets what the first one reads.
 
         Raises:
-            UserError: if that was measured on other targets or benchmarks, or chosen by another rule.
+            UserError: if that was measured on other texts, or chosen by another rule: its tau is no match then.
         """
         found: list[dict[str, Any] | None] = [None]
         if is_first and self.criterion != "none":
@@ -277,6 +281,12 @@ class BestDraft:
                 f"the {self.criterion} of {', '.join(self.names)}: go on with the same evaluate.targets, "
                 "evaluate.benchmarks and monitor.keep_best, or move the folder away"
             )
+        if found[0].get("measured_on", self.measured_on) != self.measured_on:
+            raise UserError(
+                f"{self.folder} was measured on other texts of the same targets and benchmarks (a target, a benchmark, "
+                "monitor.max_prompts, monitor.max_new_tokens or evaluate.dtype has changed): go on with the same, or "
+                "move the folder away"
+            )
         self.best = Measurement(found[0]["step"], found[0]["rows"])
 
     def offer(self, measurement: Measurement, trainer: PardTrainer) -> bool:
@@ -292,7 +302,8 @@ class BestDraft:
             shutil.rmtree(new, ignore_errors=True)
         trainer.write_draft(new)
         if trainer.args.should_save:
-            write_json(new / BEST_FILE, {"chosen_by": self.criterion, "tau": tau, **asdict(measurement)})
+            record = {"chosen_by": self.criterion, "tau": tau, **asdict(measurement)}
+            write_json(new / BEST_FILE, {**record, "measured_on": self.measured_on})
             self._replace(new)
         return True
 
