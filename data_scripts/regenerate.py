@@ -38,6 +38,7 @@ from pard_train.data.rows import read_jsonl, source_version
 from pard_train.data.schemas import SYSTEM_PROMPTS, to_chat
 from pard_train.device import default_device, this_process
 from pard_train.errors import UserError
+from pard_train.evaluation.compatibility import check_revision_unused
 from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.servers import NoServerLeftError, Server, ServerPool, open_servers, run_together
 from pard_train.evaluation.target_text import (
@@ -54,7 +55,7 @@ from pard_train.evaluation.target_text import (
     write_batches,
 )
 from pard_train.generation.decoding import Limits, end_ids_of
-from pard_train.model import DTYPES, check_revision_unused, load_causal_lm, load_tokenizer
+from pard_train.model import DTYPES, load_causal_lm, load_tokenizer
 from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
 from pard_train.validation import validate_regenerate
 from recipes.app import hydra_program

@@ -24,8 +24,9 @@ from pard_train.data.scores import Scores, write_scores
 from pard_train.data.store import TokenStore
 from pard_train.device import default_device, this_process
 from pard_train.errors import UserError
+from pard_train.evaluation.compatibility import check_revision_unused
 from pard_train.evaluation.fingerprints import model_fingerprint
-from pard_train.model import DTYPES, check_revision_unused, check_same_tokenizer, load_causal_lm, load_tokenizer
+from pard_train.model import DTYPES, check_same_tokenizer, load_causal_lm, load_tokenizer
 from pard_train.run import MANIFEST_FILE, fingerprint, provenance, read_json, write_json
 from pard_train.validation import validate_score
 from recipes.app import hydra_program

@@ -59,20 +59,6 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
 
 
-def check_revision_unused(model: ModelConfig, targets: Collection[str]) -> None:
-    """Refuse model.revision where the model is a target too: targets are read from their default branch.
-
-    Raises:
-        UserError: saying how to have that revision as a folder.
-    """
-    if model.revision and model.path in targets:
-        raise UserError(
-            f"model.revision={model.revision} is that of the draft model; {model.path} as a target is read from its "
-            f"default branch: get that revision (hf download {model.path} --revision {model.revision} --local-dir DIR) "
-            "and give model.path=DIR"
-        )
-
-
 def load_config(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
     """Model configuration, checked to be one that can draft.
 

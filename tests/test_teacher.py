@@ -28,7 +28,8 @@ from pard_train.data.store import TokenStore
 from pard_train.errors import UserError
 from pard_train.layout import IGNORE_INDEX, DrawKey
 from pard_train.model import load_causal_lm, load_tokenizer
-from pard_train.training.trainer import build_trainer, teacher_of, train, training_settings
+from pard_train.training.arguments import training_settings
+from pard_train.training.trainer import build_trainer, teacher_of, train
 from pard_train.validation import validate_train
 
 ROOT = Path(__file__).parents[1]

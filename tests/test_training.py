@@ -32,8 +32,9 @@ from pard_train.errors import UserError
 from pard_train.layout import SlotLayout, is_visible
 from pard_train.model import inspect_base, write_initial_draft
 from pard_train.run import SEAL_FILE, newest_checkpoint, seal_checkpoint
+from pard_train.training.arguments import training_settings
 from pard_train.training.throughput import ModelShape, Work, step_cost
-from pard_train.training.trainer import build_trainer, train, training_settings
+from pard_train.training.trainer import build_trainer, train
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

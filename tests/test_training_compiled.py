@@ -21,8 +21,9 @@ from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import Member, PardCollator
 from pard_train.errors import UserError
 from pard_train.layout import DrawKey, SlotLayout
+from pard_train.training.arguments import training_settings
 from pard_train.training.clock import num_compilations
-from pard_train.training.trainer import train, training_settings
+from pard_train.training.trainer import train
 
 NUM_STEPS = 6
 WARM_UP_STEPS = 2  # the first pack is compiled for, and the second, whose number of supervised slots is another one

@@ -7,11 +7,12 @@ in one line with its fix: most drafts that train well and serve badly fail at on
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from pard_train.config import ModelConfig
 from pard_train.data.packages import local_model
 from pard_train.errors import UserError
 from pard_train.generation.decoding import end_ids_of
@@ -213,3 +214,17 @@ def _tensor_parallel(draft: Model, target: Model) -> Finding:
 
 def _ways(config: PretrainedConfig) -> set[int]:
     return {ways for ways in (1, 2, 4, 8) if config.num_attention_heads % ways == 0}
+
+
+def check_revision_unused(model: ModelConfig, targets: Collection[str]) -> None:
+    """Refuse model.revision where the model is a target too: targets are read from their default branch.
+
+    Raises:
+        UserError: saying how to have that revision as a folder.
+    """
+    if model.revision and model.path in targets:
+        raise UserError(
+            f"model.revision={model.revision} is that of the draft model; {model.path} as a target is read from its "
+            f"default branch: get that revision (hf download {model.path} --revision {model.revision} --local-dir DIR) "
+            "and give model.path=DIR"
+        )
