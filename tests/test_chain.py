@@ -21,7 +21,7 @@ def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips
         "prepare.num_rows=6",
         "evaluate.max_prompts=2",
         "regenerate.max_new_tokens=24",
-        "trainer.max_steps=2",
+        "trainer.num_train_epochs=2",  # of one pack
         "evaluate.num_draft_tokens=[1,8]",
         "evaluate.max_new_tokens=16",
         "monitor.every_steps=1",
