@@ -155,7 +155,7 @@ def test_the_nodes_of_a_slurm_job_train_as_one_and_go_on_when_slurm_starts_it_ag
     for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
-    port = next(port for port in iter(free_port, None) if 20000 <= port < 40000)
+    port = free_port(range(20000, 40000))
     job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "some-nodes", "SLURM_JOB_ID": str(port - 20000)}
     job |= {"SLURM_SUBMIT_DIR": str(ROOT), "NUM_PROCESSES": "1", "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
     command = ["bash", "launch/slurm.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +89,13 @@ def conversations(number: int, *, seed: int) -> list[list[dict[str, str]]]:
     return chats
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_port(ports: Iterable[int] = (0,)) -> int:
+    """The first of some ports of this machine that nobody listens on; any such port if none are given."""
+    for port in ports:
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return free.getsockname()[1]
+    raise OSError("none of the ports is free")
 
 
 def experiment(base: Path, chats: Path, output_dir: Path, **trainer: Any) -> TrainConfig:
