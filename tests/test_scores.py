@@ -44,6 +44,15 @@ def write_tokens(base_folder: Path, chats_file: Path, output_dir: Path) -> None:
     encode_corpus(DataConfig(source=str(chats_file)), encoder, output_dir / "tokens")
 
 
+def write_stranger(family: str, base_folder: Path, folder: Path) -> Path:
+    """A model whose tokenizer has an entry that the base's lacks."""
+    build_model(family, seed=1).save_pretrained(folder)
+    tokenizer = load_tokenizer(str(base_folder))
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def check_against_direct_forward_passes(
     store: TokenStore, scores: Scores, target: torch.nn.Module, num_tokens: int = NUM_ROWS
 ) -> None:
@@ -168,11 +177,7 @@ def test_a_target_spread_over_devices_is_refused_in_several_processes(
 
 def test_tokens_of_another_model_are_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     write_tokens(base_folder, chats_file, tmp_path)
-    other = tmp_path / "other"
-    build_model("qwen2", seed=1).save_pretrained(other)
-    tokenizer = load_tokenizer(str(base_folder))
-    tokenizer.add_tokens(["<other>"])
-    tokenizer.save_pretrained(other)
+    other = write_stranger("qwen2", base_folder, tmp_path / "other")
     config = TrainConfig(model=ModelConfig(path=str(other)), output_dir=str(tmp_path))
     with pytest.raises(
         UserError, match=f"encoded with the tokenizer of {base_folder}, which is not that of model.path"
@@ -188,11 +193,7 @@ def test_a_revision_of_the_draft_that_its_target_would_not_have_is_refused(base_
 
 def test_a_target_of_another_family_is_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     write_tokens(base_folder, chats_file, tmp_path)
-    other = tmp_path / "other"
-    build_model("llama", seed=1).save_pretrained(other)
-    tokenizer = load_tokenizer(str(base_folder))
-    tokenizer.add_tokens(["<other>"])
-    tokenizer.save_pretrained(other)
+    other = write_stranger("llama", base_folder, tmp_path / "other")
     model, scoring = ModelConfig(path=str(base_folder)), ScoreConfig(target=str(other))
     with pytest.raises(UserError, match="have different tokenizers: 1 entries differ, the first is '<other>'"):
         score_program(TrainConfig(model=model, score=scoring, output_dir=str(tmp_path)))

@@ -117,6 +117,25 @@ def visible_pairs(batch: dict[str, Tensor]) -> int:
     return int(is_visible(real, real).sum())
 
 
+LOADING_SECONDS = 3.0  # more than a first step takes on a busy machine
+
+
+class SlowStart(TrainerCallback):
+    """Stands for a checkpoint that takes long to load."""
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        time.sleep(LOADING_SECONDS)
+
+
+def test_what_comes_before_the_first_step_is_no_part_of_the_logged_speed(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=1)
+    train(config, callbacks=[SlowStart()])
+    (row,) = log_lines(config)
+    assert row["supervised_slots"] / row["supervised_slots_per_second"] < LOADING_SECONDS
+
+
 def test_a_model_that_scales_its_logits_trains_on_its_own_logits(
     base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
