@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from pard_train.config import SourceConfig
 from pard_train.data.chat import ChatEncoder
-from pard_train.data.packages import cache_folder, local_model, read_packaged
 from pard_train.data.rows import read_rows
 from pard_train.data.schemas import to_chat
+from pard_train.downloads import cache_folder, local_model, read_packaged
 from pard_train.model import load_tokenizer
 
 CHATS = "llamafactory==0.9.5"  # Apache-2.0; a source distribution, so pip runs its build backend for the metadata

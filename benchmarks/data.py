@@ -29,15 +29,15 @@ from memory import Cost, cost_of, growth
 from pages import command, markdown, origin, write_page
 from torch.utils.data import DataLoader
 
-from data_scripts.prepare import contamination_by, prepare
 from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig, PrepareConfig, SourceConfig
+from pard_train.data.benchmarks import load_benchmark
 from pard_train.data.dedupe import content_key, questions, signature
 from pard_train.data.encoding import DOCUMENTS_FOLDER, encode_corpus
 from pard_train.data.packing import PackedDataset, PardCollator
+from pard_train.data.prompts import contamination_by, prepare
 from pard_train.data.store import TokenStore
-from pard_train.evaluation.benchmarks import load_benchmark
 from pard_train.layout import PADDING_DOCUMENT
-from pard_train.run import MANIFEST_FILE, num_cores, read_json
+from pard_train.runs import MANIFEST_FILE, num_cores, read_json
 
 NUM_REAL = 6000  # chats, multiplied from all real ones, that tokenization is timed on
 NUM_WORKERS = 2

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from pard_train.config import DraftConfig, ModelConfig
+from pard_train.data.benchmarks import load_benchmark
 from pard_train.data.chat import ChatEncoder
-from pard_train.data.packages import local_model
 from pard_train.device import default_device, device_name
-from pard_train.evaluation.benchmarks import load_benchmark
+from pard_train.downloads import local_model
 from pard_train.evaluation.speed import NUM_NEW_TOKENS, median_seconds, read_seconds, take_turns
 from pard_train.generation.decoding import Decoded, Limits, Step, decode_batch
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter

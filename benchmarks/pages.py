@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pard_train.run import provenance
+from pard_train.runs import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

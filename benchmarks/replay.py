@@ -22,14 +22,14 @@ import torch
 from pages import command, origin, write_page
 from transformers import PreTrainedModel
 
+from pard_train.acceptance.chains import Pair
+from pard_train.acceptance.counting import Trace, pool, walk
+from pard_train.acceptance.replay import choices, replay_counted
 from pard_train.config import DraftConfig, ModelConfig
+from pard_train.data.benchmarks import load_benchmark
 from pard_train.data.chat import ChatEncoder
-from pard_train.data.packages import local_model
 from pard_train.device import default_device, device_name
-from pard_train.evaluation.acceptance import Trace, pool, walk
-from pard_train.evaluation.benchmarks import load_benchmark
-from pard_train.evaluation.chains import Pair
-from pard_train.evaluation.replay import choices, replay_counted
+from pard_train.downloads import local_model
 from pard_train.generation.decoding import Decoded, Limits, decode, decode_batch, end_ids_of
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.runner import Runner

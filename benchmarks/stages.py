@@ -15,8 +15,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from pard_train.config import ObjectiveConfig
 from pard_train.core.attention import IMPLEMENTATIONS, attention_inputs
-from pard_train.core.products import linear
-from pard_train.core.slot_head import score_slots
+from pard_train.core.cpu.products import linear
+from pard_train.core.head import score_slots
 from pard_train.core.terms import SlotTargets
 from pard_train.layout import IGNORE_INDEX, SlotLayout
 from pard_train.training.throughput import ModelShape

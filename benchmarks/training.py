@@ -8,7 +8,7 @@
         --precision bf16 --tokens 16384 --slot-budgets 32768 131072 --rounds 10 --compile     # on a GPU
 
 Both sides train on the same documents of random tokens with the same labels: padded samples and one dense mask each
-for the reference (pard_train/training/reference.py), packs of chains for us. A step is forward, backward and AdamW, its
+for the reference (benchmarks/reference.py), packs of chains for us. A step is forward, backward and AdamW, its
 batch at hand.
 Models of the true shape have random weights, which run as fast as trained ones. On a CPU, set what `make quickstart`
 sets (GOMP_SPINCOUNT, MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_): waking threads takes longer than many an
@@ -32,20 +32,20 @@ from typing import Any
 import numpy as np
 import torch
 from pages import command, origin, write_page
+from reference import DenseBatch, build_dense_batch, dense_loss, draw_kept, prepare_reference_model
 from stages import StageTimes, product_of, product_rates, time_stages
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.core.attention import FLEX_BLOCK, IMPLEMENTATIONS, resolve_attention
-from pard_train.core.objective import PackLoss
-from pard_train.core.products import use_onednn
+from pard_train.core.cpu.products import use_onednn
+from pard_train.core.objectives import PackLoss
 from pard_train.data.chat import Document
-from pard_train.data.packages import local_model
 from pard_train.data.packing import Member, PardCollator, best_fit
 from pard_train.device import default_device, device_name
+from pard_train.downloads import local_model
 from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, slot_bounds, supervised_runs
-from pard_train.training.reference import DenseBatch, build_dense_batch, dense_loss, draw_kept, prepare_reference_model
 from pard_train.training.throughput import ModelShape, Work, chip_of, count_work, step_cost
 
 REFERENCE, OURS = "dense reference", "pard_train"

@@ -12,28 +12,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pard_train.config import DataConfig, TrainConfig
+from pard_train.config import TrainConfig
 from pard_train.data.chat import ChatEncoder
-from pard_train.data.encoding import corpus_identity, encode_corpus
-from pard_train.data.packages import local_model
-from pard_train.data.store import TokenStore, is_store
-from pard_train.errors import UserError
+from pard_train.data.encoding import encode_corpus
+from pard_train.data.store import TOKENS_FOLDER, TokenStore, is_encoded
+from pard_train.downloads import local_model
 from pard_train.model import load_tokenizer
+from pard_train.program import hydra_program
 from pard_train.validation import validate_encode
-from recipes.app import hydra_program
-
-TOKENS_FOLDER = "tokens"
-
-
-def is_encoded(data: DataConfig, encoder: ChatEncoder, folder: Path) -> bool:
-    """Whether a folder holds these very tokens. Raises UserError if it holds others."""
-    if not is_store(folder):
-        return False
-    found, wanted = TokenStore.open(folder).manifest["identity"], corpus_identity(data, encoder)
-    changed = ", ".join(name for name in wanted if found.get(name) != wanted[name])
-    if changed:
-        raise UserError(f"{folder} holds other tokens ({changed} differs): choose another output_dir, or delete it")
-    return True
 
 
 def run(config: TrainConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from pard_train.run import num_cores
+from pard_train.runs import num_cores
 
 
 def default_device() -> torch.device:

@@ -22,9 +22,9 @@ from transformers import (
 from transformers.utils import cached_file
 
 from pard_train.config import DraftConfig, ModelConfig
-from pard_train.core.products import use_onednn
-from pard_train.data.packages import local_model
+from pard_train.core.cpu.products import use_onednn
 from pard_train.device import default_device
+from pard_train.downloads import local_model
 from pard_train.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pard_train.config import CompareConfig
 from pard_train.errors import ThresholdError
+from pard_train.program import hydra_program
 from pard_train.validation import validate_compare
-from recipes.app import hydra_program
 
 
 def run(config: CompareConfig) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from pard_train.config import EvaluateConfig
 from pard_train.errors import ThresholdError
+from pard_train.program import hydra_program
 from pard_train.validation import validate_evaluate
-from recipes.app import hydra_program
 
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate, print the report, and check the thresholds."""
-    from pard_train.evaluation.evaluation import evaluate
+    from pard_train.evaluation.evaluate import evaluate
     from pard_train.reports.report import PAGE_FILE, render_report, tau_below
     from pard_train.training.trackers import log_evaluation
 

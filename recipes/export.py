@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 from pard_train.config import ExportConfig
+from pard_train.program import hydra_program
 from pard_train.validation import validate_export
-from recipes.app import hydra_program
 
 
 def run(config: ExportConfig) -> None:

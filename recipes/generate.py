@@ -6,8 +6,8 @@ python recipes/generate.py draft=outputs/my-draft/export target=Qwen/Qwen2.5-7B-
 from __future__ import annotations
 
 from pard_train.config import GenerateConfig
+from pard_train.program import hydra_program
 from pard_train.validation import validate_generate
-from recipes.app import hydra_program
 
 
 def run(config: GenerateConfig) -> None:

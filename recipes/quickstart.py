@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pard_train.config import ExportConfig, TrainConfig
 from pard_train.errors import ThresholdError
+from pard_train.program import hydra_program
 from pard_train.validation import validate_measurement, validate_prepare, validate_regenerate, validate_train
-from recipes.app import hydra_program
 
 DECIDES_ANSWERS = ("temperature", "top_p", "max_new_tokens", "dtype")  # of config.regenerate, beside the targets
 
@@ -33,16 +33,16 @@ def validate(config: TrainConfig) -> None:
 
 def run(config: TrainConfig) -> None:
     """Run the steps in order."""
-    from data_scripts.prepare import PROMPTS_FOLDER, prepare
-    from data_scripts.regenerate import ANSWERS_FILE, ANSWERS_FOLDER, write_answers
-    from pard_train.evaluation.evaluation import evaluate, read_document
-    from pard_train.evaluation.fingerprints import model_fingerprint
+    from pard_train.data.prompts import PROMPTS_FOLDER, prepare
+    from pard_train.evaluation.evaluate import evaluate, read_document
     from pard_train.evaluation.monitor import build_monitor
+    from pard_train.fingerprints import model_fingerprint
     from pard_train.model import inspect_base
     from pard_train.publishing.export import check_targets, export
     from pard_train.reports.records import ACCEPTANCE_FILE
     from pard_train.reports.report import PAGE_FILE, render_report, tau_below
-    from pard_train.run import CONFIG_FILE, claim_product, read_json
+    from pard_train.runs import CONFIG_FILE, claim_product, read_json
+    from pard_train.targets.regeneration import ANSWERS_FILE, ANSWERS_FOLDER, write_answers
     from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER, check_output, train
 
     root, started = Path(config.output_dir), time.time()

@@ -8,8 +8,8 @@ deepspeed --no_local_rank --num_gpus 8 recipes/train.py experiment=qwen2.5-0.5b 
 from __future__ import annotations
 
 from pard_train.config import TrainConfig
+from pard_train.program import hydra_program
 from pard_train.validation import validate_train
-from recipes.app import hydra_program
 
 
 def run(config: TrainConfig) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 
 from pard_train.config import VerifyConfig
+from pard_train.program import hydra_program
 from pard_train.validation import validate_verify
-from recipes.app import hydra_program
 
 DIFFERS = 3  # exit status
 

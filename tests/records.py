@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pard_train.evaluation.acceptance import Trace, pool, walk, walk_as_vllm
+from pard_train.acceptance.counting import Trace, pool, walk, walk_as_vllm
 
 NUM_PROMPTS = 24
 KS = (1, 2, 4, 8, 12, 16)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pard_train.evaluation.acceptance import (
+from pard_train.acceptance.counting import (
     Acceptance,
     Trace,
     group_traces,

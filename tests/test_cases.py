@@ -15,16 +15,16 @@ from tiny import CHATML, build_model, conversations
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import EvaluateConfig
+from pard_train.data.benchmarks import Benchmark, load_benchmark
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
-from pard_train.evaluation.benchmarks import Benchmark, load_benchmark
-from pard_train.evaluation.cases import Case, Target, answer_turns, case_identity, longest_text, write_case
-from pard_train.evaluation.compatibility import Model
-from pard_train.evaluation.scored_cases import ScoredCase, write_scored_case
-from pard_train.evaluation.target_text import Answer, answer_text
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Sampling
-from pard_train.run import fingerprint
+from pard_train.runs import fingerprint
+from pard_train.targets.answers import Answer, answer_text
+from pard_train.targets.cases import Case, Target, answer_turns, case_identity, longest_text, write_case
+from pard_train.targets.compatibility import Model
+from pard_train.targets.scored_cases import ScoredCase, write_scored_case
 
 LIMITS = Limits(12, frozenset({2}))
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
-from pard_train.evaluation.compatibility import ERROR, OK, WARNING, Finding, Model, check_engine, check_pair, require
 from pard_train.model import inspect_base, write_initial_draft
+from pard_train.targets.compatibility import ERROR, OK, WARNING, Finding, Model, check_engine, check_pair, require
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pard_train.config import DataConfig, ModelConfig, TrainConfig
 from pard_train.errors import UserError
+from pard_train.program import CONFIG_DIR, SCHEMAS, register_schemas
 from pard_train.validation import (
     validate_compare,
     validate_evaluate,
@@ -24,7 +25,6 @@ from pard_train.validation import (
     validate_train,
     validate_verify,
 )
-from recipes.app import CONFIG_DIR, SCHEMAS, register_schemas
 
 ROOT = CONFIG_DIR.parent
 PRIMARIES = sorted(p.stem for p in CONFIG_DIR.glob("*.yaml"))

@@ -13,10 +13,10 @@ import torch
 from tiny import build_model, conversations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.core.products import PackedLinear, can_pack
+from pard_train.acceptance.counting import walk, walk_as_vllm
+from pard_train.acceptance.replay import replay
+from pard_train.core.cpu.products import PackedLinear, can_pack
 from pard_train.data.chat import ChatEncoder
-from pard_train.evaluation.acceptance import walk, walk_as_vllm
-from pard_train.evaluation.replay import replay
 from pard_train.generation.decoding import Limits, Step, decode, decode_batch, end_ids_of
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter, Task
 from pard_train.generation.runner import Runner

@@ -10,10 +10,10 @@ from tiny import conversations, write_served_pair
 from transformers import PreTrainedTokenizerBase
 from vllm_server import vllm_python
 
+from pard_train.acceptance.counting import Trace
 from pard_train.config import EvaluateConfig
-from pard_train.evaluation.acceptance import Trace
 from pard_train.evaluation.engine_records import engine_trace
-from pard_train.evaluation.evaluation import evaluate
+from pard_train.evaluation.evaluate import evaluate
 
 
 def test_the_prefill_is_a_step_and_matches_past_the_end_do_not_count() -> None:

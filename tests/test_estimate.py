@@ -15,8 +15,8 @@ from tiny import build_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.evaluation.acceptance import Trace, pool
-from pard_train.evaluation.estimate import ScoredText, estimate_acceptance, expected_steps, temper
+from pard_train.acceptance.counting import Trace, pool
+from pard_train.acceptance.estimate import ScoredText, estimate_acceptance, expected_steps, temper
 from pard_train.generation.decoding import Limits, decode_batch
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.sampling import Sampling, probabilities

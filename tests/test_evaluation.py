@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pard_train.config import EvaluateConfig
 from pard_train.device import device_name
 from pard_train.errors import UserError
-from pard_train.evaluation.evaluation import evaluate, read_document
+from pard_train.evaluation.evaluate import evaluate, read_document
 from pard_train.training.trainer import train
 from pard_train.validation import validate_evaluate
 

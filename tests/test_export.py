@@ -27,7 +27,7 @@ from transformers import (
 
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
 from pard_train.errors import UserError
-from pard_train.evaluation.fingerprints import model_fingerprint
+from pard_train.fingerprints import model_fingerprint
 from pard_train.model import add_mask_token, inspect_base, load_config, write_initial_draft
 from pard_train.publishing.export import (
     check_access,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import build_model
 
-from pard_train.evaluation.fingerprints import model_fingerprint
+from pard_train.fingerprints import model_fingerprint
 
 
 def test_a_model_has_the_same_fingerprint_in_every_folder_and_other_weights_have_another(tmp_path: Path) -> None:

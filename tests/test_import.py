@@ -19,11 +19,11 @@ from tiny import CHATML, FAMILIES, build_tokenizer, conversations, experiment
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
+from pard_train.acceptance.counting import walk
+from pard_train.acceptance.replay import replay
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
-from pard_train.evaluation.acceptance import walk
-from pard_train.evaluation.replay import replay
 from pard_train.generation.decoding import Limits, decode, end_ids_of
 from pard_train.generation.proposers import Drafter
 from pard_train.model import choose_mask_token, inspect_base, load_causal_lm, load_tokenizer

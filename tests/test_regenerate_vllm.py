@@ -17,11 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_server import ROOT, VllmServer
 
+from pard_train.data.benchmarks import load_benchmark
 from pard_train.data.chat import ChatEncoder
-from pard_train.data.packages import unpack_smollm2
-from pard_train.evaluation.benchmarks import load_benchmark
-from pard_train.evaluation.target_text import Answer, prompt_key
+from pard_train.downloads import unpack_smollm2
 from pard_train.generation.decoding import end_ids_of
+from pard_train.targets.answers import Answer, prompt_key
 
 COUNTRIES = "France Japan Italy Egypt Peru Kenya Norway India Spain Chile Greece Cuba Iran Mali Nepal Oman".split()  # noqa: SIM905
 TURNS = ("What is the capital of {}?", "In which continent is that?", "Thank you!")

@@ -10,10 +10,10 @@ import torch
 from tiny import VOCABULARY, build_model, build_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from pard_train.acceptance.chains import Pair, pack_texts
+from pard_train.acceptance.counting import vllm_counts, walk, walk_as_vllm
+from pard_train.acceptance.replay import replay, replay_all, replay_counted
 from pard_train.core.attention import IMPLEMENTATIONS
-from pard_train.evaluation.acceptance import vllm_counts, walk, walk_as_vllm
-from pard_train.evaluation.chains import Pair, pack_texts
-from pard_train.evaluation.replay import replay, replay_all, replay_counted
 from pard_train.generation.decoding import Drafter, Limits, decode
 from pard_train.model import add_mask_token, set_draft_keys
 

@@ -11,7 +11,7 @@ import pytest
 
 from pard_train.config import DataConfig, ModelConfig, TrainConfig
 from pard_train.errors import UserError
-from pard_train.run import (
+from pard_train.runs import (
     SEAL_FILE,
     check_checkpoint,
     check_run,

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from pard_train.config import RegenerateConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
-from pard_train.evaluation.servers import NoServerLeftError, ServerPool, open_servers, run_together
-from pard_train.evaluation.target_text import GREEDY, Answer, Refusal, Sampling, prompt_key
 from pard_train.generation.decoding import Limits
+from pard_train.targets.answers import GREEDY, Answer, Refusal, Sampling, prompt_key
+from pard_train.targets.servers import NoServerLeftError, ServerPool, open_servers, run_together
 
 LIMITS = Limits(24, frozenset({0, 2}))
 Serve = Callable[..., FakeServer]

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.core import slot_head
 from pard_train.core.attention import attention_inputs
-from pard_train.core.objective import DepthStatistics, PackLoss, cat_weights, dpace_weights, slot_weights
-from pard_train.core.slot_head import Reweigh, score_slots
+from pard_train.core.head import Reweigh, score_slots
+from pard_train.core.objectives import DepthStatistics, PackLoss, cat_weights, dpace_weights, slot_weights
 from pard_train.core.terms import SlotTargets
 from pard_train.layout import (
     IGNORE_INDEX,

@@ -11,9 +11,9 @@ from tiny import build_model
 from transformers import PreTrainedTokenizerBase
 
 import pard_train.evaluation.speed
+from pard_train.acceptance.counting import Trace, walk
+from pard_train.acceptance.replay import replay
 from pard_train.device import device_name
-from pard_train.evaluation.acceptance import Trace, walk
-from pard_train.evaluation.replay import replay
 from pard_train.evaluation.speed import (
     Latencies,
     Timing,

@@ -16,7 +16,9 @@ from tiny import build_model, conversations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.data.chat import ChatEncoder
-from pard_train.evaluation.target_text import (
+from pard_train.generation.decoding import Limits, decode
+from pard_train.model import load_causal_lm
+from pard_train.targets.answers import (
     GREEDY,
     Answer,
     AnswerCache,
@@ -31,8 +33,6 @@ from pard_train.evaluation.target_text import (
     split_batches,
     write_batches,
 )
-from pard_train.generation.decoding import Limits, decode
-from pard_train.model import load_causal_lm
 
 LIMITS = Limits(12, frozenset(range(2, 300, 17)))  # so many ends that some answers come to one
 

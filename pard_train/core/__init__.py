@@ -1,4 +1,4 @@
 """What a training step computes on the device: attention over chains, and the loss of slots through the head.
 
-In the order of imports: products, block_attention, attention, terms, slot_head, objective.
+In the order of imports: cpu, attention, terms, head, objectives.
 """

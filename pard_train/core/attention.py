@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
-from pard_train.core.block_attention import QueryBlock, attend_blocks
-from pard_train.core.products import takes_onednn
+from pard_train.core.cpu.block_attention import QueryBlock, attend_blocks
+from pard_train.core.cpu.products import takes_onednn
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout, is_visible
 

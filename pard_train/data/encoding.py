@@ -24,7 +24,7 @@ from pard_train.data.rows import OnBadRow, Rejects, Row, read_rows, source_versi
 from pard_train.data.schemas import to_chat
 from pard_train.errors import RowError, UserError
 from pard_train.layout import supervised_runs
-from pard_train.run import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, write_json
+from pard_train.runs import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, write_json
 
 ENCODING_VERSION = 2  # raise it when the same rows would become other tokens
 REJECTS_FILE = "rejects.jsonl"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig
-from pard_train.core.objective import slot_weights
+from pard_train.core.objectives import slot_weights
 from pard_train.data.chat import ChatEncoder, Document
 from pard_train.errors import RowError, UserError
 from pard_train.layout import (

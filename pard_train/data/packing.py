@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pard_train.config import DraftConfig, ObjectiveConfig
-from pard_train.core.objective import cat_weights, slot_weights
+from pard_train.core.objectives import cat_weights, slot_weights
 from pard_train.data.chat import Document
 from pard_train.data.scores import Scores, TokenScores
 from pard_train.errors import UserError

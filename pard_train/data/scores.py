@@ -26,11 +26,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from pard_train.core.slot_head import gives_plain_logits
+from pard_train.core.head import gives_plain_logits
 from pard_train.data.chat import Document
 from pard_train.data.store import TokenStore, new_array
 from pard_train.errors import UserError
-from pard_train.run import MANIFEST_FILE, read_json, unfinished
+from pard_train.runs import MANIFEST_FILE, read_json, unfinished
 
 # Legend: D documents, B of a batch, L tokens of the longest, S supervised tokens, C of a chunk, H hidden size,
 # V vocabulary, k top_k.

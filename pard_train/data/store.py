@@ -26,10 +26,12 @@ from pard_train.data.encoding import (
     list_lengths,
     list_values,
 )
-from pard_train.data.packages import cache_folder
+from pard_train.downloads import cache_folder
 from pard_train.errors import UserError
 from pard_train.layout import slot_bounds
-from pard_train.run import MANIFEST_FILE, fingerprint, read_json
+from pard_train.runs import MANIFEST_FILE, fingerprint, read_json
+
+TOKENS_FOLDER = "tokens"  # of an output folder, where data_scripts/encode.py writes
 
 # Legend: D documents, L tokens of one, R supervised runs.
 
@@ -179,3 +181,14 @@ def _check_same_settings(store: TokenStore, config: DataConfig, encoder: ChatEnc
                 f"data.source={config.source} was encoded with another {name} ({found}) than this run has ({value}): "
                 "encode the chats again with data_scripts/encode.py, or give the run the same settings"
             )
+
+
+def is_encoded(data: DataConfig, encoder: ChatEncoder, folder: Path) -> bool:
+    """Whether a folder holds these very tokens. Raises UserError if it holds others."""
+    if not is_store(folder):
+        return False
+    found, wanted = TokenStore.open(folder).manifest["identity"], corpus_identity(data, encoder)
+    changed = ", ".join(name for name in wanted if found.get(name) != wanted[name])
+    if changed:
+        raise UserError(f"{folder} holds other tokens ({changed} differs): choose another output_dir, or delete it")
+    return True

@@ -1,7 +1,4 @@
-"""Exact acceptance by replay, estimates where replay cannot be exact, live speed, and the matrix of drafts, targets and
-benchmarks; the monitor runs it inside of training.
+"""The matrix of drafts, targets and benchmarks: replay, live speed, engines, one report; the monitor of training.
 
-In the order of imports: acceptance, chain_memory, chains, replay, estimate, fingerprints, target_text, servers,
-benchmarks, compatibility, cases, scored_cases, speed, matrix, measurement, samples, engine_records, evaluation,
-monitor.
+In the order of imports: speed, matrix, measurement, samples, engine_records, evaluate, monitor.
 """

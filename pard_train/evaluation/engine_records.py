@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+from pard_train.acceptance.counting import Trace
 from pard_train.config import EvaluateConfig
 from pard_train.device import device_name
 from pard_train.engines.vllm_engine import EngineRequest, run
-from pard_train.evaluation.acceptance import Trace
-from pard_train.evaluation.cases import Case, Target
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.measurement import Draft, head, live_turns, measured
 from pard_train.reports.records import Record
+from pard_train.targets.cases import Case, Target
 
 TIMEOUT = 7200.0  # seconds that one engine may take for its prompts
 

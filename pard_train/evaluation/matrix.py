@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pard_train.device import device_name
-from pard_train.run import fingerprint, provenance, read_json, write_json
+from pard_train.runs import fingerprint, provenance, read_json, write_json
 
 CELLS_FOLDER = "cells"
 FAILURES_LOG = "failures.log"  # whole tracebacks; acceptance.json has their last lines

@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from pard_train.acceptance.counting import Trace, group_traces, length_bucket, pool, walk, walk_as_vllm
+from pard_train.acceptance.estimate import estimate_acceptance
+from pard_train.acceptance.replay import replay_all
 from pard_train.config import EvaluateConfig
 from pard_train.device import default_device, device_name
-from pard_train.evaluation.acceptance import Trace, group_traces, length_bucket, pool, walk, walk_as_vllm
-from pard_train.evaluation.cases import Case, Target, Turn
-from pard_train.evaluation.compatibility import Model
-from pard_train.evaluation.estimate import estimate_acceptance
-from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.matrix import Matrix
-from pard_train.evaluation.replay import replay_all
-from pard_train.evaluation.scored_cases import ScoredCase
 from pard_train.evaluation.speed import Latencies, measure_latencies, prediction, time_proposers
+from pard_train.fingerprints import model_fingerprint
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, Sampling
 from pard_train.model import DTYPES
 from pard_train.reports.records import Record
+from pard_train.targets.cases import Case, Target, Turn
+from pard_train.targets.compatibility import Model
+from pard_train.targets.scored_cases import ScoredCase
 
 NO_DRAFT = "-"  # stands for a draft model where prompt look-up drafts
 

@@ -24,16 +24,16 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pard_train.acceptance.counting import walk
+from pard_train.acceptance.replay import replay_all
 from pard_train.config import MonitorConfig, TrainConfig
-from pard_train.data.packages import cache_folder, local_model
+from pard_train.downloads import cache_folder, local_model
 from pard_train.errors import UserError
-from pard_train.evaluation.acceptance import walk
-from pard_train.evaluation.cases import Case, write_case
-from pard_train.evaluation.evaluation import load_benchmarks, load_target
-from pard_train.evaluation.replay import replay_all
+from pard_train.evaluation.evaluate import load_benchmarks, load_target
 from pard_train.generation.proposers import Drafter
 from pard_train.model import DTYPES, check_same_tokenizer, load_tokenizer
-from pard_train.run import fingerprint, read_json, write_json
+from pard_train.runs import fingerprint, read_json, write_json
+from pard_train.targets.cases import Case, write_case
 from pard_train.training.trainer import PardTrainer, UsesTrainer, check_output
 
 BEST_FOLDER = "best"  # the best draft so far, with BEST_FILE in it

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pard_train.acceptance.counting import walk
 from pard_train.config import EvaluateConfig
-from pard_train.evaluation.acceptance import walk
-from pard_train.evaluation.cases import Case
-from pard_train.evaluation.compatibility import Model
 from pard_train.evaluation.measurement import Draft
+from pard_train.targets.cases import Case
+from pard_train.targets.compatibility import Model
 
 NUM_SAMPLES = 3  # answers of each draft and case that the page shows
 SAMPLE_K = 8  # K of the samples, or the largest one measured

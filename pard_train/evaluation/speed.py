@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from pard_train.acceptance.counting import Trace
 from pard_train.device import device_name
-from pard_train.evaluation.acceptance import Trace
 from pard_train.generation.decoding import Decoded, Limits, decode_batch
 from pard_train.generation.proposers import Drafter, Proposer
 from pard_train.generation.runner import Runner

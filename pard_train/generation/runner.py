@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from pard_train.core.products import PackedLinear, can_pack
+from pard_train.core.cpu.products import PackedLinear, can_pack
 
 # Legend: B rows (texts), N tokens read of each, S slots of a row, H heads, G heads per key-value head, D head size,
 #         V vocabulary.

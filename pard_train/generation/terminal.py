@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import GenerateConfig
 from pard_train.data.chat import ChatEncoder
-from pard_train.data.packages import local_model
 from pard_train.device import default_device
+from pard_train.downloads import local_model
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, Step, decode, end_ids_of
 from pard_train.generation.proposers import Drafter

@@ -20,10 +20,10 @@ from transformers import PretrainedConfig
 
 from pard_train import __version__
 from pard_train.errors import UserError
-from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.monitor import BEST_FILE
+from pard_train.fingerprints import model_fingerprint
 from pard_train.model import file_of
-from pard_train.run import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
+from pard_train.runs import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint
 from pard_train.training.trackers import METRICS_FILE
 from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER

@@ -26,7 +26,7 @@ from transformers import (
 
 from pard_train.config import ExportConfig
 from pard_train.data.chat import ChatEncoder
-from pard_train.data.packages import local_model
+from pard_train.downloads import local_model
 from pard_train.engines.candidates import write_custom_generate
 from pard_train.errors import UserError
 from pard_train.model import (
@@ -56,7 +56,7 @@ from pard_train.publishing.card import (
     step_of,
     write_card,
 )
-from pard_train.run import new_folder, read_json, write_json
+from pard_train.runs import new_folder, read_json, write_json
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint, load_weights
 
 GENERATION_CONFIG_FILE = "generation_config.json"

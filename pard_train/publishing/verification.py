@@ -20,19 +20,19 @@ from typing import Any
 
 import torch
 
+from pard_train.acceptance.counting import walk
+from pard_train.acceptance.replay import replay_all
 from pard_train.config import EvaluateConfig, VerifyConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.device import default_device
 from pard_train.engines.transformers_engine import run_transformers
 from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
 from pard_train.errors import UserError
-from pard_train.evaluation.acceptance import walk
-from pard_train.evaluation.compatibility import OK, Finding, Model, check_pair, require
-from pard_train.evaluation.evaluation import load_benchmarks
-from pard_train.evaluation.replay import replay_all
+from pard_train.evaluation.evaluate import load_benchmarks
 from pard_train.generation.decoding import Drafter, Limits, end_ids_of
 from pard_train.model import DTYPES
-from pard_train.run import check_run, claim_run, provenance, write_json
+from pard_train.runs import check_run, claim_run, provenance, write_json
+from pard_train.targets.compatibility import OK, Finding, Model, check_pair, require
 
 # Legend: N tokens of an answer, K draft tokens, V vocabulary.
 

@@ -1,4 +1,4 @@
-"""The trainer, what its log tells, its checkpoints, and the dense step that it is measured against.
+"""The trainer, its log, and its checkpoints.
 
-In the order of imports: reference, throughput, clock, trackers, arguments, callbacks, trainer, checkpoints.
+In the order of imports: throughput, clock, trackers, arguments, callbacks, trainer, checkpoints.
 """

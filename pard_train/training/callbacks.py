@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from pard_train.run import prune_checkpoints, seal_checkpoint
+from pard_train.runs import prune_checkpoints, seal_checkpoint
 
 WARM_UP_LOGS = 2  # the first pack is compiled for, and the second, whose number of supervised slots is another one
 

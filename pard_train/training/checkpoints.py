@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pard_train.errors import UserError
 from pard_train.model import check_complete, load_causal_lm, load_config
-from pard_train.run import CONFIG_FILE, RUN_FILE, SEAL_FILE, check_checkpoint, read_json
+from pard_train.runs import CONFIG_FILE, RUN_FILE, SEAL_FILE, check_checkpoint, read_json
 from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER
 
 # Legend: R ranks that trained, G parameter groups of the optimizer.

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pard_train.config import LoggerConfig, TrainConfig
 from pard_train.reports.records import Record, at_largest_k, distinct, flatten, label_of, measured
-from pard_train.run import new_file
+from pard_train.runs import new_file
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pard_train.config import ObjectiveConfig, TrainConfig
 from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
-from pard_train.core.objective import DepthStatistics, PackLoss
+from pard_train.core.objectives import DepthStatistics, PackLoss
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import PackedDataset, PardCollator
 from pard_train.data.scores import Scores, open_teacher
@@ -34,7 +34,7 @@ from pard_train.model import (
     write_initial_draft,
     write_model_folder,
 )
-from pard_train.run import check_run, claim_run, newest_checkpoint, read_json, write_json
+from pard_train.runs import check_run, claim_run, newest_checkpoint, read_json, write_json
 from pard_train.training.arguments import training_settings
 from pard_train.training.callbacks import DataEpoch, OwnSteps, SealCheckpoint, ShortProgress
 from pard_train.training.clock import StepClock, device_mark, num_compilations

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pard_train.evaluation.chain_memory import Block, Memory, chain_attention
+from pard_train.acceptance.chain_attention import Block, Memory, chain_attention
 from pard_train.generation.proposers import Drafter
 from pard_train.layout import SlotLayout, is_visible
 

@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pard_train.config import EvaluateConfig
-from pard_train.data.packages import local_model
+from pard_train.data.benchmarks import Benchmark, benchmark_name, check_benchmark, load_benchmark
+from pard_train.downloads import local_model
 from pard_train.errors import UserError
-from pard_train.evaluation.benchmarks import Benchmark, benchmark_name, check_benchmark, load_benchmark
-from pard_train.evaluation.cases import Case, Target, longest_text, short_name, write_case
-from pard_train.evaluation.compatibility import OK, Model, check_engine, check_pair, require
 from pard_train.evaluation.engine_records import engine_records
-from pard_train.evaluation.fingerprints import model_fingerprint
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.measurement import (
     NO_DRAFT,
@@ -34,11 +31,14 @@ from pard_train.evaluation.measurement import (
     sampling_at,
 )
 from pard_train.evaluation.samples import sample_answers
-from pard_train.evaluation.scored_cases import ScoredCase, write_scored_case
 from pard_train.evaluation.speed import Latencies
+from pard_train.fingerprints import model_fingerprint
 from pard_train.reports.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document, Record
 from pard_train.reports.report import write_report
-from pard_train.run import CONFIG_FILE, RUN_FILE, provenance, read_json, write_json
+from pard_train.runs import CONFIG_FILE, RUN_FILE, provenance, read_json, write_json
+from pard_train.targets.cases import Case, Target, longest_text, short_name, write_case
+from pard_train.targets.compatibility import OK, Model, check_engine, check_pair, require
+from pard_train.targets.scored_cases import ScoredCase, write_scored_case
 
 PREDICTIONS_FILE = "predictions.json"
 SAMPLES_FILE = "samples.json"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pard_train.config import ObjectiveConfig
-from pard_train.core.products import add_outer, linear
+from pard_train.core.cpu.products import add_outer, linear
 from pard_train.core.terms import SlotTargets, mix_terms
 
 # Legend: S supervised slots, C slots of a chunk, V vocabulary, D hidden size, k tokens of the target's top k.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pard_train.evaluation.chains import PackedChains, Pair, pack_texts
+from pard_train.acceptance.chains import PackedChains, Pair, pack_texts
 from pard_train.generation.proposers import Drafter
 
 # Legend: N tokens of an answer, A anchors whose chains still match, V vocabulary.

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from pard_train.acceptance.estimate import ScoredText
 from pard_train.config import EvaluateConfig
+from pard_train.data.benchmarks import Benchmark
 from pard_train.data.chat import Document
 from pard_train.data.scores import score_documents
-from pard_train.evaluation.benchmarks import Benchmark
-from pard_train.evaluation.cases import TARGET_TEXT_FOLDER, Case, Target, Turn, write_case
-from pard_train.evaluation.estimate import ScoredText
 from pard_train.generation.sampling import Sampling
-from pard_train.run import fingerprint, unfinished
+from pard_train.runs import fingerprint, unfinished
+from pard_train.targets.cases import TARGET_TEXT_FOLDER, Case, Target, Turn, write_case
 
 TOP_K = 64  # tokens of every place that are kept: what lies outside counts as refused
 

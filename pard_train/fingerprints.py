@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pard_train.model import file_of
-from pard_train.run import fingerprint
+from pard_train.runs import fingerprint
 
 FILE_BYTES = 1 << 20  # of each end of a file that are read
 TENSOR_BYTES = 1 << 12  # of each end of a tensor: a model of 140 GB is named by 10 MB of it

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pard_train.core.products import float32_onednn
+from pard_train.core.cpu.products import float32_onednn
 
 # Legend: T slots of the pack, Q queries and N keys of a block, H heads, J key-value heads, G heads per key-value head,
 # D head size.

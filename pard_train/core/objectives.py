@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from pard_train.config import ObjectiveConfig
 from pard_train.core.attention import attention_inputs
-from pard_train.core.slot_head import Reweigh, SlotHead, gives_plain_logits
+from pard_train.core.head import Reweigh, SlotHead, gives_plain_logits
 from pard_train.core.terms import SlotTargets, mix_terms
 from pard_train.layout import IGNORE_INDEX, SlotLayout
 

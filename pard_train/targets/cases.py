@@ -15,26 +15,26 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pard_train.config import EvaluateConfig
+from pard_train.data.benchmarks import Benchmark, Prompt
 from pard_train.data.chat import ChatEncoder
-from pard_train.data.packages import local_model
 from pard_train.data.store import encoder_identity
 from pard_train.device import default_device
-from pard_train.evaluation.benchmarks import Benchmark, Prompt
-from pard_train.evaluation.compatibility import Model
-from pard_train.evaluation.fingerprints import model_fingerprint
-from pard_train.evaluation.servers import ask_all
-from pard_train.evaluation.target_text import (
+from pard_train.downloads import local_model
+from pard_train.fingerprints import model_fingerprint
+from pard_train.generation.decoding import Limits, end_ids_of
+from pard_train.generation.runner import Runner
+from pard_train.generation.sampling import GREEDY, Sampling
+from pard_train.model import DTYPES, load_causal_lm
+from pard_train.runs import fingerprint
+from pard_train.targets.answers import (
     Answer,
     AnswerCache,
     answer_text,
     cached_answers,
     prompt_key,
 )
-from pard_train.generation.decoding import Limits, end_ids_of
-from pard_train.generation.runner import Runner
-from pard_train.generation.sampling import GREEDY, Sampling
-from pard_train.model import DTYPES, load_causal_lm
-from pard_train.run import fingerprint
+from pard_train.targets.compatibility import Model
+from pard_train.targets.servers import ask_all
 
 TARGET_TEXT_FOLDER = "target_text"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pard_train.config import ModelConfig
-from pard_train.data.packages import local_model
+from pard_train.downloads import local_model
 from pard_train.errors import UserError
 from pard_train.generation.decoding import end_ids_of
 from pard_train.model import check_same_tokenizer, load_config, load_tokenizer, required_mask_token_of

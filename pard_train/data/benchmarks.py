@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pard_train.config import SourceConfig
-from pard_train.data.packages import (
+from pard_train.data.rows import Row, read_jsonl
+from pard_train.data.schemas import check_messages, to_chat
+from pard_train.data.sources import (
     ALPACA,
     CODEIO,
     GOV_REPORT,
@@ -30,10 +32,8 @@ from pard_train.data.packages import (
     Packaged,
     RowSource,
 )
-from pard_train.data.rows import Row, read_jsonl
-from pard_train.data.schemas import check_messages, to_chat
 from pard_train.errors import RowError, UserError
-from pard_train.run import fingerprint
+from pard_train.runs import fingerprint
 
 Messages = tuple[dict[str, Any], ...]
 

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.errors import UserError
-from pard_train.evaluation.target_text import GREEDY, Answer, AnswerCache, Refusal, Sampling, prompt_key
 from pard_train.generation.decoding import Limits
+from pard_train.targets.answers import GREEDY, Answer, AnswerCache, Refusal, Sampling, prompt_key
 
 Result = TypeVar("Result")
 

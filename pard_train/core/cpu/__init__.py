@@ -1,0 +1,4 @@
+"""Faster float32 on CPUs: matrix products through oneDNN, and attention in blocks of slots.
+
+In the order of imports: products, block_attention.
+"""

