@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pard_train.config import TrainConfig
+from pard_train.config import Config
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.encoding import encode_corpus
 from pard_train.data.store import TOKENS_FOLDER, TokenStore, is_encoded
@@ -22,7 +22,7 @@ from pard_train.program import hydra_program
 from pard_train.validation import validate_encode
 
 
-def run(config: TrainConfig) -> None:
+def run(config: Config) -> None:
     """Encode the chats of an experiment and say what became of them."""
     tokenizer = load_tokenizer(
         local_model(config.model.path),

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pard_train.config import TrainConfig
+from pard_train.config import Config
 from pard_train.data.prompts import PROMPTS_FOLDER, TRAIN, prepare
 from pard_train.program import hydra_program
 from pard_train.runs import MANIFEST_FILE, read_json
 from pard_train.validation import validate_prepare
 
 
-def run(config: TrainConfig) -> None:
+def run(config: Config) -> None:
     """Write the prompts of an experiment and say what became of the rows."""
     folder = Path(config.output_dir) / PROMPTS_FOLDER
     train, held_out = prepare(config.prepare, folder, seed=config.seed)

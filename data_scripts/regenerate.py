@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pard_train.config import TrainConfig
+from pard_train.config import Config
 from pard_train.device import this_process
 from pard_train.errors import UserError
 from pard_train.program import hydra_program
@@ -25,7 +25,7 @@ from pard_train.targets.regeneration import ANSWERS_FOLDER, PROMPTS_FILE, write_
 from pard_train.validation import validate_regenerate
 
 
-def run(config: TrainConfig) -> None:
+def run(config: Config) -> None:
     """Write the answers of an experiment and say where."""
     prompts = Path(config.regenerate.prompts or Path(config.output_dir) / PROMPTS_FILE)
     if not prompts.is_file():

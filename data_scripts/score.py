@@ -10,7 +10,7 @@ pard_train/data/scores.py. Restartable: what is done is kept.
 
 from __future__ import annotations
 
-from pard_train.config import TrainConfig
+from pard_train.config import Config
 from pard_train.device import this_process
 from pard_train.program import hydra_program
 from pard_train.runs import MANIFEST_FILE, read_json
@@ -18,7 +18,7 @@ from pard_train.targets.scoring import score
 from pard_train.validation import validate_score
 
 
-def run(config: TrainConfig) -> None:
+def run(config: Config) -> None:
     """Score, and say how much and where."""
     folder = score(config)
     if this_process().is_main_process:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from pard_train.config import TrainConfig
+from pard_train.config import Config
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.examples import read_documents, show
 from pard_train.data.inspection import check_taught, count_taught, cut, legend, summary
@@ -22,7 +22,7 @@ from pard_train.program import hydra_program
 from pard_train.validation import validate_draft, validate_encode, validate_show
 
 
-def run(config: TrainConfig) -> None:
+def run(config: Config) -> None:
     """Check the data, print a row and draw its picture."""
     data, row = config.data, config.show.row
     base = inspect_base(config.model, config.draft)
@@ -39,7 +39,7 @@ def run(config: TrainConfig) -> None:
         show(cut(document, data), config, base, encoder, console)
 
 
-def validate(config: TrainConfig) -> None:
+def validate(config: Config) -> None:
     """Check what decides tokens and slots. Raises UserError."""
     validate_encode(config.data)
     validate_draft(config.draft)

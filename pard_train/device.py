@@ -36,3 +36,10 @@ def device_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {num_cores()} cores"
+
+
+def dtype_name(setting: str) -> str:
+    """Name of the dtype that a `dtype` setting stands for: `auto` is bfloat16 on an accelerator, float32 on a CPU."""
+    if setting != "auto":
+        return setting
+    return "float32" if default_device().type == "cpu" else "bfloat16"

@@ -18,11 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pard_train.config import (
     CompareConfig,
+    Config,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     SourceConfig,
-    TrainConfig,
     VerifyConfig,
 )
 from pard_train.errors import ThresholdError, UserError
@@ -32,7 +32,7 @@ CONFIG_DIR = Path(__file__).parents[1] / "conf"  # beside recipes/ in a checkout
 
 DISK_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
 SCHEMAS = {
-    "train": TrainConfig,
+    "train": Config,
     "evaluate": EvaluateConfig,
     "compare": CompareConfig,
     "export": ExportConfig,

@@ -1,4 +1,4 @@
-"""Output folders: who may write where, what a result was made with, and whether a checkpoint is whole."""
+"""Output folders: claims, settings, provenance, atomic writes, and sealed checkpoints."""
 
 from __future__ import annotations
 
@@ -28,47 +28,53 @@ MANIFEST_FILE = "manifest.json"  # of a data set: what it was made of, and how m
 SEAL_FILE = "files.json"  # in every checkpoint: its files and their sizes in bytes
 PACKAGES = ("pard_train", "torch", "transformers", "datasets", "accelerate", "deepspeed", "hydra-core", "numpy")
 
-# What may change when a run is continued; everything else decides the result.
-FREE_KEYS = (
-    *("resume", "logger", "evaluate", "prepare", "regenerate", "score", "show", "monitor"),
-    *("data.num_workers", "data.cache_dir", "trainer.dataloader_num_workers"),
-    *("trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit"),
-    *("engine_python", "timeout"),  # of recipes/verify.py
-)
+SETTINGS_VERSION = 2  # of config.json; grows when settings are renamed
 
 
-def check_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+def check_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
     """Check that a run may write to a folder. Writes nothing.
 
     Args:
         folder: output folder.
-        config: the resolved configuration.
-        resume: continue the run that stands there.
+        settings: those that decide the result (`config.decisive`).
+        resume: resume the run in the folder, if there is one.
 
     Raises:
-        UserError: if the folder holds another run, or the run to continue had other settings.
+        UserError: if the folder holds other files, another run, or a run with other settings.
     """
     config_path = folder / CONFIG_FILE
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir={folder} is a file: choose another output_dir")
     if not config_path.exists():
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"output_dir={folder} is not empty and holds no run of ours: choose another output_dir")
+            raise UserError(f"output_dir={folder} is not empty and holds no run: choose another output_dir")
         return
     if not resume:
         raise UserError(
-            f"output_dir={folder} already holds a run (see {config_path}): continue it with resume=true, or choose "
+            f"output_dir={folder} already holds a run (see {config_path}): resume it with resume=true, or choose "
             "another output_dir"
         )
-    _check_same_settings(read_json(config_path), config, folder)
+    old = read_json(config_path)
+    if old.pop("settings_version", 1) != SETTINGS_VERSION:
+        raise UserError(
+            f"output_dir={folder} holds a run of another version of pard_train, whose settings have other names: "
+            "choose another output_dir"
+        )
+    require_same(old, settings, what=f"output_dir={folder} holds a run with other settings")
 
 
-def claim_run(folder: Path, config: dict[str, Any]) -> None:
-    """Write what a run is made with into its folder. Called by one process, after `check_run`."""
+def claim_run(folder: Path, settings: dict[str, Any], config: dict[str, Any] | None = None) -> None:
+    """Write what a run is made with into its folder. Called by one process, after `check_run`.
+
+    Args:
+        folder: output folder.
+        settings: those that decide the result, for config.json.
+        config: all settings, for run.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG_FILE).exists():
-        write_json(folder / CONFIG_FILE, config)
-    write_json(folder / RUN_FILE, provenance())
+        write_json(folder / CONFIG_FILE, {"settings_version": SETTINGS_VERSION, **settings})
+    write_json(folder / RUN_FILE, {**provenance(), "config": config})
 
 
 def claim_product(product: Path, made_from: dict[str, Any]) -> None:
@@ -79,27 +85,42 @@ def claim_product(product: Path, made_from: dict[str, Any]) -> None:
         made_from: JSON-like.
 
     Raises:
-        UserError: if the product stands already and was made from something else.
+        UserError: if the product exists and was made from something else.
     """
     record = product.with_name(f"{product.name}.json")
     if product.exists() and record.exists():
-        _check_same_settings(read_json(record), made_from, product)
+        require_same(read_json(record), made_from, what=f"{product} was made from other inputs")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, made_from)
 
 
-def _check_same_settings(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    before, after = _flatten(old), _flatten(new)
+def require_same(
+    old: dict[str, Any], new: dict[str, Any], *, what: str, fix: str = "use the same ones, or choose another output_dir"
+) -> None:
+    """The one rule for reusing what exists: it must have been made from the same things.
+
+    Args:
+        old: JSON-like description of what exists.
+        new: the same of what is wanted.
+        what: what is wrong if they differ, for the error.
+        fix: what to do then.
+
+    Raises:
+        UserError: naming every entry that differs, with both values.
+    """
+    before, after = _flatten(_as_json(old)), _flatten(_as_json(new))
     changed = [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not any((key + ".").startswith(free + ".") for free in FREE_KEYS)
+        if before.get(key) != after.get(key)
     ]
     if changed:
-        raise UserError(
-            f"output_dir={folder} holds a run with other settings ({'; '.join(changed)}): take the same ones, "
-            "or choose another output_dir"
-        )
+        raise UserError(f"{what} ({'; '.join(changed)}): {fix}")
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON stores it: tuples become lists, keys become strings."""
+    return json.loads(json.dumps(value))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -110,17 +131,15 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unfinished(path: Path) -> Path:
-    """Where to write what is to become `path`: beside it, under a name that nobody else takes.
-
-    A process id would not do: in a container it is the same one after a restart, when what was killed still lies there.
-    """
+    """A name beside `path` to write to before the result is renamed to `path`; unique, also after a restart."""
     return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file that comes to be whole or not at all: write the one yielded, which takes its place at the end."""
+    """Write a file atomically: write to the path yielded, which replaces `path` at the end."""
     partial = unfinished(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         partial.replace(path)
@@ -129,7 +148,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON atomically."""
     with new_file(path) as partial:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -140,19 +159,27 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder that comes to be whole or not at all: work in the one yielded, which is renamed at the end.
+def new_folder(folder: Path, *, is_shared: bool = False) -> Iterator[Path]:
+    """Write a folder atomically: work in the one yielded, which is renamed to `folder` at the end.
+
+    Args:
+        folder: must not exist.
+        is_shared: several processes may make the same folder; the first one's counts.
 
     Raises:
         UserError: if the folder exists.
     """
     if folder.exists():
-        raise UserError(f"{folder} already exists: delete it to make it anew, or choose another folder")
+        raise UserError(f"{folder} already exists: delete it, or choose another folder")
     partial = unfinished(folder)
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (is_shared and folder.exists()):
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -168,7 +195,7 @@ def num_cores() -> int:
 
 
 def provenance() -> dict[str, Any]:
-    """Command, versions, git state, machine and time: what a reader needs to make a result again."""
+    """Command, versions, git state, machine and time: what is needed to reproduce a result."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -199,7 +226,7 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Record every file of a finished checkpoint with its size. Written last, so that its absence means unfinished."""
+    """Record the size of every file of a finished checkpoint. Written last: without it a checkpoint is incomplete."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     files.pop(SEAL_FILE, None)
     write_json(folder / SEAL_FILE, files)
@@ -216,21 +243,21 @@ def check_checkpoint(folder: Path) -> None:
         found = path.stat().st_size if path.exists() else 0
         if found != size:
             raise UserError(
-                f"{path} is truncated: {found} bytes of {size}; delete {folder} to continue from the checkpoint before"
+                f"{path} is truncated: {found} bytes of {size}; delete {folder} to resume from the checkpoint before"
             )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end, None if it has none.
+    """The newest complete checkpoint of a run, None if it has none.
 
     Raises:
-        UserError: if that checkpoint has been damaged since.
+        UserError: if that checkpoint is damaged.
     """
     for checkpoint in _checkpoints(folder):
         if (checkpoint / SEAL_FILE).exists():
             check_checkpoint(checkpoint)
             return checkpoint
-        logger.warning("%s was not written to its end: passed over", checkpoint)
+        logger.warning("%s is incomplete: skipped", checkpoint)
     return None
 
 

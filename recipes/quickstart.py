@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pard_train.config import ExportConfig, TrainConfig
+from pard_train.config import Config, ExportConfig
 from pard_train.errors import ThresholdError
 from pard_train.program import hydra_program
 from pard_train.validation import validate_measurement, validate_prepare, validate_regenerate, validate_train
@@ -23,7 +23,7 @@ from pard_train.validation import validate_measurement, validate_prepare, valida
 DECIDES_ANSWERS = ("temperature", "top_p", "max_new_tokens", "dtype")  # of config.regenerate, beside the targets
 
 
-def validate(config: TrainConfig) -> None:
+def validate(config: Config) -> None:
     """Check every section that the steps read."""
     validate_train(config)
     validate_prepare(config.prepare)
@@ -31,7 +31,7 @@ def validate(config: TrainConfig) -> None:
     validate_measurement("evaluate.", config.evaluate)
 
 
-def run(config: TrainConfig) -> None:
+def run(config: Config) -> None:
     """Run the steps in order."""
     from pard_train.data.prompts import PROMPTS_FOLDER, prepare
     from pard_train.evaluation.evaluate import evaluate, read_document

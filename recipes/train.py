@@ -7,12 +7,12 @@ deepspeed --no_local_rank --num_gpus 8 recipes/train.py experiment=qwen2.5-0.5b 
 
 from __future__ import annotations
 
-from pard_train.config import TrainConfig
+from pard_train.config import Config
 from pard_train.program import hydra_program
 from pard_train.validation import validate_train
 
 
-def run(config: TrainConfig) -> None:
+def run(config: Config) -> None:
     """Train, and say what to do next."""
     from pard_train.device import this_process
     from pard_train.evaluation.monitor import build_monitor

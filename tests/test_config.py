@@ -14,7 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from pard_train.config import DataConfig, ModelConfig, TrainConfig
+from pard_train.config import Config, DataConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.program import CONFIG_DIR, SCHEMAS, register_schemas
 from pard_train.validation import (
@@ -86,7 +86,7 @@ def resolved(config: DictConfig, value: Any) -> Any:
 @pytest.mark.parametrize("primary", PRIMARIES)
 def test_every_primary_file_composes_validates_and_is_of_its_type(primary: str) -> None:
     config = OmegaConf.to_object(composed(primary, **NEEDED[primary]))
-    assert type(config) is SCHEMAS.get(primary, TrainConfig)
+    assert type(config) is SCHEMAS.get(primary, Config)
     if primary != "data":
         VALIDATORS[primary](config)
 
@@ -103,7 +103,7 @@ def test_every_option_of_every_group_survives_composition(
     for key, value in values.items():
         assert OmegaConf.select(config, key) == resolved(config, value), key
     typed = OmegaConf.to_object(config)
-    assert type(typed) is TrainConfig
+    assert type(typed) is Config
     monkeypatch.setenv("RANK", "0")  # as torchrun would, which DeepSpeed needs
     validate_train(typed)
 
@@ -190,7 +190,7 @@ def test_a_mistake_in_settings_costs_one_line_and_no_import_of_torch(
 
 def test_deepspeeds_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    config = TrainConfig(ModelConfig("m"), data=DataConfig("d"), output_dir="o", deepspeed={"fp16": {"enabled": True}})
+    config = Config(ModelConfig("m"), data=DataConfig("d"), output_dir="o", deepspeed={"fp16": {"enabled": True}})
     with pytest.raises(UserError, match=r"deepspeed\.fp16\.enabled=true .* trainer\.precision=bf16"):
         validate_train(config)
 

@@ -39,7 +39,7 @@ def settings_of(base: Path, chats: Path, output_dir: Path) -> list[str]:
         "data.slot_budget=768",
         f"trainer.max_steps={STEPS}",
         "trainer.learning_rate=1e-3",
-        "trainer.precision=fp32",
+        "trainer.bf16=false",
         "trainer.logging_steps=1",
         "trainer.save_steps=2",
         "trainer.dataloader_num_workers=0",

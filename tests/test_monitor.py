@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pard_train.acceptance.counting import pool, walk
 from pard_train.acceptance.replay import replay
-from pard_train.config import MonitorConfig, TrainConfig
+from pard_train.config import Config, MonitorConfig
 from pard_train.errors import UserError
 from pard_train.evaluation.monitor import AcceptanceMonitor, BestDraft, Measurement, build_monitor, copy_model
 from pard_train.generation.decoding import Drafter
@@ -56,7 +56,7 @@ def config(
     questions: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> TrainConfig:
+) -> Config:
     """Six steps with a measurement every second one, on two targets and two benchmarks."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     plain = experiment(base_folder, chats_file, tmp_path / "run", max_steps=6, learning_rate=3e-3, num_train_epochs=4)
@@ -69,7 +69,7 @@ def config(
     return replace(plain, evaluate=evaluate, monitor=monitor)
 
 
-def measurements(config: TrainConfig) -> list[dict[str, Any]]:
+def measurements(config: Config) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that are measurements."""
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "eval/tau/mean" in row]
@@ -81,7 +81,7 @@ def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if not name.startswith(clocks)} for row in rows]
 
 
-def test_the_figures_are_those_of_an_evaluation_of_the_same_draft(config: TrainConfig) -> None:
+def test_the_figures_are_those_of_an_evaluation_of_the_same_draft(config: Config) -> None:
     (monitor,) = build_monitor(config)
     draft = train(config, [monitor])
     rows = measurements(config)
@@ -100,7 +100,7 @@ def test_the_figures_are_those_of_an_evaluation_of_the_same_draft(config: TrainC
     assert set(monitor.names) == {"base/easy", "base/hard", "other/easy", "other/hard"}
 
 
-def test_training_with_a_monitor_is_training_without_one_bit_for_bit(config: TrainConfig, tmp_path: Path) -> None:
+def test_training_with_a_monitor_is_training_without_one_bit_for_bit(config: Config, tmp_path: Path) -> None:
     plain = replace(config, monitor=MonitorConfig(), output_dir=str(tmp_path / "plain"))
     assert build_monitor(plain) == []
     for each in (plain, config):
@@ -112,7 +112,7 @@ def test_training_with_a_monitor_is_training_without_one_bit_for_bit(config: Tra
         assert torch.equal(value, expected[name]), name
 
 
-def test_targets_write_once_for_all_runs(config: TrainConfig, tmp_path: Path) -> None:
+def test_targets_write_once_for_all_runs(config: Config, tmp_path: Path) -> None:
     build_monitor(config)
     texts = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.jsonl")}
     assert len(texts) == 4
@@ -120,7 +120,7 @@ def test_targets_write_once_for_all_runs(config: TrainConfig, tmp_path: Path) ->
     assert texts == {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.jsonl")}
 
 
-def test_the_best_draft_is_kept_with_its_figures(config: TrainConfig) -> None:
+def test_the_best_draft_is_kept_with_its_figures(config: Config) -> None:
     draft = train(config, build_monitor(config))
     rows = [row for row in measurements(config) if row["step"] > 0]
     best = json.loads((draft.parent / "best" / "best.json").read_text())
@@ -195,7 +195,7 @@ def test_a_run_that_is_continued_goes_on_with_the_best_it_had(tmp_path: Path) ->
         BestDraft(tmp_path, "mean", ["a/x", "b/x"], "fewer texts").open(is_first=True)
 
 
-def test_a_resumed_run_measures_and_keeps_what_an_uninterrupted_one_does(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_resumed_run_measures_and_keeps_what_an_uninterrupted_one_does(config: Config, tmp_path: Path) -> None:
     whole = replace(config, trainer=replace(config.trainer, save_steps=3))
     train(whole, build_monitor(whole))
     cut = replace(whole, output_dir=str(tmp_path / "cut"))
@@ -210,7 +210,7 @@ def test_a_resumed_run_measures_and_keeps_what_an_uninterrupted_one_does(config:
 
 
 def test_what_cannot_be_measured_is_refused_before_a_target_writes(
-    config: TrainConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    config: Config, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     other = tmp_path / "stranger"
     build_model("qwen2", seed=1).save_pretrained(other)
@@ -243,14 +243,14 @@ def test_a_copy_has_every_weight_and_its_own_attention(family: str, tied: bool) 
         assert copy_model(model, torch.bfloat16, torch.device("cpu"))(ids).logits.dtype == torch.bfloat16
 
 
-def run_on_two(config: TrainConfig, output_dir: Path, deepspeed: str) -> list[dict[str, Any]]:
+def run_on_two(config: Config, output_dir: Path, deepspeed: str) -> list[dict[str, Any]]:
     """recipes/train.py on two processes; its measurements."""
     settings = [
         f"model.path={config.model.path}",
         f"data.source={config.data.source}",
         f"data.cache_dir={config.data.cache_dir}",
         *("draft.num_draft_tokens=4", "data.max_length=256", "data.slot_budget=768"),
-        *("trainer.max_steps=4", "trainer.learning_rate=3e-3", "trainer.precision=fp32", "trainer.logging_steps=1"),
+        *("trainer.max_steps=4", "trainer.learning_rate=3e-3", "trainer.bf16=false", "trainer.logging_steps=1"),
         *("trainer.save_steps=0", "trainer.dataloader_num_workers=0", "trainer.num_train_epochs=4"),
         *("monitor.every_steps=2", "monitor.max_prompts=4", "monitor.max_new_tokens=20"),
         f"evaluate.targets=[{','.join(config.evaluate.targets)}]",
@@ -273,7 +273,7 @@ def run_on_two(config: TrainConfig, output_dir: Path, deepspeed: str) -> list[di
 
 
 @pytest.mark.parametrize("deepspeed", ["none", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_two_processes_measure_what_one_does(config: TrainConfig, tmp_path: Path, deepspeed: str) -> None:
+def test_two_processes_measure_what_one_does(config: Config, tmp_path: Path, deepspeed: str) -> None:
     """At step 0 both have the same weights; later they agree with an evaluation of the draft that they kept."""
     alone = replace(config, trainer=replace(config.trainer, max_steps=1))
     (monitor,) = build_monitor(alone)

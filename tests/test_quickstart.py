@@ -11,13 +11,13 @@ import pytest
 from tiny import build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.config import EvaluateConfig, PrepareConfig, RegenerateConfig, SourceConfig, TrainConfig
+from pard_train.config import Config, EvaluateConfig, PrepareConfig, RegenerateConfig, SourceConfig
 from pard_train.errors import ThresholdError, UserError
 from recipes.quickstart import run, validate
 
 
 @pytest.fixture(scope="module")
-def job(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+def job(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A finished job whose target has more vocabulary rows than the draft."""
     root = tmp_path_factory.mktemp("job")
     target, chats = root / "target", root / "chats.jsonl"
@@ -43,7 +43,7 @@ def job(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory:
     return config
 
 
-def test_other_settings_are_refused_and_never_shown_as_the_new_result(job: TrainConfig) -> None:
+def test_other_settings_are_refused_and_never_shown_as_the_new_result(job: Config) -> None:
     root = Path(job.output_dir)
     with pytest.raises(UserError, match=r"trainer.learning_rate: 0.001 -> 0.002"):
         run(replace(job, trainer=replace(job.trainer, learning_rate=2e-3)))
@@ -57,13 +57,13 @@ def test_other_settings_are_refused_and_never_shown_as_the_new_result(job: Train
     run(job)
 
 
-def test_the_export_is_padded_for_the_targets_and_named_as_the_documents_name_it(job: TrainConfig) -> None:
+def test_the_export_is_padded_for_the_targets_and_named_as_the_documents_name_it(job: Config) -> None:
     folder = Path(job.output_dir) / "export"
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 352  # the draft's own are 320
     assert f"vllm serve {job.regenerate.targets[0]} " in (folder / "README.md").read_text()
 
 
-def test_settings_of_the_evaluation_are_checked_before_anything_starts(job: TrainConfig) -> None:
+def test_settings_of_the_evaluation_are_checked_before_anything_starts(job: Config) -> None:
     validate(job)
     for wrong, reason in {"live_methods": ["medusa"], "live_rounds": 0, "fail_below": {"all": 0.5}}.items():
         with pytest.raises(UserError, match=f"evaluate.{wrong}"):
@@ -71,7 +71,7 @@ def test_settings_of_the_evaluation_are_checked_before_anything_starts(job: Trai
 
 
 def test_a_threshold_missed_by_the_trained_draft_and_a_part_that_failed_end_the_job_as_they_end_an_evaluation(
-    job: TrainConfig, tmp_path: Path
+    job: Config, tmp_path: Path
 ) -> None:
     with pytest.raises(ThresholdError) as missed:
         run(replace(job, evaluate=replace(job.evaluate, fail_below={"all": 5.0})))

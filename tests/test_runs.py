@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pard_train.config import DataConfig, ModelConfig, TrainConfig
+from pard_train.config import Config, DataConfig, ModelConfig, decisive
 from pard_train.errors import UserError
 from pard_train.runs import (
     SEAL_FILE,
@@ -31,17 +31,12 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
 
 
 def settings_of(folder: Path, **changes: Any) -> dict[str, Any]:
-    """The resolved configuration of a run; names of changes may be dotted."""
-    tree = dataclasses.asdict(
-        TrainConfig(model=ModelConfig(path="base"), data=DataConfig(source="a.jsonl"), output_dir=str(folder))
-    )
+    """The settings of a run that decide its result; names of changes may be dotted."""
+    config = Config(model=ModelConfig(path="base"), data=DataConfig(source="a.jsonl"), output_dir=str(folder))
     for name, value in changes.items():
         *groups, key = name.split(".")
-        node = tree
-        for group in groups:
-            node = node[group]
-        node[key] = value
-    return tree
+        setattr(reduce(getattr, groups, config), key, value)
+    return decisive(config)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,7 +61,7 @@ def test_a_new_or_empty_folder_is_claimed_with_settings_and_provenance(tmp_path:
     if exists:
         folder.mkdir(parents=True)
     open_run(folder, settings_of(folder), resume=False)
-    assert json.loads((folder / "config.json").read_text()) == settings_of(folder)
+    assert json.loads((folder / "config.json").read_text()) == {"settings_version": 2, **settings_of(folder)}
     record = json.loads((folder / "run.json").read_text())
     assert record["versions"]["torch"]
     assert record["versions"]["pard_train"]
@@ -92,7 +87,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(tmp_path: Path)
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_with_files_that_are_not_ours_is_refused_and_left_as_it_was(tmp_path: Path, resume: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=f"output_dir={tmp_path} is not empty and holds no run of ours"):
+    with pytest.raises(UserError, match=f"output_dir={tmp_path} is not empty and holds no run"):
         open_run(tmp_path, settings_of(tmp_path), resume=resume)
     assert contents(tmp_path) == {"thesis.tex": b"years of work"}
 
@@ -127,10 +122,16 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, name: str, val
 def test_settings_that_decide_no_result_may_change_and_the_first_ones_stay_on_record(tmp_path: Path) -> None:
     open_run(tmp_path, settings_of(tmp_path), resume=False)
     before = contents(tmp_path)["config.json"]
-    free = {"resume": True, "logger.report_to": "wandb", "evaluate.max_prompts": 3, "regenerate.batch_size": 2}
+    free = {"resume": True, "logger.report_to": "wandb", "evaluate.max_prompts": 3, "inference.batch_size": 2}
     free |= {"trainer.logging_steps": 1, "trainer.save_steps": 7}
     open_run(tmp_path, settings_of(tmp_path, **free), resume=True)
     assert contents(tmp_path)["config.json"] == before
+
+
+def test_a_run_of_version_0_1_is_refused_in_one_line(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model": {"path": "base"}, "regenerate": {}, "seed": 42})
+    with pytest.raises(UserError, match=f"output_dir={tmp_path}.*another version.*choose another output_dir"):
+        check_run(tmp_path, settings_of(tmp_path), resume=True)
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way_not_even_of_one_with_its_id(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_what_a_killed_process_left_is_in_nobodys_way_not_even_of_one_with_its_i
     assert (tmp_path / "data" / "rows").read_text() == "all"
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_json_is_written_atomically(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": "é"})
     with pytest.raises(TypeError):
@@ -178,7 +179,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
     whole = build_checkpoint(tmp_path, 10)
     unfinished = build_checkpoint(tmp_path, 20, is_sealed=False)
     assert newest_checkpoint(tmp_path) == whole
-    assert f"{unfinished} was not written to its end" in caplog.text
+    assert f"{unfinished} is incomplete" in caplog.text
     assert unfinished.exists()
     (whole / SEAL_FILE).unlink()
     assert newest_checkpoint(tmp_path) is None

@@ -17,7 +17,7 @@ from tiny import NUM_ROWS, VOCABULARY, build_model
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from data_scripts.score import score as score_program
-from pard_train.config import DataConfig, ModelConfig, ScoreConfig, TrainConfig
+from pard_train.config import Config, DataConfig, ModelConfig, ScoreConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.encoding import encode_corpus
 from pard_train.data.scores import Scores, write_scores
@@ -148,7 +148,7 @@ def test_two_processes_share_the_work_and_the_manifest_says_what_a_token_costs(
 def test_processes_on_several_nodes_are_refused(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainConfig(model=ModelConfig(path=str(base_folder)), output_dir=str(tmp_path))
+    config = Config(model=ModelConfig(path=str(base_folder)), output_dir=str(tmp_path))
     monkeypatch.setitem(this_process().__dict__, "num_processes", 16)  # accelerate's, shared by all who ask
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(UserError, match=r"score\.py runs on one node"):
@@ -158,7 +158,7 @@ def test_processes_on_several_nodes_are_refused(
 def test_a_target_spread_over_devices_scores_as_on_one(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     write_tokens(base_folder, chats_file, tmp_path)
     scoring = ScoreConfig(top_k=TOP_K, dtype="float32", device_map="auto")
-    config = TrainConfig(model=ModelConfig(path=str(base_folder)), score=scoring, output_dir=str(tmp_path))
+    config = Config(model=ModelConfig(path=str(base_folder)), score=scoring, output_dir=str(tmp_path))
     store = TokenStore.open(tmp_path / "tokens")
     scores = Scores.open(score_program(config), store, top_k=TOP_K)
     target = load_causal_lm(str(base_folder), dtype=torch.float32).eval()
@@ -169,7 +169,7 @@ def test_a_target_spread_over_devices_is_refused_in_several_processes(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scoring = ScoreConfig(device_map="auto")
-    config = TrainConfig(model=ModelConfig(path=str(base_folder)), score=scoring, output_dir=str(tmp_path))
+    config = Config(model=ModelConfig(path=str(base_folder)), score=scoring, output_dir=str(tmp_path))
     monkeypatch.setitem(this_process().__dict__, "num_processes", 8)
     with pytest.raises(UserError, match=r"score\.device_map=auto spreads .* but 8 were started: call score\.py"):
         score_program(config)
@@ -178,7 +178,7 @@ def test_a_target_spread_over_devices_is_refused_in_several_processes(
 def test_tokens_of_another_model_are_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     write_tokens(base_folder, chats_file, tmp_path)
     other = write_stranger("qwen2", base_folder, tmp_path / "other")
-    config = TrainConfig(model=ModelConfig(path=str(other)), output_dir=str(tmp_path))
+    config = Config(model=ModelConfig(path=str(other)), output_dir=str(tmp_path))
     with pytest.raises(
         UserError, match=f"encoded with the tokenizer of {base_folder}, which is not that of model.path"
     ):
@@ -186,7 +186,7 @@ def test_tokens_of_another_model_are_refused(base_folder: Path, chats_file: Path
 
 
 def test_a_revision_of_the_draft_that_its_target_would_not_have_is_refused(base_folder: Path, tmp_path: Path) -> None:
-    config = TrainConfig(model=ModelConfig(path=str(base_folder), revision="v2"), output_dir=str(tmp_path))
+    config = Config(model=ModelConfig(path=str(base_folder), revision="v2"), output_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"model\.revision=v2 is that of the draft model"):
         score_program(config)
 
@@ -196,7 +196,7 @@ def test_a_target_of_another_family_is_refused(base_folder: Path, chats_file: Pa
     other = write_stranger("llama", base_folder, tmp_path / "other")
     model, scoring = ModelConfig(path=str(base_folder)), ScoreConfig(target=str(other))
     with pytest.raises(UserError, match="have different tokenizers: 1 entries differ, the first is '<other>'"):
-        score_program(TrainConfig(model=model, score=scoring, output_dir=str(tmp_path)))
+        score_program(Config(model=model, score=scoring, output_dir=str(tmp_path)))
 
 
 def test_a_target_that_scales_its_logits_is_scored_by_the_scaled_ones(store: TokenStore, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_more_top_tokens_than_the_tokenizer_has_are_refused(
     write_tokens(base_folder, chats_file, tmp_path)
     model, scoring = ModelConfig(path=str(base_folder)), ScoreConfig(top_k=VOCABULARY + 1)
     with pytest.raises(UserError, match=f"score.top_k={VOCABULARY + 1}: the tokenizer has {VOCABULARY} tokens"):
-        score_program(TrainConfig(model=model, score=scoring, output_dir=str(tmp_path)))
+        score_program(Config(model=model, score=scoring, output_dir=str(tmp_path)))
 
 
 def test_scores_in_another_process_are_the_same_files(store: TokenStore, tmp_path: Path) -> None:

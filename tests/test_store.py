@@ -20,7 +20,7 @@ from tiny import CHATML, build_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from data_scripts.encode import run as encode_program
-from pard_train.config import DataConfig, DraftConfig, ModelConfig, TrainConfig
+from pard_train.config import Config, DataConfig, DraftConfig, ModelConfig
 from pard_train.data.chat import ChatEncoder, Document
 from pard_train.data.encoding import encode_corpus
 from pard_train.data.store import TokenStore, new_array, open_store
@@ -254,7 +254,7 @@ def test_the_command_lets_the_same_tokens_stand_and_refuses_to_replace_others(
     base_folder: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = DataConfig(source=str(chats_file), num_workers=1)
-    config = TrainConfig(model=ModelConfig(path=str(base_folder)), data=data, output_dir=str(tmp_path))
+    config = Config(model=ModelConfig(path=str(base_folder)), data=data, output_dir=str(tmp_path))
     encode_program(config)
     made = capsys.readouterr().out
     assert "40 rows -> 40 documents" in made

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from data_scripts.score import score as score_program
-from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig, ScoreConfig, TrainConfig
+from pard_train.config import Config, DataConfig, DraftConfig, ObjectiveConfig, ScoreConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.encoding import encode_corpus
 from pard_train.data.packing import Member, PackedDataset, PardCollator
@@ -61,7 +61,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, chats_fi
 
 def with_teacher(
     base: Path, scored: Path, output_dir: Path, objective: ObjectiveConfig = KD, **trainer: object
-) -> TrainConfig:
+) -> Config:
     """An experiment on the tokens that were scored."""
     config = experiment(base, scored.parents[1], output_dir, **trainer)
     data = replace(config.data, scores=None if objective == ObjectiveConfig() else str(scored))
@@ -218,7 +218,7 @@ def test_two_commands_score_and_distil(
     last_line = output.splitlines()[-1]
     assert last_line.startswith("train with data.source=")
     given = last_line.removeprefix("train with ").split()
-    small = ["data.slot_budget=2048", "trainer.max_steps=2", "trainer.precision=fp32", "trainer.logging_steps=1"]
+    small = ["data.slot_budget=2048", "trainer.max_steps=2", "trainer.bf16=false", "trainer.logging_steps=1"]
     run_dir = tmp_path / "run"
     output = run_program(
         "recipes/train.py", *common, *given, *small, "objective=kd", "trainer.save_steps=0", f"output_dir={run_dir}"

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pard_train.config import LoggerConfig, TrainConfig
+from pard_train.config import Config, LoggerConfig
 from pard_train.core.attention import attention_inputs
 from pard_train.core.objectives import PackLoss
 from pard_train.data.chat import ChatEncoder
@@ -42,7 +42,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def log_lines(config: TrainConfig) -> list[dict[str, float]]:
+def log_lines(config: Config) -> list[dict[str, float]]:
     """metrics.jsonl of a run, without the summary line at its end."""
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "loss" in row]
@@ -315,7 +315,7 @@ def test_a_start_that_fails_on_bad_data_leaves_the_output_folder_free(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def checkpoints(config: TrainConfig) -> list[str]:
+def checkpoints(config: Config) -> list[str]:
     return sorted(path.name for path in Path(config.output_dir).glob("checkpoint-*"))
 
 

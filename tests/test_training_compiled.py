@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from pard_train.config import DraftConfig, ObjectiveConfig, TrainConfig
+from pard_train.config import Config, DraftConfig, ObjectiveConfig
 from pard_train.core import slot_head
 from pard_train.core.attention import IMPLEMENTATIONS, attention_inputs
 from pard_train.data.chat import ChatEncoder
@@ -34,7 +34,7 @@ def _nothing_compiled_yet() -> None:
     torch.compiler.reset()
 
 
-def log_lines(config: TrainConfig) -> list[dict[str, float]]:
+def log_lines(config: Config) -> list[dict[str, float]]:
     """metrics.jsonl of a run, without the summary line at its end."""
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "loss" in row]
@@ -57,7 +57,7 @@ def test_a_compiled_model_is_compiled_once_and_trains_as_ever(
 ) -> None:
     """Packs differ in documents, chains and supervised slots. None of it is compiled for."""
     plain = experiment(base_folder, chats_file, tmp_path / "plain", max_steps=NUM_STEPS)
-    compiled = replace(plain, trainer=replace(plain.trainer, compile=True), output_dir=str(tmp_path / "compiled"))
+    compiled = replace(plain, trainer=replace(plain.trainer, torch_compile=True), output_dir=str(tmp_path / "compiled"))
     expected = load_file(train(plain) / "model.safetensors")
     if is_head_compiled:
         monkeypatch.setattr(slot_head, "EAGER_DEVICES", ())
@@ -79,7 +79,7 @@ def test_a_compiled_model_is_compiled_once_and_trains_as_ever(
 
 
 def test_a_compiled_run_resumes_to_the_same_weights(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
-    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=4, save_steps=2, compile=True)
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=4, save_steps=2, torch_compile=True)
     whole = load_file(train(config) / "model.safetensors")
     (tmp_path / "run" / "draft").rename(tmp_path / "whole")
     (tmp_path / "run" / "checkpoint-4" / "files.json").unlink()  # as if it had been interrupted there
@@ -90,7 +90,7 @@ def test_a_compiled_run_resumes_to_the_same_weights(base_folder: Path, chats_fil
 def test_compiling_again_after_the_first_window_is_said_once(
     base_folder: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=NUM_STEPS, compile=True)
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=NUM_STEPS, torch_compile=True)
     train(config, callbacks=[AfterStep(step, torch.compiler.reset) for step in (3, 4)])
     counts = [row["throughput/compilations"] for row in log_lines(config)]
     assert [count > 0 for count in counts[2:5]] == [False, True, True]
@@ -139,7 +139,7 @@ def test_nothing_is_compiled_on_an_accelerator_after_the_first_steps(
 def test_an_optimizer_is_taken_by_its_name_and_an_unknown_one_refused(
     base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
-    config = experiment(base_folder, chats_file, tmp_path / "run", optimizer="adamw_fussed")
+    config = experiment(base_folder, chats_file, tmp_path / "run", optim="adamw_fussed")
     with pytest.raises(UserError, match=r"trainer\.optimizer=adamw_fussed: allowed are adamw_torch, adamw_torch_fused"):
         train(config)
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pard_train.config import DataConfig, DraftConfig, ModelConfig, TrainConfig, TrainerConfig
+from pard_train.config import Config, DataConfig, DraftConfig, ModelConfig, TrainerConfig
 from pard_train.model import inspect_base, write_initial_draft
 
 NUM_ROWS = 320  # of the embedding; the tokenizer uses 300, so ids 300..319 are spare
@@ -98,18 +98,18 @@ def free_port(ports: Iterable[int] = (0,)) -> int:
     raise OSError("none of the ports is free")
 
 
-def experiment(base: Path, chats: Path, output_dir: Path, **trainer: Any) -> TrainConfig:
+def experiment(base: Path, chats: Path, output_dir: Path, **trainer: Any) -> Config:
     """A training experiment of a few steps in float32; keyword arguments are settings of the trainer."""
     settings: dict[str, Any] = {
         "learning_rate": 1e-3,
         "num_train_epochs": 1,
         "gradient_accumulation_steps": 1,
-        "precision": "fp32",
+        "bf16": False,
         "logging_steps": 1,
         "save_steps": 0,
         "dataloader_num_workers": 0,
     }
-    return TrainConfig(
+    return Config(
         model=ModelConfig(path=str(base)),
         draft=DraftConfig(num_draft_tokens=4),
         data=DataConfig(

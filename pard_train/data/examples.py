@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pard_train.config import DataConfig, TrainConfig
+from pard_train.config import Config, DataConfig
 from pard_train.data.chat import ChatEncoder, Document
 from pard_train.data.encoding import source_of
 from pard_train.data.inspection import (
@@ -56,7 +56,7 @@ def _read_rows(data: DataConfig) -> Iterator[tuple[Row | None, str]]:
         yield row, origin
 
 
-def show(document: Document, config: TrainConfig, base: Base, encoder: ChatEncoder, console: Console) -> None:
+def show(document: Document, config: Config, base: Base, encoder: ChatEncoder, console: Console) -> None:
     """Print the text and the slots of a document, and draw who sees whom where its first answer begins."""
     key = DrawKey(config.seed, 0, config.show.row)
     lay_out = partial(

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from pard_train.acceptance.counting import walk
 from pard_train.acceptance.replay import replay_all
-from pard_train.config import MonitorConfig, TrainConfig
+from pard_train.config import Config, MonitorConfig
 from pard_train.downloads import cache_folder, local_model
 from pard_train.errors import UserError
 from pard_train.evaluation.evaluate import load_benchmarks, load_target
@@ -40,7 +40,7 @@ BEST_FOLDER = "best"  # the best draft so far, with BEST_FILE in it
 BEST_FILE = "best.json"
 
 
-def build_monitor(config: TrainConfig) -> list[TrainerCallback]:
+def build_monitor(config: Config) -> list[TrainerCallback]:
     """The callback that measures acceptance, or nothing where monitor.every_steps is 0.
 
     Has the targets write what the cache lacks; of several processes the first does and the others wait for it.

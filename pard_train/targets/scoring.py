@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.config import ModelConfig, ScoreConfig, TrainConfig
+from pard_train.config import Config, ModelConfig, ScoreConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.encoding import encoder_identity
 from pard_train.data.scores import Scores, write_scores
@@ -21,7 +21,7 @@ from pard_train.runs import MANIFEST_FILE, fingerprint, provenance, write_json
 from pard_train.targets.compatibility import check_revision_unused
 
 
-def score(config: TrainConfig) -> Path:
+def score(config: Config) -> Path:
     """Score a store with a target.
 
     Returns:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from pard_train.config import TrainConfig
+from pard_train.config import Config
 from pard_train.device import default_device
 from pard_train.errors import UserError
 from pard_train.training.trackers import configure_tracker
@@ -21,15 +21,15 @@ NOT_EXTRA = {  # fields of TrainingArguments that would change nothing, or break
     "save_only_model": "would keep a run from being resumed as it was",
     "ignore_data_skip": "would keep a run from being resumed as it was",
     "resume_from_checkpoint": "is resume=true here",
-    "fp16": "rounds small gradients of the head to nothing: take trainer.precision=bf16",
+    "fp16": "rounds small gradients of the head to nothing: take trainer.bf16=true",
 }
 
 
-def training_settings(config: TrainConfig) -> dict[str, Any]:
+def training_settings(config: Config) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments for an experiment.
 
     Raises:
-        UserError: if trainer.optimizer is unknown, or trainer.extra has a field that TrainingArguments lacks, that is
+        UserError: if trainer.optim is unknown, or trainer.extra has a field that TrainingArguments lacks, that is
             set elsewhere, or that would do harm.
     """
     settings = config.trainer
@@ -46,9 +46,9 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
         "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "bf16": settings.precision == "bf16",
-        "optim": settings.optimizer,
-        "torch_compile": settings.compile,
+        "bf16": settings.bf16,
+        "optim": settings.optim,
+        "torch_compile": settings.torch_compile,
         "logging_steps": settings.logging_steps,
         "logging_first_step": True,
         "save_strategy": "steps" if settings.save_steps else "no",
@@ -63,8 +63,8 @@ def training_settings(config: TrainConfig) -> dict[str, Any]:
         "deepspeed": config.deepspeed or None,
     }
     optimizers = [name.value for name in OptimizerNames]
-    if settings.optimizer not in optimizers:
-        raise UserError(f"trainer.optimizer={settings.optimizer}: allowed are {', '.join(optimizers)}")
+    if settings.optim not in optimizers:
+        raise UserError(f"trainer.optim={settings.optim}: allowed are {', '.join(optimizers)}")
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     if settings.gradient_checkpointing:  # transformers 5.23 renamed it
         ours["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True

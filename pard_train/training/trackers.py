@@ -11,14 +11,14 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pard_train.config import LoggerConfig, TrainConfig
+from pard_train.config import Config, LoggerConfig
 from pard_train.reports.records import Record, at_largest_k, distinct, flatten, label_of, measured
 from pard_train.runs import new_file
 
 METRICS_FILE = "metrics.jsonl"
 
 
-def configure_tracker(config: TrainConfig) -> list[str]:
+def configure_tracker(config: Config) -> list[str]:
     """Prepare the chosen tracker and return what TrainingArguments.report_to wants.
 
     Weights & Biases reads its key from the environment or `wandb login`; no secret passes through here.
@@ -39,7 +39,7 @@ def configure_tracker(config: TrainConfig) -> list[str]:
 class ConfigToWandb(TrainerCallback):
     """Adds the resolved settings of the experiment to the run on the W&B dashboard."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: Config):
         self.config = config
 
     def on_train_begin(

@@ -16,7 +16,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from pard_train.config import ObjectiveConfig, TrainConfig
+from pard_train.config import Config, ObjectiveConfig
 from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.core.objectives import DepthStatistics, PackLoss
 from pard_train.data.chat import ChatEncoder
@@ -54,7 +54,7 @@ TEACHER_FILE = "teacher.json"  # manifest of the target's scores that the object
 TOKENS_FILE = "tokens.json"  # manifest of the tokens
 
 
-def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Train a draft model: the whole of `recipes/train.py`.
 
     Args:
@@ -98,7 +98,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> Pat
     return trainer.write_draft(output_dir / DRAFT_FOLDER)
 
 
-def check_output(config: TrainConfig) -> None:
+def check_output(config: Config) -> None:
     """Check that the run may write to its output folder. Raises UserError if another run stands there."""
     if _is_first():
         check_run(Path(config.output_dir), _identity(config), resume=config.resume)
@@ -126,12 +126,12 @@ def _is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _identity(config: TrainConfig) -> dict[str, Any]:
+def _identity(config: Config) -> dict[str, Any]:
     """What a run is made with. The number of processes decides what a step is made of, so a resumed run has as many."""
     return dataclasses.asdict(config) | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
 
 
-def teacher_of(config: TrainConfig, store: TokenStore) -> Scores | None:
+def teacher_of(config: Config, store: TokenStore) -> Scores | None:
     """The target's scores that the objective needs, None if it needs none.
 
     Raises:
@@ -153,7 +153,7 @@ def teacher_of(config: TrainConfig, store: TokenStore) -> Scores | None:
 
 
 def build_trainer(
-    config: TrainConfig, arguments: TrainingArguments, store: TokenStore, scores: Scores | None = None
+    config: Config, arguments: TrainingArguments, store: TokenStore, scores: Scores | None = None
 ) -> PardTrainer:
     """Load the untrained draft model of the output folder and pack its data.
 

@@ -1,0 +1,89 @@
+"""Every setting, once: typed dataclasses with comments and ranges, which Hydra fills and the library reads.
+
+Rules between settings are in `validation.py`. Nothing here imports torch, so a wrong setting fails within a second.
+In the order of imports: setting, training, programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pard_train.config.programs import (
+    CompareConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    InferenceConfig,
+    PrepareConfig,
+    RegenerateConfig,
+    ScoreConfig,
+    ShowConfig,
+    VerifyConfig,
+)
+from pard_train.config.setting import MISSING, check_ranges, decisive, section, setting
+from pard_train.config.training import (
+    DataConfig,
+    DraftConfig,
+    LoggerConfig,
+    ModelConfig,
+    MonitorConfig,
+    ObjectiveConfig,
+    SourceConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "MISSING",
+    "CompareConfig",
+    "Config",
+    "DataConfig",
+    "DraftConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "InferenceConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "ObjectiveConfig",
+    "PrepareConfig",
+    "RegenerateConfig",
+    "ScoreConfig",
+    "ShowConfig",
+    "SourceConfig",
+    "TrainerConfig",
+    "VerifyConfig",
+    "check_ranges",
+    "decisive",
+]
+
+
+@dataclass
+class Config:
+    """One experiment: every program reads its part."""
+
+    model: ModelConfig = section(ModelConfig)
+    draft: DraftConfig = section(DraftConfig)
+    targets: list[str] = setting(
+        [], "Target models that the draft serves: folders, hub names or pypi: names.", free=True
+    )
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    data: DataConfig = section(DataConfig)
+    trainer: TrainerConfig = section(TrainerConfig)
+    deepspeed: dict[str, Any] = setting({}, "DeepSpeed configuration (deepspeed=zero0..zero3); empty: no DeepSpeed.")
+    logger: LoggerConfig = section(LoggerConfig, free=True)
+    monitor: MonitorConfig = section(MonitorConfig, free=True)
+    inference: InferenceConfig = section(InferenceConfig, free=True)
+    prepare: PrepareConfig = section(PrepareConfig, free=True)
+    regenerate: RegenerateConfig = section(RegenerateConfig, free=True)
+    score: ScoreConfig = section(ScoreConfig, free=True)
+    show: ShowConfig = section(ShowConfig, free=True)
+    evaluate: EvaluateConfig = section(EvaluateConfig, free=True)
+    compare: CompareConfig = section(CompareConfig, free=True)
+    export: ExportConfig = section(ExportConfig, free=True)
+    verify: VerifyConfig = section(VerifyConfig, free=True)
+    generate: GenerateConfig = section(GenerateConfig, free=True)
+    output_dir: str = setting(MISSING, "Folder of everything that the program writes.", free=True)
+    seed: int = setting(42, "Seed of data order, COD draws, initialization and sampling.", low=0)
+    resume: bool = setting(False, "Resume the run in output_dir from its newest complete checkpoint.", free=True)
