@@ -40,4 +40,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    hydra_program("data", lambda config: validate_encode(config.data), run)
+    hydra_program("encode", validate_encode, run)

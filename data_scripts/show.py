@@ -19,7 +19,7 @@ from pard_train.data.inspection import check_taught, count_taught, cut, legend, 
 from pard_train.errors import UserError
 from pard_train.model import inspect_base
 from pard_train.program import hydra_program
-from pard_train.validation import validate_draft, validate_encode, validate_show
+from pard_train.validation import validate_show
 
 
 def run(config: Config) -> None:
@@ -39,12 +39,5 @@ def run(config: Config) -> None:
         show(cut(document, data), config, base, encoder, console)
 
 
-def validate(config: Config) -> None:
-    """Check what decides tokens and slots. Raises UserError."""
-    validate_encode(config.data)
-    validate_draft(config.draft)
-    validate_show(config.show)
-
-
 if __name__ == "__main__":
-    hydra_program("data", validate, run)
+    hydra_program("show", validate_show, run)

@@ -1,4 +1,4 @@
-"""The edge between Hydra and the library: typed schemas in, validated dataclasses out, one line for a mistake."""
+"""The edge between Hydra and the library: typed schemas in, validated dataclasses out, one line for an error."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NoReturn
 
 import hydra
@@ -16,57 +18,25 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pard_train.config import (
-    CompareConfig,
-    Config,
-    EvaluateConfig,
-    ExportConfig,
-    GenerateConfig,
-    SourceConfig,
-    VerifyConfig,
-)
+from pard_train.commands import CONFIG_DIR, PROGRAMS
+from pard_train.config import Config, SourceConfig
 from pard_train.errors import ThresholdError, UserError
+from pard_train.overrides import all_settings, check_overrides, explain_type, options, unread, with_section
 
-CONFIG_DIR = Path(__file__).parents[1] / "conf"  # beside recipes/ in a checkout and in site-packages alike
-
-
+PRIMARY = "config"  # conf/config.yaml
 DISK_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
-SCHEMAS = {
-    "train": Config,
-    "evaluate": EvaluateConfig,
-    "compare": CompareConfig,
-    "export": ExportConfig,
-    "verify": VerifyConfig,
-    "generate": GenerateConfig,
-}
+INTERRUPTED = 130  # exit status of Ctrl-C, as shells have it
 
 
-HELP = """${hydra.help.header}
-Settings, each explained in pard_train/config.py; override them as NAME=VALUE:
-
-$CONFIG
-Groups, chosen as GROUP=OPTION:
-
-$APP_CONFIG_GROUPS
-"""
-
-
-def register_schemas(help_text: str) -> None:
-    """Make every dataclass known to Hydra as `schema_NAME`: unknown keys and wrong types become errors.
-
-    Args:
-        help_text: what --help says of the program.
-    """
-    node = {"app_name": "pard_train", "header": help_text, "footer": "", "template": HELP}
-    ConfigStore.instance().store(group="hydra/help", name="program", node=node)
-    for name, schema in SCHEMAS.items():
-        node = OmegaConf.structured(schema)
-        _open_dicts(node)
-        ConfigStore.instance().store(name=f"schema_{name}", node=node)
+def register_schema() -> None:
+    """Make the configuration known to Hydra as `schema`: unknown keys and wrong types become errors."""
+    node = OmegaConf.structured(Config)
+    _open_dicts(node)
+    ConfigStore.instance().store(name="schema", node=node)
 
 
 def _open_dicts(node: DictConfig) -> None:
-    """Let fields that are plain dicts (data.template_kwargs, trainer.extra, deepspeed, drafts) take any key."""
+    """Let fields that are plain dicts (data.template_kwargs, trainer.extra, deepspeed) take any key."""
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig):
@@ -76,74 +46,93 @@ def _open_dicts(node: DictConfig) -> None:
                 _open_dicts(child)
 
 
-def _type_sources(composed: DictConfig) -> None:
-    """Give every data source its schema: OmegaConf lets a command line add only untyped entries to a dict."""
-    sources = composed.prepare.sources if "prepare" in composed else {}
-    for name in sources:
+def to_config(composed: DictConfig) -> Config:
+    """The typed configuration of a composed one.
+
+    Raises:
+        UserError: naming the settings that have no value.
+    """
+    sources = composed.prepare.sources
+    for name in sources:  # OmegaConf lets a command line add only untyped entries to a dict
         sources[name] = OmegaConf.merge(OmegaConf.structured(SourceConfig), sources[name])
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(f"not set: {', '.join(missing)}. Give {missing[0]}=... or choose an experiment=...")
+    return OmegaConf.to_object(composed)
 
 
-def hydra_program(
-    name: str, validate: Callable[[Any], None], run: Callable[[Any], Any], *, shares_work: bool = False
-) -> None:
-    """Compose conf/NAME.yaml with the command line, validate it, and run.
+def hydra_program(name: str, validate: Callable[[Config], None], run: Callable[[Config], Any]) -> None:
+    """Compose conf/config.yaml with the command line, validate it, and run.
 
-    Mistakes in settings or input print one line and exit with status 2, results below their thresholds one line each
-    and exit with status 3; anything else keeps its traceback.
+    Errors in settings or input print one line and exit with status 2, results below their thresholds one line each and
+    exit with status 3, Ctrl-C one line and status 130; anything else keeps its traceback.
 
     Args:
-        name: primary config, which lists its schema first in its defaults.
+        name: of the program in `commands.PROGRAMS`. Its own section's prefix may be left out on the command line.
         validate: raises UserError; imports nothing heavy.
-        run: the recipe's work on the validated dataclass.
-        shares_work: among the processes of a launcher; a program that does not is refused under one, where every
-            process would do all of it and write the same files.
+        run: the recipe's work on the validated configuration.
     """
-    register_schemas(sys.modules[run.__module__].__doc__ or "")
+    _answer_options(name, sys.modules[run.__module__].__doc__ or "")
+    register_schema()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing, and we print one line
 
-    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)
+    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=PRIMARY)
     def program(composed: DictConfig) -> None:
-        try:
-            if not shares_work and (number := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-                raise UserError(
-                    f"WORLD_SIZE={number}, but this program shares no work: run one of it, without a launcher"
-                )
-            _type_sources(composed)
-            missing = sorted(OmegaConf.missing_keys(composed))
-            if missing:
-                raise UserError(f"not set: {', '.join(missing)}. Give {missing[0]}=... or choose an experiment=...")
-            config = OmegaConf.to_object(composed)
-            validate(config)
-            run(config)
-            _leave_process_group()
-        except (UserError, OmegaConfBaseException) as error:
-            _exit_with(error)
-        except ThresholdError as error:
-            for miss in error.misses:
-                print(f"{Path(sys.argv[0]).name}: below threshold: {miss}", file=sys.stderr)
-            sys.exit(3)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            _exit_with(
-                UserError(
-                    f"{error.filename or 'a file'} cannot be written ({DISK_FULL[error.errno]}): make room and run the "
-                    "same command again; what was finished before is kept"
-                )
-            )
+        _run(name, composed, validate, run)
 
+    overrides: list[Any] = []
     try:
+        sys.argv[1:] = with_section(sys.argv[1:], name)
+        is_multirun = bool({"-m", "--multirun"} & set(sys.argv))
+        overrides = check_overrides(list(filter(_is_override, sys.argv[1:])), is_multirun=is_multirun)
+        for line in unread(overrides, name):
+            print(f"{_program_name()}: note: {line} is not read by this program", file=sys.stderr)
         program()
     except (HydraException, OmegaConfBaseException) as error:
-        _exit_with(error)
+        _exit_with(_readable(error, overrides))
+    except UserError as error:
+        _exit_with(str(error))
+
+
+def _is_override(argument: str) -> bool:
+    """Whether a command line argument sets something, unlike Hydra's own options and their values."""
+    return not argument.startswith("-") and "=" in argument
+
+
+def _run(name: str, composed: DictConfig, validate: Callable[[Config], None], run: Callable[[Config], Any]) -> None:
+    number = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        if number > 1 and not PROGRAMS[name].shares_work:
+            raise UserError(f"WORLD_SIZE={number}: this program runs in one process; start it without a launcher")
+        config = to_config(composed)
+        validate(config)
+        run(config)
+        _leave_process_group()
+    except (UserError, OmegaConfBaseException) as error:
+        _exit_with(_readable(error, []))
+    except ThresholdError as error:
+        for miss in error.misses:
+            print(f"{_program_name()}: below threshold: {miss}", file=sys.stderr)
+        sys.exit(3)
+    except KeyboardInterrupt:
+        resume = " with resume=true" if name == "train" else ""
+        print(f"\n{_program_name()}: interrupted; to resume, run the same command{resume}", file=sys.stderr)
+        _leave_process_group()
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        _exit_with(
+            f"{error.filename or 'a file'} cannot be written ({DISK_FULL[error.errno]}): free some space and run the "
+            "same command again; finished parts are kept"
+        )
 
 
 def _leave_process_group() -> None:
-    """Part from the other ranks while Python still runs.
+    """Leave the process group before Python shuts down.
 
-    A thread of Gloo frees the tensor of the last collective a moment after the collective is over, and if the
-    interpreter is shutting down by then, the process aborts ("terminate called without an active exception"). DDP keeps
-    that thread alive, so that it cannot be waited for.
+    A thread of Gloo frees the tensor of the last collective a moment after the collective ends. If the interpreter is
+    shutting down by then, the process aborts ("terminate called without an active exception").
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -151,10 +140,61 @@ def _leave_process_group() -> None:
         time.sleep(0.1)  # the thread needs Python's lock once
 
 
-def _exit_with(error: Exception) -> NoReturn:
-    """Print what is wrong in one line; Hydra keeps the reason in the cause of its error."""
+def _readable(error: Exception, overrides: Sequence[Any]) -> str:
+    """An error in one line. Hydra keeps the reason in the cause of its error."""
+    if isinstance(error, UserError):
+        return str(error).splitlines()[0]
+    if explained := explain_type(overrides, str(error)):
+        return explained
+    key = getattr(error, "full_key", None)
+    parts = [str(e).splitlines()[0].rstrip(".") for e in (error, error.__cause__) if str(e or "")]
+    return ": ".join(([key] if key else []) + parts)
+
+
+def _program_name() -> str:
+    return Path(sys.argv[0]).name
+
+
+def _exit_with(message: str) -> NoReturn:
     _leave_process_group()
-    is_ours = isinstance(error, UserError)
-    parts = [str(e).splitlines()[0].rstrip(".") for e in (error, None if is_ours else error.__cause__) if str(e or "")]
-    print(f"{Path(sys.argv[0]).name}: error: {': '.join(parts)}", file=sys.stderr)
+    print(f"{_program_name()}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --help and --version
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _answer_options(name: str, doc: str) -> None:
+    """Answer --help and --version, and exit."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(name, doc))
+        sys.exit()
+    if "--version" in sys.argv[1:]:
+        packages = ("pard_train", "torch", "transformers", "deepspeed", "hydra-core")
+        print("\n".join(f"{package} {version(package)}" for package in packages))
+        sys.exit()
+
+
+def help_text(name: str, doc: str) -> str:
+    """What --help prints: the program's docstring, its settings with defaults and comments, and its groups."""
+    sections = (*PROGRAMS[name].sections, "output_dir", "seed", "resume")
+    settings = [s for s in all_settings() if s.name.split(".")[0] in sections]
+    lines = [doc.strip(), "", "Settings (NAME=VALUE):" + ("" if name == "train" else f" {name}. may be left out"), ""]
+    for setting in settings:
+        is_section = hasattr(setting.default, "__dataclass_fields__")
+        value = "" if is_section else f"={_shown(setting.default)}"
+        allowed = f" Allowed: {setting.rule.allowed()}." if setting.rule.allowed() else ""
+        comment = fill(setting.rule.comment + allowed, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines += ([""] if is_section else []) + [f"  {setting.name}{value}", comment]
+    groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
+    lines += ["", "Groups (GROUP=OPTION):", ""]
+    return "\n".join(lines + [f"  {group}: {', '.join(options(group))}" for group in groups])
+
+
+def _shown(value: Any) -> str:
+    """A default as the command line writes it."""
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_shown, value))}]"
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, dict) else "{}"

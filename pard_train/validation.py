@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from operator import attrgetter
 
 from pard_train.config import Config, DataConfig, DraftConfig, ObjectiveConfig, PrepareConfig, check_ranges
 from pard_train.errors import UserError
@@ -21,7 +22,7 @@ def validate_train(config: Config) -> None:
     Raises:
         UserError: naming the first setting that is missing, out of range or at odds with another.
     """
-    check_ranges(config)
+    _check_settings(config, "data.source", "model.path", "output_dir")
     _check_draft(config.draft)
     _check_objective(config.objective, config.data)
     _check_data(config.data, config.draft)
@@ -32,32 +33,30 @@ def validate_train(config: Config) -> None:
 
 def validate_prepare(config: Config) -> None:
     """Check sources and rules of the prompts. Raises UserError."""
-    check_ranges(config)
+    _check_settings(config, "output_dir")
     _check_sources(config.prepare)
 
 
 def validate_regenerate(config: Config) -> None:
     """Check who writes the answers, and how. Raises UserError."""
-    check_ranges(config)
+    _check_settings(config, "output_dir")
     _check_targets(config)
 
 
 def validate_encode(config: Config) -> None:
     """Check what decides the tokens. Raises UserError."""
-    check_ranges(config)
-    if not config.data.source:
-        raise UserError("data.source is not set: give the chats, data.source=answers.jsonl")
+    _check_settings(config, "data.source", "model.path", "output_dir")
 
 
 def validate_score(config: Config) -> None:
     """Check the scoring of tokens. Raises UserError."""
-    check_ranges(config)
+    _check_settings(config, "model.path", "output_dir")
     _check_targets(config)
 
 
 def validate_show(config: Config) -> None:
     """Check what is printed. Raises UserError."""
-    validate_encode(config)
+    _check_settings(config, "data.source", "model.path")
     _check_draft(config.draft)
     picture = config.show.picture
     if picture and not picture.endswith((".png", ".svg", ".pdf")):
@@ -66,6 +65,7 @@ def validate_show(config: Config) -> None:
 
 def validate_evaluate(config: Config) -> None:
     """Check an evaluation. Raises UserError."""
+    _check_settings(config, "output_dir")
     validate_measurement(config)
     if bool(config.draft.path) == bool(config.evaluate.drafts):
         raise UserError("give either draft.path=DIR or evaluate.drafts.NAME=DIR (several), not both and not neither")
@@ -91,14 +91,14 @@ def validate_measurement(config: Config) -> None:
 
 def validate_compare(config: Config) -> None:
     """Check a comparison. Raises UserError."""
-    check_ranges(config)
+    _check_settings(config, "output_dir")
     if len(config.compare.results) < 2:
         raise UserError("compare.results needs two or more: results.before=DIR results.after=DIR")
 
 
 def validate_export(config: Config) -> None:
     """Check an export. Raises UserError."""
-    check_ranges(config)
+    _check_settings(config, "output_dir")
     export = config.export
     if not (export.checkpoint or config.draft.path):
         raise UserError("export.checkpoint is not set: give a run, checkpoint or draft folder, export.checkpoint=DIR")
@@ -114,7 +114,7 @@ def validate_export(config: Config) -> None:
 
 def validate_verify(config: Config) -> None:
     """Check a verification. Raises UserError."""
-    check_ranges(config)
+    _check_settings(config, "output_dir")
     _check_pair(config)
     if not config.verify.benchmarks:
         raise UserError("verify.benchmarks is empty: give a list, for example verify.benchmarks=[humaneval]")
@@ -131,6 +131,14 @@ def validate_quickstart(config: Config) -> None:
     validate_train(config)
     validate_prepare(config)
     validate_measurement(config)
+
+
+def _check_settings(config: Config, *needed: str) -> None:
+    """Check that settings have a value, and that all are in their range."""
+    missing = [name for name in needed if not attrgetter(name)(config)]
+    if missing:
+        raise UserError(f"not set: {', '.join(missing)}. Give {missing[0]}=... or choose an experiment=...")
+    check_ranges(config)
 
 
 def _check_targets(config: Config) -> None:
@@ -177,8 +185,6 @@ def _check_objective(objective: ObjectiveConfig, data: DataConfig) -> None:
 
 
 def _check_data(data: DataConfig, draft: DraftConfig) -> None:
-    if not data.source:
-        raise UserError("data.source is not set: give the chats, data.source=answers.jsonl")
     most = max_slots(data.max_length, draft)
     if most > data.slot_budget:
         raise UserError(

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from pard_train.config import CompareConfig
+from pard_train.config import Config
 from pard_train.errors import ThresholdError
 from pard_train.program import hydra_program
 from pard_train.validation import validate_compare
 
 
-def run(config: CompareConfig) -> None:
+def run(config: Config) -> None:
     """Compare, print the table, and check the ratios."""
     from pard_train.reports.comparison import compare, ratios_below, render_comparison
 
@@ -23,10 +23,5 @@ def run(config: CompareConfig) -> None:
         raise ThresholdError(misses)
 
 
-def main() -> None:
-    """Entry point of `pard-compare`."""
-    hydra_program("compare", validate_compare, run)
-
-
 if __name__ == "__main__":
-    main()
+    hydra_program("compare", validate_compare, run)

@@ -1,32 +1,27 @@
 """Write a draft model as the plain Hugging Face folders that serving engines load.
 
-    python recipes/export.py checkpoint=outputs/my-draft/draft output_dir=outputs/my-draft/export \\
+    python recipes/export.py draft.path=outputs/my-draft output_dir=outputs/my-draft/export \\
         targets=[Qwen/Qwen2.5-7B-Instruct,Qwen/Qwen2.5-1.5B-Instruct]
 """
 
 from __future__ import annotations
 
-from pard_train.config import ExportConfig
+from pard_train.config import Config
 from pard_train.program import hydra_program
 from pard_train.validation import validate_export
 
 
-def run(config: ExportConfig) -> None:
-    """Export, say where, and upload if asked to."""
+def run(config: Config) -> None:
+    """Export, print the folders, and upload them if asked to."""
     from pard_train.publishing.export import export, push_to_hub
 
     folders = export(config)
     for folder in folders:
         print(f"exported and reloaded: {folder}")
-    if config.push_to_hub is not None:
-        for address in push_to_hub(folders, config):
+    if config.export.push_to_hub is not None:
+        for address in push_to_hub(folders, config.export):
             print(f"uploaded: {address}")
 
 
-def main() -> None:
-    """Entry point of `pard-export`."""
-    hydra_program("export", validate_export, run)
-
-
 if __name__ == "__main__":
-    main()
+    hydra_program("export", validate_export, run)

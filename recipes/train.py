@@ -7,28 +7,24 @@ deepspeed --no_local_rank --num_gpus 8 recipes/train.py experiment=qwen2.5-0.5b 
 
 from __future__ import annotations
 
+from pard_train.commands import command
 from pard_train.config import Config
 from pard_train.program import hydra_program
 from pard_train.validation import validate_train
 
 
 def run(config: Config) -> None:
-    """Train, and say what to do next."""
+    """Train, and print the next command."""
     from pard_train.device import this_process
     from pard_train.evaluation.monitor import build_monitor
     from pard_train.training.trainer import train
 
     draft = train(config, build_monitor(config))
     if this_process().is_main_process:
-        print(
-            f"draft model: {draft}\nnext: python recipes/export.py checkpoint={draft} output_dir={draft.parent}/export"
-        )
-
-
-def main() -> None:
-    """Entry point of `pard-train`."""
-    hydra_program("train", validate_train, run, shares_work=True)
+        run_folder = draft.parent
+        print(f"draft model: {draft}")
+        print(f"next: {command('export')} draft.path={run_folder} output_dir={run_folder}/export")
 
 
 if __name__ == "__main__":
-    main()
+    hydra_program("train", validate_train, run)

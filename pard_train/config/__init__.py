@@ -21,7 +21,7 @@ from pard_train.config.programs import (
     ShowConfig,
     VerifyConfig,
 )
-from pard_train.config.setting import MISSING, check_ranges, decisive, section, setting
+from pard_train.config.setting import check_ranges, decisive, section, setting
 from pard_train.config.training import (
     DataConfig,
     DraftConfig,
@@ -34,7 +34,6 @@ from pard_train.config.training import (
 )
 
 __all__ = [
-    "MISSING",
     "CompareConfig",
     "Config",
     "DataConfig",
@@ -84,6 +83,6 @@ class Config:
     export: ExportConfig = section(ExportConfig, free=True)
     verify: VerifyConfig = section(VerifyConfig, free=True)
     generate: GenerateConfig = section(GenerateConfig, free=True)
-    output_dir: str = setting(MISSING, "Folder of everything that the program writes.", free=True)
+    output_dir: str = setting("", "Folder of everything that the program writes.", free=True)
     seed: int = setting(42, "Seed of data order, COD draws, initialization and sampling.", low=0)
     resume: bool = setting(False, "Resume the run in output_dir from its newest complete checkpoint.", free=True)

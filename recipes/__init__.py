@@ -1,1 +1,0 @@
-"""Runnable Hydra programs, each a table of contents of what it does."""
