@@ -150,7 +150,8 @@ def unread(overrides: Sequence[Override], program: str) -> list[str]:
     read = {*PROGRAMS[program].sections, "output_dir", "seed", "resume"}
     sections = {setting.name for setting in all_settings() if "." not in setting.name}
     names = [(override.key_or_group.split(".")[0], override) for override in overrides]
-    return [str(override.input_line) for name, override in names if name in sections - read and not options(name)]
+    unread_names = sections - read
+    return [str(o.input_line) for name, o in names if name in unread_names and not options(o.key_or_group)]
 
 
 def explain_type(overrides: Sequence[Override], message: str) -> str | None:
