@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pard_train.commands import CONFIG_DIR, PROGRAMS
+from pard_train.commands import CONFIG_DIR, PROGRAMS, command
 from pard_train.config import Config, SourceConfig
 from pard_train.errors import ThresholdError, UserError
 from pard_train.overrides import all_settings, check_overrides, explain_type, options, unread, with_section
@@ -152,7 +152,8 @@ def _readable(error: Exception, overrides: Sequence[Any]) -> str:
 
 
 def _program_name() -> str:
-    return Path(sys.argv[0]).name
+    """Name of the running program in messages: train.py in a checkout, pard-train where a wheel is installed."""
+    return command(Path(sys.argv[0]).stem).rpartition("/")[2]
 
 
 def _exit_with(message: str) -> NoReturn:

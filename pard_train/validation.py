@@ -9,6 +9,7 @@ import os
 import re
 from operator import attrgetter
 
+from pard_train.commands import command
 from pard_train.config import Config, DataConfig, DraftConfig, ObjectiveConfig, PrepareConfig, check_ranges
 from pard_train.errors import UserError
 from pard_train.layout import max_slots
@@ -180,7 +181,7 @@ def _check_objective(objective: ObjectiveConfig, data: DataConfig) -> None:
         name = next(name for name in ("kd", "lk", "cat") if getattr(objective, name))
         raise UserError(
             f"objective.{name}={getattr(objective, name)} needs data.scores, which is null: make the scores with "
-            f"data_scripts/score.py and give data.scores=FOLDER, or set objective.{name}=0"
+            f"{command('score')} and give data.scores=FOLDER, or set objective.{name}=0"
         )
 
 

@@ -1,9 +1,12 @@
-"""The whole job on tiny models: what stands is shown again only if it is what the settings ask for."""
+"""The quickstart: every step is reused only if it was made from the same things; end to end on the real model."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import Config, EvaluateConfig, PrepareConfig, RegenerateConfig, SourceConfig
 from pard_train.errors import ThresholdError, UserError
-from recipes.quickstart import run, validate
+from pard_train.validation import validate_quickstart
+from recipes.quickstart import run
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,8 @@ def job(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory:
             decontaminate=[],
             num_workers=1,
         ),
-        regenerate=RegenerateConfig(targets=[str(target)], max_new_tokens=16, dtype="float32"),
+        targets=[str(target)],
+        regenerate=RegenerateConfig(max_new_tokens=16, dtype="float32"),
         evaluate=EvaluateConfig(max_prompts=2, max_new_tokens=12, num_draft_tokens=[4]),
     )
     run(config)
@@ -60,14 +67,14 @@ def test_other_settings_are_refused_and_never_shown_as_the_new_result(job: Confi
 def test_the_export_is_padded_for_the_targets_and_named_as_the_documents_name_it(job: Config) -> None:
     folder = Path(job.output_dir) / "export"
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 352  # the draft's own are 320
-    assert f"vllm serve {job.regenerate.targets[0]} " in (folder / "README.md").read_text()
+    assert f"vllm serve {job.targets[0]} " in (folder / "README.md").read_text()
 
 
 def test_settings_of_the_evaluation_are_checked_before_anything_starts(job: Config) -> None:
-    validate(job)
+    validate_quickstart(job)
     for wrong, reason in {"live_methods": ["medusa"], "live_rounds": 0, "fail_below": {"all": 0.5}}.items():
         with pytest.raises(UserError, match=f"evaluate.{wrong}"):
-            validate(replace(job, evaluate=replace(job.evaluate, **{wrong: reason})))
+            validate_quickstart(replace(job, evaluate=replace(job.evaluate, **{wrong: reason})))
 
 
 def test_a_threshold_missed_by_the_trained_draft_and_a_part_that_failed_end_the_job_as_they_end_an_evaluation(
@@ -78,9 +85,51 @@ def test_a_threshold_missed_by_the_trained_draft_and_a_part_that_failed_end_the_
     assert len(missed.value.misses) == 1  # the untrained draft need not reach it
     assert "draft after" in missed.value.misses[0]
     damaged = tmp_path / "damaged"
-    shutil.copytree(job.regenerate.targets[0], damaged)
+    shutil.copytree(job.targets[0], damaged)
     (damaged / "model.safetensors").write_bytes(b"torn")
-    targets = [*job.regenerate.targets, str(damaged)]
+    targets = [*job.targets, str(damaged)]
     with pytest.raises(SystemExit, match="not exported: a part of the evaluation failed"):  # a text is status 1
-        run(replace(job, output_dir=str(tmp_path / "out"), evaluate=replace(job.evaluate, targets=targets)))
+        run(replace(job, output_dir=str(tmp_path / "out"), targets=targets))
     assert not (tmp_path / "out" / "export").exists()
+
+
+def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips_what_is_done(tmp_path: Path) -> None:
+    folder = tmp_path / "quickstart"
+    command = [
+        sys.executable,
+        "recipes/quickstart.py",
+        "experiment=quickstart",
+        f"output_dir={folder}",
+        "prepare.num_rows=6",
+        "evaluate.max_prompts=2",
+        "regenerate.max_new_tokens=24",
+        "trainer.num_train_epochs=2",  # of one pack
+        "evaluate.num_draft_tokens=[1,8]",
+        "evaluate.max_new_tokens=16",
+        "monitor.every_steps=1",
+        "monitor.max_prompts=1",
+        "monitor.max_new_tokens=8",
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def run() -> str:
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return result.stdout
+
+    report = run()
+    assert "tau by number of draft tokens" in report
+    records = json.loads((folder / "evaluation" / "acceptance.json").read_text())["records"]
+    assert {r["benchmark"] for r in records} == {"humaneval", "gsm8k", "mt_bench"}
+    assert all(r["speed"]["num_equal_texts"] == r["num_turns"] for r in records if r["mode"] == "live")
+    k1 = [r for r in records if r["draft"] == "before" and r["num_draft_tokens"] == 1 and r["mode"] == "replay"]
+    assert all(r["histogram"][0] <= 1 for r in k1)  # same weights as the target: its first draft token is always right
+    config = json.loads((folder / "export" / "config.json").read_text())
+    assert config["pard_token"] == 16
+    assert config["vocab_size"] == 49152  # the target's own: no row was appended
+    assert "| humaneval |" in (folder / "export" / "README.md").read_text()  # the card has the figures
+    measured = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in measured if "eval/tau/mean" in row] == [0, 1, 2]
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "train").rglob("*") if path.is_file()}
+    assert "done in" in run()
+    assert stamps == {path: path.stat().st_mtime_ns for path in (folder / "train").rglob("*") if path.is_file()}
