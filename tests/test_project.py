@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -95,6 +96,12 @@ def test_commands_and_files_named_in_the_docs_exist(page: Path) -> None:
     for group, option in re.findall(r"\b(deepspeed|logger|draft|model|objective)=([a-z][\w.-]*)", text):
         is_choice = (ROOT / "conf" / group).is_dir()
         assert not is_choice or (ROOT / "conf" / group / f"{option}.yaml").is_file() or group == "draft", option
+
+
+def test_the_generated_reference_pages_are_current() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "reference" / "generate.py"))["PAGES"]
+    for page, render in pages.items():
+        assert (ROOT / "docs" / "reference" / page).read_text() == render(), "python docs/reference/generate.py"
 
 
 def test_cleaning_up_leaves_what_was_trained() -> None:
