@@ -24,7 +24,7 @@ def configuration() -> str:
         "",
         "One tree of settings serves every program. Override a setting as `NAME=VALUE` on the command line.",
         "In a program named like a section, the section's prefix may be left out.",
-        "The last column marks settings that may change when a run resumes or a result is reused.",
+        "The last column marks settings that may change when a training run resumes, or when a program reuses its result.",
         "",
     ]
     lines += ["## Top level", "", *_table([s for s in settings if "." not in s.name and not is_dataclass(s.default)])]
@@ -52,9 +52,8 @@ def _table(settings: list[Setting]) -> list[str]:
     for setting in settings:
         allowed = setting.rule.allowed().replace("|", "\\|")
         free = "yes" if setting.rule.is_free else ""
-        rows.append(
-            f"| `{setting.name}` | `{_shown(setting.default)}` | {_escaped(setting.rule.comment)} | {allowed} | {free} |"
-        )
+        comment = _escaped(setting.rule.comment)
+        rows.append(f"| `{setting.name}` | `{_shown(setting.default)}` | {comment} | {allowed} | {free} |")
     return rows
 
 
