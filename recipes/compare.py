@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pard_train.config import Config
 from pard_train.errors import ThresholdError
 from pard_train.program import hydra_program
@@ -16,10 +18,10 @@ def run(config: Config) -> None:
     """Compare, print the table, and check the ratios."""
     from pard_train.reports.comparison import compare, ratios_below, render_comparison
 
-    comparison = compare(config)
+    comparison = compare(config.compare, Path(config.output_dir))
     print(render_comparison(comparison))
     print(f"written to {config.output_dir}")
-    if misses := ratios_below(comparison, config.min_ratio):
+    if misses := ratios_below(comparison, config.compare.min_ratio):
         raise ThresholdError(misses)
 
 

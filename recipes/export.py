@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pard_train.config import Config
 from pard_train.program import hydra_program
 from pard_train.validation import validate_export
@@ -19,7 +21,7 @@ def run(config: Config) -> None:
     for folder in folders:
         print(f"exported and reloaded: {folder}")
     if config.export.push_to_hub is not None:
-        for address in push_to_hub(folders, config.export):
+        for address in push_to_hub(folders, Path(config.output_dir), config.export):
             print(f"uploaded: {address}")
 
 

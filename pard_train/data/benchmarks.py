@@ -316,3 +316,16 @@ def _id(row: Row, origin: str) -> str:
     if isinstance(row[name], bool) or not isinstance(row[name], (str, int)):
         raise RowError(origin, f"`{name}` must be a text or a whole number, found {row[name]!r:.80}")
     return str(row[name])
+
+
+def load_benchmarks(sources: Sequence[str], max_prompts: int = 0) -> list[Benchmark]:
+    """Several benchmarks. Raises UserError if one does not exist, before any is read, or if two have one name."""
+    for source in sources:
+        check_benchmark(source)
+    benchmarks = [load_benchmark(source, max_prompts) for source in sources]
+    by_name: dict[str, str] = {}
+    for benchmark, source in zip(benchmarks, sources, strict=True):
+        if other := by_name.get(benchmark.name):
+            raise UserError(f"benchmarks {other} and {source} are both named {benchmark.name}: rename one of the files")
+        by_name[benchmark.name] = source
+    return benchmarks

@@ -1,4 +1,4 @@
-"""vLLM as a whole speculative engine: its own counters of a draft on a case, and its text beside its plain text."""
+"""vLLM with a draft model: its own counters on a case, and its text compared with its plain text."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pard_train.acceptance.counting import Trace
-from pard_train.config import EvaluateConfig
 from pard_train.device import device_name
+from pard_train.downloads import local_model
 from pard_train.engines.vllm_engine import EngineRequest, run
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.measurement import Draft, head, live_turns, measured
 from pard_train.reports.records import Record
-from pard_train.targets.cases import Case, Target
+from pard_train.targets.cases import Case
+from pard_train.targets.target import Target
 
 TIMEOUT = 7200.0  # seconds that one engine may take for its prompts
 
 
-def engine_records(
-    matrix: Matrix, draft: Draft, target: Target, case: Case, config: EvaluateConfig
-) -> Iterator[Record]:
+def engine_records(matrix: Matrix, draft: Draft, target: Target, case: Case) -> Iterator[Record]:
     """One record of mode `engine`: the first `live_prompts` prompts, decoded plainly and with the draft, one by one.
 
     The pass that reads the prompt is a step that accepts nothing. Speeds are of the engine at its most exact (eager,
@@ -29,16 +28,17 @@ def engine_records(
     Raises:
         UserError: if the engine fails; the message names its log.
     """
-    turns, k = live_turns(case, config), config.live_num_draft_tokens
+    config = matrix.settings
+    turns, k = live_turns(case, config.live_prompts), config.live_num_draft_tokens
     request = EngineRequest(
-        target=target.model.path,
-        draft=draft.model.path,
+        target=local_model(target.name),
+        draft=local_model(draft.model.name),
         num_draft_tokens=k,
         prompts=[turn.prompt_ids for turn in turns],
         max_new_tokens=config.max_new_tokens,
         end_ids=sorted(case.limits.end_ids),
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
+        dtype=matrix.dtype,
+        trust_remote_code=matrix.trust_remote_code,
     )
     identity = {**case.identity, "draft_fingerprint": draft.fingerprint, "num_draft_tokens": k, "device": device_name()}
 
@@ -57,7 +57,7 @@ def engine_records(
     rate, ar_rate = num_tokens / _seconds(own), sum(len(a["token_ids"]) for a in plain) / _seconds(plain)
     speedup = rate / ar_rate
     yield {
-        **head(draft.name, draft.fingerprint, case, config),
+        **head(matrix, draft.name, draft.fingerprint, case),
         "mode": "engine",
         "method": "pard",
         "temperature": 0.0,

@@ -1,21 +1,20 @@
 """Evaluation: drafts x targets x benchmarks x K x temperature -> acceptance.json, tables and a page.
 
-Each target writes its greedy text once; replay then gives every draft's exact acceptance for every K from that cache.
-Live runs decode some prompts for real: for speed, for sampling, and as proof that the output is unchanged. The same
-command goes on where it was stopped, and a target that fails leaves the others alone.
+Each target writes its greedy answers once; replay then gives every draft's exact acceptance for every K from them. Live
+runs decode some prompts, for speed and sampling, and check that the output is unchanged. The same command resumes an
+interrupted evaluation. A target that fails does not stop the others.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pard_train.config import EvaluateConfig
-from pard_train.data.benchmarks import Benchmark, benchmark_name, check_benchmark, load_benchmark
-from pard_train.downloads import local_model
+from pard_train.config import Config, EvaluateConfig, decisive
+from pard_train.data.benchmarks import Benchmark, load_benchmarks
+from pard_train.device import dtype_name
 from pard_train.errors import UserError
 from pard_train.evaluation.engine_records import engine_records
 from pard_train.evaluation.matrix import Matrix
@@ -28,68 +27,70 @@ from pard_train.evaluation.measurement import (
     predict_speedup,
     replay_case,
     replay_records,
-    sampling_at,
 )
 from pard_train.evaluation.samples import sample_answers
 from pard_train.evaluation.speed import Latencies
 from pard_train.fingerprints import model_fingerprint
 from pard_train.reports.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document, Record
 from pard_train.reports.report import write_report
-from pard_train.runs import CONFIG_FILE, RUN_FILE, provenance, read_json, write_json
-from pard_train.targets.cases import Case, Target, longest_text, short_name, write_case
+from pard_train.runs import check_run, claim_run, read_json, write_json
+from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
 from pard_train.targets.compatibility import OK, Model, check_engine, check_pair, require
-from pard_train.targets.scored_cases import ScoredCase, write_scored_case
+from pard_train.targets.target import Target, load_targets, short_name
+from pard_train.training.checkpoints import resolve_draft
 
 PREDICTIONS_FILE = "predictions.json"
 SAMPLES_FILE = "samples.json"
 
 
-def evaluate(config: EvaluateConfig) -> Document:
+def evaluate(config: Config) -> Document:
     """Measure every draft on every target and benchmark.
 
     Args:
         config: validated.
 
     Returns:
-        What acceptance.json holds (docs/acceptance.md).
+        Content of acceptance.json (docs/reference/acceptance-json.md).
 
     Raises:
         UserError: for a model, benchmark, pair or threshold that does not fit, before any target writes a token; or if
             nothing could be measured.
     """
-    folder = Path(config.output_dir or "")
-    _check_thresholds(config)
-    benchmarks = load_benchmarks(config)
-    targets = [load_target(name, config) for name in config.targets]
-    drafts = [load_draft(name, path, config) for name, path in _named_drafts(config).items()]
-    for draft in drafts:
-        for target in targets:
-            check_fit(draft.model, target, benchmarks, config)
-    if config.engine_python:
-        require([check_engine(config.engine_python)])
-    _claim_output(folder, config)
+    matrix, settings = Matrix(config), config.evaluate
+    benchmarks = load_benchmarks(settings.benchmarks, settings.max_prompts)
+    _check_thresholds(settings.fail_below, benchmarks)
+    targets = load_targets(config)
+    trust = config.model.trust_remote_code
+    named = named_drafts(config)
+    drafts = [Draft(name, Model.load(path, trust_remote_code=trust), matrix) for name, path in named.items()]
+    for target in targets:
+        check_fit([draft.model for draft in drafts], target, benchmarks, settings)
+    if settings.engine_python:
+        require([check_engine(settings.engine_python)])
+    decides = evaluation_settings(config, named)
+    check_run(matrix.folder, decides, resume=True)
+    claim_run(matrix.folder, decides)
 
-    matrix = Matrix(folder)
-    found = [_visit(matrix, target, drafts, benchmarks, config) for target in targets]
+    found = [_visit(matrix, target, drafts, benchmarks) for target in targets]
     records = [record for visit in found for record in visit.records]
     samples: list[dict[str, Any]] = []
     for draft in drafts:
         for visit in found:
-            _replay_visit(matrix, draft, visit, config, records, samples)
+            _replay_visit(matrix, draft, visit, records, samples)
         draft.unload()
     if not records:
         raise UserError(f"nothing could be measured; the first failure: {matrix.failures[0]['reason']}")
     document = {"schema_version": SCHEMA_VERSION, "records": records, "failures": matrix.failures}
     predictions = [predict_speedup(records, *latency) for visit in found for latency in visit.latencies]
     for name, content in ((ACCEPTANCE_FILE, document), (PREDICTIONS_FILE, predictions), (SAMPLES_FILE, samples)):
-        write_json(folder / name, content)
-    write_report(document, folder, predictions=predictions, samples=samples)
+        write_json(matrix.folder / name, content)
+    write_report(document, matrix.folder, predictions=predictions, samples=samples)
     return document
 
 
 @dataclass
 class Visit:
-    """What was measured while a target was in memory, and its texts."""
+    """What was measured while a target was in memory, and its answers."""
 
     cases: list[Case] = field(default_factory=list)
     scored: list[ScoredCase] = field(default_factory=list)
@@ -97,46 +98,43 @@ class Visit:
     latencies: list[tuple[Draft, Target, Latencies]] = field(default_factory=list)
 
 
-def _visit(
-    matrix: Matrix, target: Target, drafts: Sequence[Draft], benchmarks: Sequence[Benchmark], config: EvaluateConfig
-) -> Visit:
-    """Have a target write its texts and decode live; then it leaves memory, and an engine may have its place."""
-    visit = Visit()
-    warm = [sampling_at(temperature, config) for temperature in config.temperatures if temperature]
+def _visit(matrix: Matrix, target: Target, drafts: Sequence[Draft], benchmarks: Sequence[Benchmark]) -> Visit:
+    """Have a target write its answers and decode live; then unload it, which makes room for an engine."""
+    visit, settings = Visit(), matrix.settings
+    limit, system = settings.max_new_tokens, settings.system_prompt
+    can_score = not target.inference.servers  # scores need the target's weights
     for benchmark in benchmarks:
-        with matrix.surviving(target=target.label, benchmark=benchmark.name):
-            visit.cases.append(write_case(target, benchmark, config, matrix.folder))
-            for sampling in [] if config.servers else warm:  # scores take the target's weights
-                visit.scored.append(write_scored_case(target, benchmark, config, matrix.folder, sampling))
-    if config.live_prompts:
+        with matrix.keep_going(target=target.label, benchmark=benchmark.name):
+            visit.cases.append(write_case(target, benchmark, matrix.folder, max_new_tokens=limit, system_prompt=system))
+            for sampling in [matrix.sampling(t) for t in settings.temperatures if t and can_score]:
+                case = write_case(
+                    target, benchmark, matrix.folder, max_new_tokens=limit, system_prompt=system, sampling=sampling
+                )
+                visit.scored.append(score_case(target, case, sampling, matrix.folder))
+    if settings.live_prompts:
         for case in visit.cases:
-            visit.records += live_records(matrix, drafts, target, case, config)
-        visit.latencies += measure_steps(matrix, drafts, target, visit.cases, config)
+            visit.records += live_records(matrix, drafts, target, case)
+        visit.latencies += measure_steps(matrix, drafts, target, visit.cases)
     target.unload()
-    for draft in drafts if config.engine_python else ():
+    for draft in drafts if settings.engine_python else ():
         for case in visit.cases:
-            with matrix.surviving(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
-                visit.records += engine_records(matrix, draft, target, case, config)
+            with matrix.keep_going(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
+                visit.records += engine_records(matrix, draft, target, case)
     return visit
 
 
 def _replay_visit(
-    matrix: Matrix,
-    draft: Draft,
-    visit: Visit,
-    config: EvaluateConfig,
-    records: list[Record],
-    samples: list[dict[str, Any]],
+    matrix: Matrix, draft: Draft, visit: Visit, records: list[Record], samples: list[dict[str, Any]]
 ) -> None:
-    """Add what one draft does on the texts of one target, which is needed no more."""
+    """Add the acceptance of one draft on the answers of one target."""
     for case in visit.cases:
-        with matrix.surviving(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
-            matches, made_by = replay_case(matrix, draft, case, config)
-            records += replay_records(draft, case, matches, config, made_by)
-            samples += sample_answers(draft, case, matches, config)
+        with matrix.keep_going(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
+            matches, made_by = replay_case(matrix, draft, case)
+            records += replay_records(matrix, draft, case, matches, made_by)
+            samples += sample_answers(draft, case, matches, matrix.settings.num_draft_tokens)
     for scored in visit.scored:
-        with matrix.surviving(draft=draft.name, target=scored.case.target, benchmark=scored.case.benchmark.name):
-            records += estimate_records(matrix, draft, scored, config)
+        with matrix.keep_going(draft=draft.name, target=scored.case.target, benchmark=scored.case.benchmark.name):
+            records += estimate_records(matrix, draft, scored)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,96 +142,78 @@ def _replay_visit(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_thresholds(config: EvaluateConfig) -> None:
-    names = [*map(benchmark_name, config.benchmarks), "all"]
-    for name in config.fail_below:
+def _check_thresholds(fail_below: dict[str, float], benchmarks: Sequence[Benchmark]) -> None:
+    names = [*(benchmark.name for benchmark in benchmarks), "all"]
+    for name in fail_below:
         if name not in names:
-            raise UserError(f"fail_below.{name} is the threshold of no benchmark: allowed are {', '.join(names)}")
+            raise UserError(f"evaluate.fail_below.{name} is not a benchmark: allowed are {', '.join(names)}")
 
 
-def load_benchmarks(config: EvaluateConfig) -> list[Benchmark]:
-    """Every benchmark. Raises UserError if one does not exist, before any is read, or if two have one name."""
-    for source in config.benchmarks:
-        check_benchmark(source)
-    benchmarks = [load_benchmark(source, config.max_prompts) for source in config.benchmarks]
-    by_name: dict[str, str] = {}
-    for benchmark, source in zip(benchmarks, config.benchmarks, strict=True):
-        if other := by_name.get(benchmark.name):
-            raise UserError(
-                f"benchmarks {other} and {source} are both called {benchmark.name}: rename one of the files"
-            )
-        by_name[benchmark.name] = source
-    return benchmarks
-
-
-def load_target(name: str, config: EvaluateConfig) -> Target:
-    """Config and tokenizer of a target. Raises UserError."""
-    return Target(Model.load(name, trust_remote_code=config.trust_remote_code), config)
-
-
-def load_draft(name: str, path: str, config: EvaluateConfig) -> Draft:
-    """Config and tokenizer of a draft. Raises UserError."""
-    return Draft(name, Model.load(path, trust_remote_code=config.trust_remote_code), config)
-
-
-def check_fit(draft: Model, target: Target, benchmarks: Sequence[Benchmark], config: EvaluateConfig) -> None:
-    """Print what an engine or a user may stumble over. Raises UserError where a pair cannot work at all."""
+def check_fit(
+    drafts: Sequence[Model], target: Target, benchmarks: Sequence[Benchmark], settings: EvaluateConfig
+) -> None:
+    """Print what an engine or a user should know about each pair. Raises UserError if a pair cannot work."""
     longest = max(
-        longest_text(b.prompts, target.encoder, config.max_new_tokens, system_prompt=config.system_prompt)
+        longest_text(b.prompts, target.encoder, settings.max_new_tokens, system_prompt=settings.system_prompt)
         for b in benchmarks
     )
-    num_tokens = longest + max(*config.num_draft_tokens, config.live_num_draft_tokens)
-    findings = check_pair(draft, target.model, num_tokens=num_tokens, dtype=config.dtype)
-    require(findings)
-    for finding in findings:
-        if finding.level != OK:
-            print(f"draft {draft.name}, target {target.label}: {finding}")
+    num_tokens = longest + max(*settings.num_draft_tokens, settings.live_num_draft_tokens)
+    model = Model.load(target.name, trust_remote_code=target.trust_remote_code)
+    for draft in drafts:
+        findings = check_pair(draft, model, num_tokens=num_tokens, dtype=target.dtype)
+        require(findings)
+        for finding in findings:
+            if finding.level != OK:
+                print(f"draft {draft.name}, target {target.label}: {finding}")
 
 
-def _named_drafts(config: EvaluateConfig) -> dict[str, str]:
-    return dict(config.drafts) if config.draft is None else {Path(config.draft).name: config.draft}
+def named_drafts(config: Config) -> dict[str, str]:
+    """Path of every draft by its name: evaluate.drafts, or draft.path by the name of its folder."""
+    path = config.draft.path
+    if path is None:
+        return dict(config.evaluate.drafts)
+    return {Path(path).name: resolve_draft(path)}
 
 
-def _claim_output(folder: Path, config: EvaluateConfig) -> None:
-    """Refuse a folder that holds another evaluation; claim it otherwise. The same evaluation may be repeated."""
-    path = folder / CONFIG_FILE
-    if path.exists() and read_json(path) != _settings(config):
-        raise UserError(f"output_dir={folder} holds an evaluation with other settings: choose another output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, _settings(config))
-    write_json(folder / RUN_FILE, provenance())
+def evaluation_settings(config: Config, drafts: dict[str, str]) -> dict[str, Any]:
+    """The settings that decide the result of an evaluation of drafts, path by name."""
+    return {
+        "drafts": drafts,
+        "targets": list(config.targets),
+        "evaluate": {**decisive(config.evaluate), "drafts": None},
+        "dtype": dtype_name(config.inference.dtype),
+        "batch_size": config.inference.batch_size,
+        "template_kwargs": dict(config.data.template_kwargs),
+        "trust_remote_code": config.model.trust_remote_code,
+        "seed": config.seed,
+    }
 
 
-def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    """What decides the result, as JSON."""
-    free = ("logger", "fail_below", "concurrency", "timeout", "max_retries", "servers", "device_map")
-    return {name: value for name, value in json.loads(json.dumps(asdict(config))).items() if name not in free}
-
-
-def read_document(config: EvaluateConfig) -> Document | None:
-    """The result of this very evaluation, of the weights and prompts as they are now; None if there is none.
-
-    A result with failures does not count.
+def read_document(config: Config) -> Document | None:
+    """The result of this evaluation with the present weights and prompts; None if there is none or it has failures.
 
     Raises:
-        UserError: if a benchmark cannot be read.
+        UserError: if the folder holds another evaluation, or a benchmark cannot be read.
     """
-    folder = Path(config.output_dir or "")
-    if not (folder / ACCEPTANCE_FILE).exists() or read_json(folder / CONFIG_FILE) != _settings(config):
+    folder = Path(config.output_dir)
+    if not (folder / ACCEPTANCE_FILE).exists():
         return None
+    drafts = named_drafts(config)
+    check_run(folder, evaluation_settings(config, drafts), resume=True)
     document = read_json(folder / ACCEPTANCE_FILE)
-    return None if document["failures"] or _named_in(document) != _named_now(config) else document
+    return None if document["failures"] or _named_in(document) != _named_now(config, drafts) else document
 
 
 def _named_in(document: Document) -> set[tuple[str, str, str]]:
-    """(kind, name, fingerprint) of everything that a result is about."""
+    """(kind, name, fingerprint) of every draft, target and benchmark of a result."""
     kinds = ("draft", "target", "benchmark")
     named = {(kind, r[kind], r[f"{kind}_fingerprint"]) for r in document["records"] for kind in kinds}
     return named - {("draft", NO_DRAFT, NO_DRAFT)}
 
 
-def _named_now(config: EvaluateConfig) -> set[tuple[str, str, str]]:
-    """The same of what an evaluation would be about."""
-    drafts = {("draft", name, model_fingerprint(local_model(path))) for name, path in _named_drafts(config).items()}
-    targets = {("target", short_name(t, config.targets), model_fingerprint(local_model(t))) for t in config.targets}
-    return drafts | targets | {("benchmark", b.name, b.fingerprint) for b in load_benchmarks(config)}
+def _named_now(config: Config, drafts: dict[str, str]) -> set[tuple[str, str, str]]:
+    """The same of what an evaluation would measure."""
+    named = {("draft", name, model_fingerprint(path)) for name, path in drafts.items()}
+    targets = {("target", short_name(name, config.targets), model_fingerprint(name)) for name in config.targets}
+    benchmarks = load_benchmarks(config.evaluate.benchmarks, config.evaluate.max_prompts)
+    return named | targets | {("benchmark", b.name, b.fingerprint) for b in benchmarks}

@@ -1,4 +1,4 @@
-"""The cells of an evaluation's matrix: each finished one is a file, each failed one a line, and the rest goes on."""
+"""The matrix of one evaluation: its settings, its finished results as files, and its failures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pard_train.device import device_name
+from pard_train.config import Config
+from pard_train.device import device_name, dtype_name
+from pard_train.generation.sampling import GREEDY, Sampling
 from pard_train.runs import fingerprint, provenance, read_json, write_json
 
 CELLS_FOLDER = "cells"
@@ -16,21 +18,33 @@ FAILURES_LOG = "failures.log"  # whole tracebacks; acceptance.json has their las
 
 
 class Matrix:
-    """Results of one output folder.
+    """Settings and results of one output folder.
 
     Attributes:
         folder: of the evaluation.
+        settings: what is measured, and how.
+        dtype: name of the dtype of drafts and targets.
+        seed: of sampling.
+        template_kwargs: arguments of the chat template.
+        trust_remote_code: run code that ships with a model.
         failures: what could not be measured, as in acceptance.json.
         made_by: command, versions and machine of this run.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, config: Config):
+        self.folder, self.settings = Path(config.output_dir), config.evaluate
+        self.dtype, self.seed = dtype_name(config.inference.dtype), config.seed
+        self.template_kwargs = dict(config.data.template_kwargs)
+        self.trust_remote_code = config.model.trust_remote_code
         self.failures: list[dict[str, Any]] = []
         self.made_by = {**provenance(), "device": device_name()}
 
+    def sampling(self, temperature: float) -> Sampling:
+        """How tokens are chosen at a temperature."""
+        return Sampling(temperature, self.settings.top_p, self.seed) if temperature else GREEDY
+
     def cell(self, kind: str, identity: dict[str, Any], compute: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-        """(result, made_by) of one cell: from its file if it was finished before, else computed and kept.
+        """(result, made_by) of one cell: from its file if it is finished, else computed and stored.
 
         Args:
             kind: first part of the file's name.
@@ -45,15 +59,15 @@ class Matrix:
         return kept["result"], kept["made_by"]
 
     def is_finished(self, kind: str, identity: dict[str, Any]) -> bool:
-        """Whether the result of a cell is there, in this run or from one before."""
+        """Whether the result of a cell is stored."""
         return self._path(kind, identity).exists()
 
     def _path(self, kind: str, identity: dict[str, Any]) -> Path:
         return self.folder / CELLS_FOLDER / f"{kind}-{fingerprint([kind, identity])}.json"
 
     @contextmanager
-    def surviving(self, *, target: str, draft: str | None = None, benchmark: str | None = None) -> Iterator[None]:
-        """Note what fails inside, once for each reason, and let the rest of the matrix run."""
+    def keep_going(self, *, target: str, draft: str | None = None, benchmark: str | None = None) -> Iterator[None]:
+        """Record a failure inside, once per reason, and continue with the rest of the matrix."""
         try:
             yield
         except Exception as error:  # out of memory, a server that died, a missing kernel: everything but Ctrl-C
@@ -66,4 +80,4 @@ class Matrix:
             with (self.folder / FAILURES_LOG).open("a") as log:
                 log.write(f"{where}\n{traceback.format_exc()}\n")
             named = ", ".join(f"{kind} {name}" for kind, name in where.items() if name)
-            print(f"FAILED: {named}: {reason} (see {FAILURES_LOG}); the rest goes on", flush=True)
+            print(f"FAILED: {named}: {reason} (see {FAILURES_LOG}); the rest continues", flush=True)

@@ -14,19 +14,18 @@ import numpy as np
 from pard_train.acceptance.counting import Trace, group_traces, length_bucket, pool, walk, walk_as_vllm
 from pard_train.acceptance.estimate import estimate_acceptance
 from pard_train.acceptance.replay import replay_all
-from pard_train.config import EvaluateConfig
 from pard_train.device import default_device, device_name
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.speed import Latencies, measure_latencies, prediction, time_proposers
 from pard_train.fingerprints import model_fingerprint
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
 from pard_train.generation.runner import Runner
-from pard_train.generation.sampling import GREEDY, Sampling
+from pard_train.generation.sampling import Sampling
 from pard_train.model import DTYPES
 from pard_train.reports.records import Record
-from pard_train.targets.cases import Case, Target, Turn
+from pard_train.targets.cases import Case, ScoredCase, Turn
 from pard_train.targets.compatibility import Model
-from pard_train.targets.scored_cases import ScoredCase
+from pard_train.targets.target import Target
 
 NO_DRAFT = "-"  # stands for a draft model where prompt look-up drafts
 
@@ -36,18 +35,18 @@ Matches = list[list[int]]
 class Draft:
     """A draft model whose weights are loaded when something needs them, and only then."""
 
-    def __init__(self, name: str, model: Model, config: EvaluateConfig):
+    def __init__(self, name: str, model: Model, matrix: Matrix):
         self.name, self.model = name, model
-        self.fingerprint = model_fingerprint(model.path)
-        self._config = config
+        self.fingerprint = model_fingerprint(model.name)
+        self._matrix = matrix
         self._drafter: Drafter | None = None
 
     def drafter(self) -> Drafter:
         """The draft model on the device."""
         if self._drafter is None:
-            trust, dtype = self._config.trust_remote_code, DTYPES[self._config.dtype]
-            self._drafter = Drafter.load(self.model.path, dtype=dtype, device=default_device(), trust_remote_code=trust)
-            if self._config.live_compiled:
+            trust, dtype = self._matrix.trust_remote_code, DTYPES[self._matrix.dtype]
+            self._drafter = Drafter.load(self.model.name, dtype=dtype, device=default_device(), trust_remote_code=trust)
+            if self._matrix.settings.live_compiled:
                 self._drafter.runner = Runner(self._drafter.model, is_compiled=True)
         return self._drafter
 
@@ -56,21 +55,14 @@ class Draft:
         self._drafter = None
 
 
-def sampling_at(temperature: float, config: EvaluateConfig) -> Sampling:
-    """How tokens are chosen at one of `config.temperatures`."""
-    return Sampling(temperature, config.top_p, config.seed) if temperature else GREEDY
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Replay
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def replay_case(
-    matrix: Matrix, draft: Draft, case: Case, config: EvaluateConfig
-) -> tuple[list[list[int]], dict[str, Any]]:
-    """For every turn, how many drafts in a row match from each place of the answer; and what this was made by."""
-    max_k = max(config.num_draft_tokens)
+def replay_case(matrix: Matrix, draft: Draft, case: Case) -> tuple[list[list[int]], dict[str, Any]]:
+    """For every turn, the leading matches of the drafts at each place of the answer; and the provenance."""
+    max_k = max(matrix.settings.num_draft_tokens)
     identity = {**case.identity, "draft_fingerprint": draft.fingerprint, "max_draft_tokens": max_k}
 
     def compute() -> list[list[int]]:
@@ -78,17 +70,17 @@ def replay_case(
         description = f"replay {draft.name} on {case.benchmark.name}"
         return [matches.tolist() for matches in replay_all(draft.drafter(), pairs, max_k, description=description)]
 
-    return matrix.cell("replay", identity | {"dtype": config.dtype}, compute)
+    return matrix.cell("replay", identity | {"dtype": matrix.dtype}, compute)
 
 
 def replay_records(
-    draft: Draft, case: Case, matches: list[list[int]], config: EvaluateConfig, made_by: dict[str, Any]
+    matrix: Matrix, draft: Draft, case: Case, matches: list[list[int]], made_by: dict[str, Any]
 ) -> Iterator[Record]:
     """One record per K, all from one replay."""
-    for k in sorted(set(config.num_draft_tokens)):
+    for k in sorted(set(matrix.settings.num_draft_tokens)):
         drafts, accepted = np.sum([walk_as_vllm(m, k) for m in matches], axis=0).tolist()
         yield {
-            **head(draft.name, draft.fingerprint, case, config),
+            **head(matrix, draft.name, draft.fingerprint, case),
             "mode": "replay",
             "method": "pard",
             "temperature": 0.0,
@@ -103,16 +95,16 @@ def replay_records(
         }
 
 
-def head(draft: str, draft_fingerprint: str, case: Case, config: EvaluateConfig) -> Record:
+def head(matrix: Matrix, draft: str, draft_fingerprint: str, case: Case) -> Record:
     """What a record is about."""
     return {
         "draft": draft,
         "target": case.target,
         "benchmark": case.benchmark.name,
-        "max_new_tokens": config.max_new_tokens,
-        "dtype": config.dtype,
-        "system_prompt": config.system_prompt,
-        "template_kwargs": dict(config.template_kwargs),
+        "max_new_tokens": matrix.settings.max_new_tokens,
+        "dtype": matrix.dtype,
+        "system_prompt": matrix.settings.system_prompt,
+        "template_kwargs": matrix.template_kwargs,
         "instruction": case.benchmark.instruction,
         "draft_fingerprint": draft_fingerprint,
         "target_fingerprint": case.identity["target_fingerprint"],
@@ -134,10 +126,10 @@ def measured(traces: Sequence[Trace], turns: Sequence[Turn], num_draft_tokens: i
     }
 
 
-def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase, config: EvaluateConfig) -> Iterator[Record]:
+def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase) -> Iterator[Record]:
     """One record per K: expected acceptance on texts that the target drew at a temperature."""
     sampling, case = scored.sampling, scored.case
-    for k in sorted(set(config.num_draft_tokens)):
+    for k in sorted(set(matrix.settings.num_draft_tokens)):
         identity = {**case.identity, "draft_fingerprint": draft.fingerprint, "num_draft_tokens": k}
 
         def compute(k: int = k) -> Record:
@@ -146,7 +138,7 @@ def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase, config: E
 
         estimated, made_by = matrix.cell("estimate", identity, compute)
         yield {
-            **head(draft.name, draft.fingerprint, case, config),
+            **head(matrix, draft.name, draft.fingerprint, case),
             "method": "pard",
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -164,22 +156,18 @@ def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase, config: E
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def live_turns(case: Case, config: EvaluateConfig) -> list[Turn]:
-    """All turns of the first `live_prompts` prompts."""
+def live_turns(case: Case, num_prompts: int) -> list[Turn]:
+    """All turns of the first prompts of a case."""
     ids = list(dict.fromkeys(turn.prompt_id for turn in case.turns))
-    return [turn for turn in case.turns if turn.prompt_id in ids[: config.live_prompts]]
+    return [turn for turn in case.turns if turn.prompt_id in ids[:num_prompts]]
 
 
-def live_records(
-    matrix: Matrix, drafts: Sequence[Draft], target: Target, case: Case, config: EvaluateConfig
-) -> Iterator[Record]:
+def live_records(matrix: Matrix, drafts: Sequence[Draft], target: Target, case: Case) -> Iterator[Record]:
     """One record per way to draft, temperature and batch size; all ways take turns on the same prompts."""
-    turns = live_turns(case, config)
-    for temperature in config.temperatures:
-        for batch_size in config.live_batch_sizes:
-            with matrix.surviving(target=case.target, benchmark=case.benchmark.name):
-                sampling = sampling_at(temperature, config)
-                yield from _timed_records(matrix, drafts, target, case, turns, config, sampling, batch_size)
+    for temperature in matrix.settings.temperatures:
+        for batch_size in matrix.settings.live_batch_sizes:
+            with matrix.keep_going(target=case.target, benchmark=case.benchmark.name):
+                yield from _timed_records(matrix, drafts, target, case, matrix.sampling(temperature), batch_size)
 
 
 def _timed_records(
@@ -187,12 +175,11 @@ def _timed_records(
     drafts: Sequence[Draft],
     target: Target,
     case: Case,
-    turns: Sequence[Turn],
-    config: EvaluateConfig,
     sampling: Sampling,
     batch_size: int,
 ) -> Iterator[Record]:
-    k = config.live_num_draft_tokens
+    config = matrix.settings
+    turns, k = live_turns(case, config.live_prompts), config.live_num_draft_tokens
     ways = [(method, draft) for method in config.live_methods for draft in (drafts if method != "ngram" else [None])]
     identity = {
         **case.identity,
@@ -207,7 +194,7 @@ def _timed_records(
 
     def compute() -> list[dict[str, Any]]:
         timings = time_proposers(
-            target.runner(),
+            target.runner(is_compiled=config.live_compiled),
             {str(number): _proposer(method, draft) for number, (method, draft) in enumerate(ways)},
             [turn.prompt_ids for turn in turns],
             case.limits,
@@ -224,7 +211,7 @@ def _timed_records(
     timings, made_by = matrix.cell("live", identity | _named(ways), compute) if ways else ([], {})
     for (method, draft), timing in zip(ways, timings, strict=True):
         yield {
-            **head(draft.name if draft else NO_DRAFT, draft.fingerprint if draft else NO_DRAFT, case, config),
+            **head(matrix, draft.name if draft else NO_DRAFT, draft.fingerprint if draft else NO_DRAFT, case),
             "mode": "live",
             "method": method,
             "temperature": sampling.temperature,
@@ -244,7 +231,7 @@ def _loaded(matrix: Matrix, drafts: Sequence[Draft], case: Case) -> list[Draft]:
     """Those that can be loaded. What keeps another from it is noted, and the rest can be timed."""
     loaded = []
     for draft in dict.fromkeys(drafts):
-        with matrix.surviving(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
+        with matrix.keep_going(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
             draft.drafter()
             loaded.append(draft)
     return loaded
@@ -257,26 +244,28 @@ def _proposer(method: str, draft: Draft | None) -> Proposer:
 
 
 def measure_steps(
-    matrix: Matrix, drafts: Sequence[Draft], target: Target, cases: Sequence[Case], config: EvaluateConfig
+    matrix: Matrix, drafts: Sequence[Draft], target: Target, cases: Sequence[Case]
 ) -> Iterator[tuple[Draft, Target, Latencies]]:
     """Single forward passes of every draft and the target, in the middle of a typical answer."""
+    config = matrix.settings
     lengths = [len(turn.prompt_ids) + len(turn.answer.ids) // 2 for case in cases for turn in case.turns]
     if not lengths or 0.0 not in config.temperatures:
         return
     context = int(np.median(lengths))
     for draft in drafts:
         for batch_size in config.live_batch_sizes:
-            with matrix.surviving(draft=draft.name, target=target.label):
+            with matrix.keep_going(draft=draft.name, target=target.label):
                 identity = {
                     "models": [draft.fingerprint, target.fingerprint],
-                    "settings": [config.dtype, sorted(config.num_draft_tokens), batch_size, context],
+                    "settings": [matrix.dtype, sorted(config.num_draft_tokens), batch_size, context],
                     "is_compiled": config.live_compiled,
                     "device": device_name(),
                 }
 
                 def compute(draft: Draft = draft, batch_size: int = batch_size) -> dict[str, Any]:
                     ks = config.num_draft_tokens
-                    return asdict(measure_latencies(target.runner(), draft.drafter(), ks, batch_size, context))
+                    runner = target.runner(is_compiled=config.live_compiled)
+                    return asdict(measure_latencies(runner, draft.drafter(), ks, batch_size, context))
 
                 kept, _ = matrix.cell("latencies", identity, compute)
                 by_k = {

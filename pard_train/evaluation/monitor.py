@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,16 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from pard_train.acceptance.counting import walk
 from pard_train.acceptance.replay import replay_all
 from pard_train.config import Config, MonitorConfig
-from pard_train.downloads import cache_folder, local_model
+from pard_train.data.benchmarks import load_benchmarks
+from pard_train.downloads import cache_folder
 from pard_train.errors import UserError
-from pard_train.evaluation.evaluate import load_benchmarks, load_target
 from pard_train.generation.proposers import Drafter
-from pard_train.model import DTYPES, check_same_tokenizer, load_tokenizer
+from pard_train.model import DTYPES, check_same_tokenizer, load_config, load_tokenizer
 from pard_train.runs import fingerprint, read_json, write_json
 from pard_train.targets.cases import Case, write_case
+from pard_train.targets.target import load_targets
+from pard_train.training.checkpoints import BEST_FILE, BEST_FOLDER
 from pard_train.training.trainer import PardTrainer, UsesTrainer, check_output
-
-BEST_FOLDER = "best"  # the best draft so far, with BEST_FILE in it
-BEST_FILE = "best.json"
 
 
 def build_monitor(config: Config) -> list[TrainerCallback]:
@@ -51,31 +50,30 @@ def build_monitor(config: Config) -> list[TrainerCallback]:
     if not config.monitor.every_steps:
         return []
     check_output(config)
-    settings = replace(
-        config.evaluate, max_prompts=config.monitor.max_prompts, max_new_tokens=config.monitor.max_new_tokens
-    )
-    benchmarks = load_benchmarks(settings)
-    targets = [load_target(name, settings) for name in settings.targets]
-    tokenizer = load_tokenizer(
-        local_model(config.model.path),
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-    )
+    monitor, model = config.monitor, config.model
+    benchmarks = load_benchmarks(config.evaluate.benchmarks, monitor.max_prompts)
+    targets = load_targets(config)
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code, revision=model.revision)
     for target in targets:
-        check_same_tokenizer(tokenizer, target.model.tokenizer, config.model.path, target.model.name)
+        check_same_tokenizer(tokenizer, target.tokenizer, model.path, target.name)
+        load_config(target.name, trust_remote_code=model.trust_remote_code)
     cases = []
     cache_folder().mkdir(parents=True, exist_ok=True)
+    limit, system = monitor.max_new_tokens, config.evaluate.system_prompt
     with FileLock(cache_folder() / "target_text.lock"), _accelerator_of_this_rank():
         for target in targets:
-            cases += [write_case(target, benchmark, settings, cache_folder()) for benchmark in benchmarks]
+            cases += [
+                write_case(target, benchmark, cache_folder(), max_new_tokens=limit, system_prompt=system)
+                for benchmark in benchmarks
+            ]
             target.unload()
     return [
         AcceptanceMonitor(
             cases,
-            config.monitor,
+            monitor,
             Path(config.output_dir),
             num_draft_tokens=config.draft.num_draft_tokens,
-            dtype=DTYPES[settings.dtype],
+            dtype=DTYPES[targets[0].dtype],
         )
     ]
 
@@ -149,7 +147,7 @@ class AcceptanceMonitor(UsesTrainer):
         self.settings, self.num_draft_tokens, self.dtype = settings, num_draft_tokens, dtype
         self.names = [f"{case.target}/{case.benchmark.name}" for case in cases]
         if len(set(self.names)) < len(self.names):
-            raise UserError(f"evaluate.targets and evaluate.benchmarks name something twice: {', '.join(self.names)}")
+            raise UserError(f"targets and evaluate.benchmarks name something twice: {', '.join(self.names)}")
         self.turns = [(number, turn) for number, case in enumerate(cases) for turn in case.turns]
         measured_on = fingerprint([[case.identity for case in cases], str(dtype), num_draft_tokens])
         self.keeper = BestDraft(output_dir, settings.keep_best, self.names, measured_on)
@@ -278,13 +276,13 @@ class BestDraft:
         if (found[0]["chosen_by"], list(found[0]["rows"])) != (self.criterion, self.names):
             raise UserError(
                 f"{self.folder} was chosen by the {found[0]['chosen_by']} of {', '.join(found[0]['rows'])}, now it is "
-                f"the {self.criterion} of {', '.join(self.names)}: go on with the same evaluate.targets, "
+                f"the {self.criterion} of {', '.join(self.names)}: go on with the same targets, "
                 "evaluate.benchmarks and monitor.keep_best, or move the folder away"
             )
         if found[0].get("measured_on", self.measured_on) != self.measured_on:
             raise UserError(
                 f"{self.folder} was measured on other texts of the same targets and benchmarks (a target, a benchmark, "
-                "monitor.max_prompts, monitor.max_new_tokens or evaluate.dtype has changed): go on with the same, or "
+                "monitor.max_prompts, monitor.max_new_tokens or inference.dtype has changed): go on with the same, or "
                 "move the folder away"
             )
         self.best = Measurement(found[0]["step"], found[0]["rows"])

@@ -1,12 +1,11 @@
-"""Some answers of a target as a draft helps to write them, for people to look at."""
+"""Annotated sample outputs for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pard_train.acceptance.counting import walk
-from pard_train.config import EvaluateConfig
 from pard_train.evaluation.measurement import Draft
 from pard_train.targets.cases import Case
 from pard_train.targets.compatibility import Model
@@ -16,10 +15,10 @@ SAMPLE_K = 8  # K of the samples, or the largest one measured
 
 
 def sample_answers(
-    draft: Draft, case: Case, matches: list[list[int]], config: EvaluateConfig
+    draft: Draft, case: Case, matches: list[list[int]], num_draft_tokens: Collection[int]
 ) -> Iterator[dict[str, Any]]:
-    """Some answers, cut into what each step accepted and what the target added."""
-    k = SAMPLE_K if SAMPLE_K in config.num_draft_tokens else max(config.num_draft_tokens)
+    """Some answers, step by step: the accepted draft tokens and the target's own token."""
+    k = SAMPLE_K if SAMPLE_K in num_draft_tokens else max(num_draft_tokens)
     for turn, match in list(zip(case.turns, matches, strict=True))[:NUM_SAMPLES]:
         steps, place, ids = [], 0, turn.answer.ids
         texts = _growing_texts(draft.model, ids)

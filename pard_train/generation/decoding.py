@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pard_train.downloads import local_model
 from pard_train.generation.proposers import Drafter, DraftStream, Proposal, Proposer, Task
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, NO_TOKEN, Dice, Sampling, probabilities, verify
@@ -75,7 +76,7 @@ class Limits:
 def end_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every id that ends a turn of this model: all of its generation config's, and the tokenizer's."""
     try:
-        configured = GenerationConfig.from_pretrained(path).eos_token_id
+        configured = GenerationConfig.from_pretrained(local_model(path)).eos_token_id
     except OSError:  # older folders keep it in config.json
         configured = load_config(path).eos_token_id
     ids = configured if isinstance(configured, list) else [configured]

@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.config import GenerateConfig
+from pard_train.config import Config
 from pard_train.data.chat import ChatEncoder
-from pard_train.device import default_device
-from pard_train.downloads import local_model
+from pard_train.device import default_device, dtype_name
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, Step, decode, end_ids_of
 from pard_train.generation.proposers import Drafter
@@ -30,23 +29,24 @@ class ChatSession:
         UserError: if they do not fit, or the target has layers that live decoding cannot run.
     """
 
-    def __init__(self, config: GenerateConfig, console: Console | None = None):
-        self.config = config
+    def __init__(self, config: Config, console: Console | None = None):
+        self.config = config.generate
         self.console = console or Console(highlight=False, soft_wrap=True)
-        trust, dtype, device = config.trust_remote_code, DTYPES[config.dtype], default_device()
-        target = local_model(config.target)
+        target, draft, device = config.targets[0], config.draft.path or "", default_device()
+        trust, dtype = config.model.trust_remote_code, DTYPES[dtype_name(config.inference.dtype)]
         target_config = load_config(target, trust_remote_code=trust)
         self.tokenizer = load_tokenizer(target, trust_remote_code=trust)
-        self.drafter = Drafter.load(config.draft, dtype=dtype, device=device, trust_remote_code=trust)
-        check_same_tokenizer(self.drafter.tokenizer, self.tokenizer, config.draft, config.target)
-        configs = {config.target: target_config, config.draft: self.drafter.model.config}
+        self.drafter = Drafter.load(draft, dtype=dtype, device=device, trust_remote_code=trust)
+        check_same_tokenizer(self.drafter.tokenizer, self.tokenizer, draft, target)
+        configs = {target: target_config, draft: self.drafter.model.config}
         self.target = Runner(load_causal_lm(target, dtype=dtype, trust_remote_code=trust).to(device))
         self.contexts = {name: getattr(c, "max_position_embeddings", None) for name, c in configs.items()}
-        self.draft = self.drafter.runner  # made ready now, so that the clock of the first answer is for decoding only
-        self.encoder = ChatEncoder(self.tokenizer, config.template_kwargs)
-        self.limits = Limits(config.max_new_tokens, end_ids_of(target, self.tokenizer))
-        self.sampling = Sampling(config.temperature, config.top_p, config.seed)
-        self.messages = [{"role": "system", "content": config.system}] if config.system else []
+        self.draft = self.drafter.runner  # prepared now, so that the first answer's time is decoding alone
+        self.encoder = ChatEncoder(self.tokenizer, config.data.template_kwargs)
+        self.limits = Limits(self.config.max_new_tokens, end_ids_of(target, self.tokenizer))
+        self.sampling = Sampling(self.config.temperature, self.config.top_p, config.seed)
+        system = self.config.system_prompt
+        self.messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, question: str) -> str:
         """Stream the answer to the console, then its tau and speed; the conversation goes on from it.

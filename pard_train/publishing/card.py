@@ -19,18 +19,17 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from transformers import PretrainedConfig
 
 from pard_train import __version__
+from pard_train.commands import command
 from pard_train.errors import UserError
-from pard_train.evaluation.monitor import BEST_FILE
 from pard_train.fingerprints import model_fingerprint
 from pard_train.model import file_of
+from pard_train.reports.records import read_document
 from pard_train.runs import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint
-from pard_train.training.trackers import METRICS_FILE
-from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER
 
 DEFAULT_K = 8  # shown beside the largest K measured; and K of the commands where that of training is unknown
 MEASURED_MODES = ("replay", "live", "engine")  # of acceptance.json, the most exact first; an estimate is no measurement
-UNKNOWN_LICENCE = "Unknown. A draft model is made from its base model, whose licence holds for it."
+UNKNOWN_LICENSE = "Unknown. The license of the base model applies to a draft made from it."
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -61,7 +60,7 @@ class Card:
         dtype: of its weights.
         targets: that it was exported for.
         base: folder or hub name of the model it was made from, None if unknown.
-        licence: keys of the card's head: license, and license_name and license_link where there are any.
+        license: keys of the card's head: license, and license_name and license_link where there are any.
         training: None for a draft from elsewhere.
         records: of acceptance.json, those of this draft.
     """
@@ -71,7 +70,7 @@ class Card:
     dtype: str
     targets: Sequence[str] = ()
     base: str | None = None
-    licence: dict[str, str] = field(default_factory=dict)
+    license: dict[str, str] = field(default_factory=dict)
     training: Training | None = None
     records: Sequence[dict[str, Any]] = ()
 
@@ -92,7 +91,7 @@ def write_card(card: Card, folder: Path) -> None:
         settings=settings,
         settings_json=json.dumps(settings),
         k=k,
-        licence=card.licence.get("license_name") or card.licence.get("license") or UNKNOWN_LICENCE,
+        license=card.license.get("license_name") or card.license.get("license") or UNKNOWN_LICENSE,
     )
     ModelCard(f"---\n{_head(card).to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
@@ -100,23 +99,6 @@ def write_card(card: Card, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def step_of(checkpoint: Checkpoint) -> int | None:
-    """Optimizer step of the weights, None where nobody knows it (an export that lies in its run, say)."""
-    folder = Path(checkpoint.path)
-    if checkpoint.run is None:
-        return None
-    if (folder / BEST_FILE).is_file():
-        return read_json(folder / BEST_FILE)["step"]
-    if folder.name == DRAFT_FOLDER:
-        return _last_step(checkpoint.run)
-    return 0 if folder.name == INITIAL_FOLDER else checkpoint.step
-
-
-def _last_step(run: Path) -> int | None:
-    logged = (run / METRICS_FILE).read_text().splitlines() if (run / METRICS_FILE).is_file() else []
-    return max((row["step"] for row in map(json.loads, logged) if "step" in row), default=None)
 
 
 def read_training(run: Path, step: int | None) -> Training:
@@ -148,18 +130,11 @@ def read_acceptance(path: str, draft: str | None) -> list[dict[str, Any]]:
     Raises:
         UserError: if it is no such file, or does not say which draft is meant.
     """
-    try:
-        content = read_json(Path(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"acceptance={path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("schema_version") != 1:
-        raise UserError(
-            f"acceptance={path} is not an acceptance.json of this version: measure with recipes/evaluate.py"
-        )
+    content = read_document(Path(path))
     records = [r for r in content["records"] if r["mode"] in MEASURED_MODES and r.get("method", "pard") == "pard"]
     names = sorted({record["draft"] for record in records})
     if draft not in names and (draft is not None or len(names) != 1):
-        raise UserError(f"acceptance_draft={draft}: {path} has measured {', '.join(names) or 'nothing'}; name one")
+        raise UserError(f"export.acceptance_draft={draft}: {path} holds {', '.join(names) or 'no draft'}; name one")
     return [record for record in records if record["draft"] in (draft or names)]
 
 
@@ -184,7 +159,7 @@ def check_measured(path: str, records: Sequence[dict[str, Any]], checkpoint: Che
     for record in read_json(Path(path))["records"]:
         if own is not None and record.get("draft_fingerprint") == own:
             raise UserError(
-                f"acceptance_draft={shown}: {path} has the figures of checkpoint={checkpoint.path} as {record['draft']}"
+                f"export.acceptance_draft={shown}: {path} holds the figures of {checkpoint.path} as {record['draft']}"
             )
     settings = Path(path).parent / CONFIG_FILE
     evaluated = read_json(settings) if settings.is_file() else {}
@@ -193,8 +168,8 @@ def check_measured(path: str, records: Sequence[dict[str, Any]], checkpoint: Che
     for folder in [*map(str, siblings), *filter(None, named)]:
         if _fingerprint_of(folder) in fingerprints and _is_another(find_checkpoint(folder), checkpoint):
             raise UserError(
-                f"acceptance={path}: the figures of {shown} are of {folder}, not of checkpoint={checkpoint.path}: "
-                "measure that with recipes/evaluate.py"
+                f"export.acceptance={path}: the figures of {shown} belong to {folder}, not to {checkpoint.path}: "
+                f"measure that with {command('evaluate')}"
             )
 
 
@@ -206,7 +181,7 @@ def _is_another(measured: Checkpoint, exported: Checkpoint) -> bool:
     """Whether two folders are known to hold different drafts."""
     if measured.run is None or exported.run is None:
         return False
-    steps = {step_of(measured), step_of(exported)}
+    steps = {measured.step, exported.step}
     return measured.run.resolve() != exported.run.resolve() or (None not in steps and len(steps) == 2)
 
 
@@ -229,10 +204,10 @@ def _card_of(base: str) -> tuple[Path | None, bool]:
         return None, not isinstance(error.__cause__, RepositoryNotFoundError | HFValidationError)
 
 
-def read_licence(licence: str | None, base: str | None) -> dict[str, str]:
-    """The licence given, else that of the base model's card; empty if neither is known."""
-    if licence is not None:
-        return {"license": licence}
+def read_license(license: str | None, base: str | None) -> dict[str, str]:
+    """The license given, else that of the base model's card; empty if neither is known."""
+    if license is not None:
+        return {"license": license}
     if base is None or not (is_hub_name(base) or Path(base).is_dir()):
         return {}
     card, _ = _card_of(base)
@@ -258,9 +233,9 @@ def _head(card: Card) -> ModelCardData:
         tags=["speculative-decoding", "parallel-draft-model", "pard", "pard_train"],
         model_name=public_name(card.name),
         eval_results=[_eval_result(record) for record in _best(card.records).values()] or None,
-        license=card.licence.get("license"),
-        license_name=card.licence.get("license_name"),
-        license_link=card.licence.get("license_link"),
+        license=card.license.get("license"),
+        license_name=card.license.get("license_name"),
+        license_link=card.license.get("license_link"),
     )
 
 
@@ -314,7 +289,7 @@ def _training(training: Training) -> str:
         ("objective", _objective(config["objective"])),
         ("COD", f"retention ratio {draft['retention_ratio']}, at least {draft['min_retention']}"),
         ("learning rate", f"{settings['learning_rate']}, {settings['lr_scheduler_type']}"),
-        ("precision", settings["precision"]),
+        ("precision", "bf16" if settings["bf16"] else "fp32"),
         ("longest document", f"{config['data']['max_length']} tokens"),
         ("data", public_name(config["data"]["source"])),
         *((f"data: {name}", _manifest(manifest)) for name, manifest in training.manifests.items()),
@@ -338,8 +313,8 @@ def _manifest(manifest: dict[str, Any]) -> str:
     sources = manifest.get("identity", {}).get("config", {}).get("sources", {})
     for name, count in manifest.get("counts", {}).items():
         if isinstance(count, dict):
-            licence = sources.get(name, {}).get("licence")
-            parts.append(f"{name}{f' ({licence})' if licence else ''}: {_counts(count)}")
+            license = sources.get(name, {}).get("license")
+            parts.append(f"{name}{f' ({license})' if license else ''}: {_counts(count)}")
     flat = {name: count for name, count in manifest.get("counts", {}).items() if not isinstance(count, dict)}
     return "; ".join([*parts, *([_counts(flat)] if flat else [])])
 

@@ -1,8 +1,7 @@
 """Export: plain Hugging Face folders that serving engines load with no hand-editing.
 
 Engines want a draft and a target with equally many vocabulary rows, so there is one folder for each number of rows that
-the targets have. Everything that can be wrong is found before any weights are loaded, and the folders come to be whole
-or not at all.
+the targets have. Everything is checked before any weights are loaded, and the folders are written atomically.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pard_train.config import ExportConfig
+from pard_train.config import Config, ExportConfig
 from pard_train.data.chat import ChatEncoder
-from pard_train.downloads import local_model
 from pard_train.engines.candidates import write_custom_generate
 from pard_train.errors import UserError
 from pard_train.model import (
@@ -43,6 +41,7 @@ from pard_train.model import (
     produced_ids,
     required_mask_token_of,
     resize_vocabulary,
+    set_draft_keys,
     vocabulary_tensors,
 )
 from pard_train.publishing.card import (
@@ -51,13 +50,12 @@ from pard_train.publishing.card import (
     find_base,
     public_name,
     read_acceptance,
-    read_licence,
+    read_license,
     read_training,
-    step_of,
     write_card,
 )
 from pard_train.runs import new_folder, read_json, write_json
-from pard_train.training.checkpoints import Checkpoint, find_checkpoint, load_weights
+from pard_train.training.checkpoints import Checkpoint, find_checkpoint
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -83,11 +81,11 @@ class Plan:
         return root if len(self.sizes) == 1 else root / f"vocab-{num_rows}"
 
 
-def export(config: ExportConfig) -> list[Path]:
+def export(config: Config) -> list[Path]:
     """Write the exported folders, load each again, and check that it says what the checkpoint says.
 
     Args:
-        config: validated.
+        config: validated. `export.checkpoint`, or `draft.path`, names a run, a checkpoint or a draft.
 
     Returns:
         The folders, one for each vocabulary size: `output_dir`, or `output_dir/vocab-N` if there are several.
@@ -96,20 +94,24 @@ def export(config: ExportConfig) -> list[Path]:
         UserError: if the checkpoint is no draft model or damaged, a target does not fit, the folder is taken, the disk
             is too full, or nobody is logged in to the hub that is to be pushed to.
     """
-    root = Path(config.output_dir)
+    root, settings = Path(config.output_dir), config.export
     plan = plan_export(config)
-    model = load_weights(plan.checkpoint, DTYPES[config.dtype])
+    model = load_causal_lm(plan.checkpoint.path, dtype=DTYPES[settings.dtype])
     model.config.use_cache = True  # Trainer turns it off
-    set_keys(model.config, plan)
+    training = plan.card.training
+    k_train = training.config["draft"]["num_draft_tokens"] if training else None
+    set_draft_keys(model.config, plan.mask_token_id, k_train)
+    if plan.card.base is not None:
+        model.config.pard_base = public_name(plan.card.base)
     if root.exists():
         root.rmdir()  # empty
     with new_folder(root) as partial:
         for num_rows, targets in plan.sizes.items():
             pad_vocabulary(model, num_rows, plan.mask_token_id)
             folder = plan.folder(partial, num_rows)
-            write_folder(model, plan, folder, max_shard_size=config.max_shard_size)
+            write_folder(model, plan, folder, max_shard_size=settings.max_shard_size)
             check_reload(folder, model, plan)
-            name = public_address(config.push_to_hub, plan.folder(root, num_rows), root)
+            name = public_address(settings.push_to_hub, plan.folder(root, num_rows), root)
             write_custom_generate(folder)
             write_card(replace(plan.card, name=name, config=model.config, targets=targets), folder)
     return [plan.folder(root, num_rows) for num_rows in plan.sizes]
@@ -120,37 +122,39 @@ def export(config: ExportConfig) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def plan_export(config: ExportConfig) -> Plan:
+def plan_export(config: Config) -> Plan:
     """Check everything that can be checked without weights. Raises UserError."""
-    root = Path(config.output_dir)
+    root, settings = Path(config.output_dir), config.export
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"output_dir={root} already exists: choose another one")
-    checkpoint = find_checkpoint(config.checkpoint)
+    checkpoint = find_checkpoint(settings.checkpoint or config.draft.path or "")
+    if checkpoint.choice:
+        print(checkpoint.choice)
     model_config = load_config(checkpoint.home)
     mask_token_id = required_mask_token_of(model_config)
     tokenizer = load_tokenizer(checkpoint.home)
-    sizes = find_sizes(config.targets, config.checkpoint, model_config.vocab_size, tokenizer)
-    _check_disk(root, model_config, sizes, DTYPES[config.dtype].itemsize)
-    card = _card(config, checkpoint, model_config)
+    sizes = find_sizes(config.targets, checkpoint.path, model_config.vocab_size, tokenizer)
+    _check_disk(root, model_config, sizes, DTYPES[settings.dtype].itemsize)
+    card = _card(settings, checkpoint, model_config)
     plan = Plan(checkpoint, model_config, tokenizer, mask_token_id, sizes, card)
-    if config.push_to_hub is not None:
-        check_names(config.push_to_hub, [plan.folder(root, num_rows) for num_rows in sizes], root)
-        check_access(config.push_to_hub)
+    if settings.push_to_hub is not None:
+        check_names(settings.push_to_hub, [plan.folder(root, num_rows) for num_rows in sizes], root)
+        check_access(settings.push_to_hub)
     return plan
 
 
-def _card(config: ExportConfig, checkpoint: Checkpoint, model_config: PretrainedConfig) -> Card:
+def _card(settings: ExportConfig, checkpoint: Checkpoint, model_config: PretrainedConfig) -> Card:
     """What the cards of all sizes have in common."""
-    training = read_training(checkpoint.run, step_of(checkpoint)) if checkpoint.run else None
+    training = read_training(checkpoint.run, checkpoint.step) if checkpoint.run else None
     base = find_base(training.config["model"]["path"] if training else getattr(model_config, "pard_base", None))
-    licence = read_licence(config.licence, base)
-    if not licence:
-        print("licence: unknown; the model card says so (licence=... names it)")
+    license = read_license(settings.license, base)
+    if not license:
+        print("license: unknown; set export.license to name it on the model card")
     records = []
-    if config.acceptance:
-        records = read_acceptance(config.acceptance, config.acceptance_draft)
-        check_measured(config.acceptance, records, checkpoint)
-    return Card("", model_config, config.dtype, base=base, licence=licence, training=training, records=records)
+    if settings.acceptance:
+        records = read_acceptance(settings.acceptance, settings.acceptance_draft)
+        check_measured(settings.acceptance, records, checkpoint)
+    return Card("", model_config, settings.dtype, base=base, license=license, training=training, records=records)
 
 
 def check_targets(base: Base, targets: Sequence[str]) -> None:
@@ -180,9 +184,8 @@ def find_sizes(
     """
     sizes: dict[int, list[str]] = {} if targets else {num_rows: []}
     for name in targets:
-        target = local_model(name)
-        check_same_tokenizer(tokenizer, load_tokenizer(target), draft, name)
-        wanted = num_rows_of(target)
+        check_same_tokenizer(tokenizer, load_tokenizer(name), draft, name)
+        wanted = num_rows_of(name)
         if wanted < num_rows:
             raise UserError(
                 f"targets: {name} has {wanted} vocabulary rows, the draft {num_rows}: engines want equal sizes; train "
@@ -210,16 +213,6 @@ def _check_disk(root: Path, config: PretrainedConfig, sizes: dict[int, list[str]
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def set_keys(config: PretrainedConfig, plan: Plan) -> None:
-    """What engines and readers look for in config.json; see docs/export.md for who reads what."""
-    config.pard_token = config.mask_token_id = plan.mask_token_id
-    config.spd_type = "pard"
-    if plan.card.base is not None:
-        config.pard_base = public_name(plan.card.base)
-    if plan.card.training is not None:
-        config.pard_num_draft_tokens = plan.card.training.config["draft"]["num_draft_tokens"]
 
 
 @torch.no_grad()
@@ -300,7 +293,7 @@ def check_names(repository: str, folders: Sequence[Path], root: Path) -> None:
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise UserError(f"push_to_hub={name}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"export.push_to_hub={name}: {str(error).splitlines()[0]}") from error
 
 
 def check_access(repository: str) -> None:
@@ -314,11 +307,11 @@ def check_access(repository: str) -> None:
     except (OSError, HTTPError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"push_to_hub={repository}: the hub does not know you ({reason}): run `hf auth login`, or set HF_TOKEN"
+            f"export.push_to_hub={repository}: not logged in to the hub ({reason}): run `hf auth login` or set HF_TOKEN"
         ) from error
     allowed = [me["name"], *(organization["name"] for organization in me.get("orgs", []))]
     if repository.split("/")[0] not in allowed:
-        raise UserError(f"push_to_hub={repository}: the namespaces you may write to are {', '.join(allowed)}")
+        raise UserError(f"export.push_to_hub={repository}: the namespaces you may write to are {', '.join(allowed)}")
 
 
 def public_address(repository: str | None, folder: Path, root: Path) -> str:
@@ -328,8 +321,13 @@ def public_address(repository: str | None, folder: Path, root: Path) -> str:
     return repository if folder == root else f"{repository}-{folder.name}"
 
 
-def push_to_hub(folders: Sequence[Path], config: ExportConfig) -> list[str]:
-    """Upload exported folders, each to a repository of its own.
+def push_to_hub(folders: Sequence[Path], root: Path, settings: ExportConfig) -> list[str]:
+    """Upload exported folders, each to its own repository.
+
+    Args:
+        folders: from `export`.
+        root: the output folder.
+        settings: name and visibility of the repositories.
 
     Returns:
         Addresses of the repositories.
@@ -339,9 +337,9 @@ def push_to_hub(folders: Sequence[Path], config: ExportConfig) -> list[str]:
     """
     api, addresses = HfApi(), []
     for folder in folders:
-        name = public_address(config.push_to_hub, folder, Path(config.output_dir))
+        name = public_address(settings.push_to_hub, folder, root)
         try:
-            addresses.append(str(api.create_repo(name, private=config.private, exist_ok=True)))
+            addresses.append(str(api.create_repo(name, private=settings.private, exist_ok=True)))
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export by pard_train")
         except (OSError, HTTPError) as error:
             reason = str(error).splitlines()[0]

@@ -22,17 +22,20 @@ import torch
 
 from pard_train.acceptance.counting import walk
 from pard_train.acceptance.replay import replay_all
-from pard_train.config import EvaluateConfig, VerifyConfig
+from pard_train.config import Config, VerifyConfig, decisive
+from pard_train.data.benchmarks import load_benchmarks
 from pard_train.data.chat import ChatEncoder
 from pard_train.device import default_device
+from pard_train.downloads import local_model
 from pard_train.engines.transformers_engine import run_transformers
 from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
 from pard_train.errors import UserError
-from pard_train.evaluation.evaluate import load_benchmarks
 from pard_train.generation.decoding import Drafter, Limits, end_ids_of
 from pard_train.model import DTYPES
 from pard_train.runs import check_run, claim_run, provenance, write_json
 from pard_train.targets.compatibility import OK, Finding, Model, check_pair, require
+from pard_train.targets.target import first_target
+from pard_train.training.checkpoints import resolve_draft
 
 # Legend: N tokens of an answer, K draft tokens, V vocabulary.
 
@@ -104,46 +107,49 @@ class Difference:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def verify(config: VerifyConfig) -> dict[str, Any]:
+def verify(config: Config) -> dict[str, Any]:
     """Run the engine, replay its text, compare, and write verification.json.
 
     Args:
-        config: validated.
+        config: validated. The first target is used.
 
     Returns:
-        What verification.json holds; `agrees` is the outcome, `difference` where it parts from replay.
+        Content of verification.json; `agrees` is the outcome, `difference` the first difference.
 
     Raises:
         UserError: if draft and target do not fit, two benchmarks have one name, or the engine fails.
     """
-    folder, settings, k = Path(config.output_dir), asdict(config), config.num_draft_tokens
-    benchmarks = load_benchmarks(EvaluateConfig(benchmarks=config.benchmarks, max_prompts=config.max_prompts))
-    check_run(folder, settings, resume=True)
-    draft, target = Model.load(config.draft), Model.load(config.target)
-    limits = Limits(config.max_new_tokens, end_ids_of(target.path, target.tokenizer))
-    encoder = ChatEncoder(target.tokenizer, config.template_kwargs)
+    settings, folder, k = config.verify, Path(config.output_dir), config.verify.num_draft_tokens
+    benchmarks = load_benchmarks(settings.benchmarks, settings.max_prompts)
+    names = {"draft": resolve_draft(config.draft.path or ""), "target": first_target(config)}
+    decides = {**names, **decisive(settings), "template_kwargs": dict(config.data.template_kwargs)}
+    check_run(folder, decides, resume=True)
+    draft, target = (Model.load(name) for name in names.values())
+    limits = Limits(settings.max_new_tokens, end_ids_of(target.name, target.tokenizer))
+    encoder = ChatEncoder(target.tokenizer, config.data.template_kwargs)
     prompts = {
         f"{b.name} {prompt.id}": encoder.encode_prompt(prompt.turns[0]) for b in benchmarks for prompt in b.prompts
     }
     request = EngineRequest(
-        target=target.path,
-        draft=draft.path,
+        target=local_model(target.name),
+        draft=local_model(draft.name),
         num_draft_tokens=k,
         prompts=list(prompts.values()),
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         end_ids=sorted(limits.end_ids),
-        dtype=config.dtype,
+        dtype=settings.dtype,
     )
-    _require_served(check_pair(draft, target, num_tokens=request.num_positions, dtype=config.dtype))
-    claim_run(folder, settings)
-    (folder / VERIFICATION_FILE).unlink(missing_ok=True)  # another engine may have written it
-    texts, result = ask_vllm(request, config) if config.engine == "vllm" else run_transformers(request)
-    drafter = Drafter.load(draft.path, dtype=DTYPES[config.dtype], device=default_device())
-    expectations = expect(drafter, prompts, texts, limits, k, num_prefilled=int(config.engine == "vllm"))
+    _require_served(check_pair(draft, target, num_tokens=request.num_positions, dtype=settings.dtype))
+    claim_run(folder, decides)
+    (folder / VERIFICATION_FILE).unlink(missing_ok=True)  # of another engine, perhaps
+    is_vllm = settings.engine == "vllm"
+    texts, result = ask_vllm(request, settings, folder) if is_vllm else run_transformers(request)
+    drafter = Drafter.load(draft.name, dtype=DTYPES[settings.dtype], device=default_device())
+    expectations = expect(drafter, prompts, texts, limits, k, num_prefilled=int(is_vllm))
     report = {
         "schema_version": SCHEMA_VERSION,
         "engine_version": result.version,
-        **{key: settings[key] for key in ("engine", "draft", "target", "dtype", "num_draft_tokens", "max_new_tokens")},
+        **{key: decides[key] for key in ("engine", "draft", "target", "dtype", "num_draft_tokens", "max_new_tokens")},
         **compare(drafter, expectations, result, k),
         "made_by": provenance(),
     }
@@ -164,14 +170,14 @@ def _require_served(findings: Sequence[Finding]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ask_vllm(request: EngineRequest, config: VerifyConfig) -> tuple[list[list[int]], EngineResult]:
-    """vLLM's answers. The texts go on for K tokens past their end. Raises UserError if it fails."""
-    folder, start = Path(config.output_dir), time.monotonic()
+def ask_vllm(request: EngineRequest, settings: VerifyConfig, folder: Path) -> tuple[list[list[int]], EngineResult]:
+    """vLLM's answers; the plain ones continue for K tokens past their end. Raises UserError if it fails."""
+    start = time.monotonic()
     plain = replace(request, draft=None, max_new_tokens=request.max_new_tokens + request.num_draft_tokens, end_ids=[])
     results = []
     for what, name in ((plain, PLAIN_FOLDER), (request, SPECULATIVE_FOLDER)):
-        left = max(1.0, config.timeout - (time.monotonic() - start))
-        results.append(run(what, python=config.engine_python, folder=folder / name, timeout=left))
+        left = max(1.0, settings.timeout - (time.monotonic() - start))
+        results.append(run(what, python=settings.engine_python, folder=folder / name, timeout=left))
     return [answer.token_ids for answer in results[0].answers], results[1]
 
 

@@ -66,23 +66,23 @@ class Comparison:
     missing: list[str]
 
 
-def compare(config: CompareConfig) -> Comparison:
+def compare(settings: CompareConfig, folder: Path) -> Comparison:
     """Compare results; write compare.md and compare.html.
 
     Args:
-        config: validated.
+        settings: results by name, and the ratio to reach.
+        folder: of the comparison.
 
     Raises:
         UserError: if a result cannot be read, or nothing in them is comparable.
     """
-    comparison = compare_documents({name: read_document(Path(path)) for name, path in config.results.items()})
+    comparison = compare_documents({name: read_document(Path(path)) for name, path in settings.results.items()})
     if not comparison.pairs:
         raise UserError(f"nothing to compare: {'; '.join(comparison.notes)}")
-    folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COMPARISON_FILE).write_text(render_comparison(comparison))
     (folder / COMPARISON_PAGE).write_text(
-        render_comparison_page(comparison, ratios_below(comparison, config.min_ratio))
+        render_comparison_page(comparison, ratios_below(comparison, settings.min_ratio))
     )
     return comparison
 

@@ -1,4 +1,4 @@
-"""Target models that write text: their answers and servers, what draft and target must share, regenerated data, scores.
+"""Target models that write text: conversations, their cached answers, servers, regenerated data, scores.
 
-In the order of imports: answers, servers, compatibility, cases, scored_cases, regeneration, scoring.
+In the order of imports: target, answers, conversation, servers, writing, compatibility, cases, regeneration, scoring.
 """

@@ -1,7 +1,7 @@
-"""A target's own text: a cache that loses nothing to a kill, and generation in this process that fills it.
+"""A target's answers: a cache that survives kills, and generation in this process.
 
-An answer is found by what was asked, not by where it stood: prompts may be added, shuffled or shared out among other
-processes, and every answer that was ever written is used again.
+An answer is found by the ids of its prompt, so prompts may be added, shuffled or shared among processes, and every
+answer is reused.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -21,12 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from pard_train.data.chat import ChatEncoder
-from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Dice, Sampling, draw, probabilities
-
-Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,26 +38,19 @@ class Answer:
     is_cut: bool
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A prompt that a server will not answer, and why."""
-
-    reason: str
-
-
 def prompt_key(prompt: Sequence[int]) -> str:
     """Name of a prompt by its ids: 16 hexadecimal digits."""
     return hashlib.blake2b(np.asarray(prompt, dtype="<i4").tobytes(), digest_size=8).hexdigest()
 
 
 class AnswerCache(Mapping[str, Answer]):
-    """Answers by prompt key, in JSONL files with one answer a line. Memory holds where each stands, not its text.
+    """Answers by prompt key, in JSONL files with one answer per line. Memory holds file offsets, not answers.
 
-    Every process appends to a file of its own and reads those of all. A line that a kill cut short does not count.
+    Every process appends to its own file and reads all files. A truncated last line is ignored.
 
     Args:
         own: file that new answers are appended to; created if it does not exist.
-        others: files that are read only. Where two files hold an answer, the first one's counts.
+        others: files that are read only. If two files hold an answer, the first one's counts.
     """
 
     def __init__(self, own: Path, others: Iterable[Path] = ()):
@@ -77,7 +66,7 @@ class AnswerCache(Mapping[str, Answer]):
                 file.truncate(end)
 
     def _read_places(self, number: int, file: BinaryIO) -> int:
-        """Find every answer of a file; where its last whole line ends."""
+        """Index every answer of a file. Returns where its last complete line ends."""
         offset = file.seek(0)
         for line in file:
             if not line.endswith(b"\n"):
@@ -87,7 +76,7 @@ class AnswerCache(Mapping[str, Answer]):
         return offset
 
     def add(self, answers: Mapping[str, Answer]) -> None:
-        """Append answers in one piece: they are on their way to the disk when this returns."""
+        """Append answers in one write, and flush."""
         lines = {
             k: json.dumps({"key": k, "ids": a.ids, "is_cut": a.is_cut}).encode() + b"\n" for k, a in answers.items()
         }
@@ -121,43 +110,11 @@ class AnswerCache(Mapping[str, Answer]):
             file.close()
 
 
-def cached_answers(
-    load_target: Callable[[], PreTrainedModel],
-    prompts: Sequence[list[int]],
-    *,
-    limits: Limits,
-    batch_size: int,
-    cache: Path,
-    description: str,
-    sampling: Sampling = GREEDY,
-) -> list[Answer]:
-    """The target's answer to every prompt, from the cache or, where it lacks one, from the target.
-
-    Args:
-        load_target: called once, and only if the cache lacks an answer.
-        prompts: rendered prompts as ids.
-        limits: when an answer ends.
-        batch_size: prompts per batch.
-        cache: JSONL file of answers. Its name must tell targets, limits and sampling apart.
-        description: shown beside the progress bar.
-        sampling: how tokens are chosen.
-
-    Returns:
-        Answers in the order of `prompts`.
-    """
-    with AnswerCache(cache) as known:
-        missing = {key: prompt for prompt in prompts if (key := prompt_key(prompt)) not in known}
-        if missing:
-            model, batches = load_target(), split_batches(missing, batch_size)
-            write_batches(model, missing, batches, known, limits=limits, sampling=sampling, description=description)
-        return [known[prompt_key(prompt)] for prompt in prompts]
-
-
 def split_batches(prompts: Mapping[str, list[int]], batch_size: int) -> list[list[str]]:
-    """Keys of prompts in batches of similar length, longest first: what does not fit into memory shows at once.
+    """Keys of prompts in batches of similar length, longest first, so that running out of memory shows at once.
 
-    Batches are written whole, so the prompts that a kill leaves over fall into the very batches they were in before;
-    answers do not depend on how often a job was cut off, nor on the number of processes.
+    Batches are written whole, so after a kill the remaining prompts form the same batches as before. Answers depend
+    neither on kills nor on the number of processes.
     """
     keys = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
     return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
@@ -200,7 +157,7 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    with _nothing_configured(model):
+    with _plain_generation_config(model):
         output = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -215,10 +172,10 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
 
 
 @contextmanager
-def _nothing_configured(model: PreTrainedModel) -> Iterator[None]:
-    """A model without its generation config, whose penalties, beams and stop strings would not be greedy decoding.
+def _plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Replace a model's generation config, whose penalties, beams and stop strings are not greedy decoding.
 
-    `generate` fills up whatever config it is given from the model's own, so that one has to go.
+    `generate` fills any config it is given from the model's own, so the model's own has to go.
     """
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -241,85 +198,3 @@ class DrawnToken(LogitsProcessor):
         rolls = self._dice.roll(self._rows, 1)[:, 0].to(scores.device)
         tokens = draw(probabilities(scores, self._sampling), rolls)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversations
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation as far as it got.
-
-    Attributes:
-        messages: up to the last answer; empty if there is none.
-        is_cut: the last answer hit the length limit.
-        reason: why there is no further answer, if that is not because all is answered.
-    """
-
-    messages: Messages
-    is_cut: bool
-    reason: str
-
-
-def questions(messages: Messages) -> list[Messages]:
-    """What is put to a target before each of its answers: a user's message and those since the answer before.
-
-    Assistant messages are left out. Nothing follows a tool's message: it is the result of a call that is made anew.
-
-    >>> chat = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
-    >>> [[message["content"] for message in question] for question in questions(chat)]
-    [['s', 'u'], ['u']]
-    """
-    turns: list[Messages] = [[]]
-    for message in messages:
-        if message["role"] == "tool":
-            break
-        if message["role"] != "assistant":
-            turns[-1].append(message)
-        if message["role"] == "user":
-            turns.append([])
-    return turns[:-1]
-
-
-def converse(
-    row: Mapping[str, Any], encoder: ChatEncoder, limits: Limits
-) -> Generator[list[int], Answer | Refusal, Conversation]:
-    """One conversation with a target, answered anew turn by turn.
-
-    Args:
-        row: `messages`, and `tools` if there are any.
-        encoder: of the target's tokenizer.
-        limits: when an answer ends.
-
-    Yields:
-        The ids of a prompt, in which the earlier answers are the new ones; its answer must be sent.
-
-    Returns:
-        What became of the conversation.
-    """
-    messages: Messages = []
-    for question in questions(row["messages"]):
-        try:
-            prompt = encoder.encode_prompt([*messages, *question], tools=row.get("tools"))
-        except UserError as error:
-            return Conversation(messages, False, str(error))
-        reply = yield prompt
-        if isinstance(reply, Refusal):
-            return Conversation(messages, False, f"refused by the server: {reply.reason}")
-        text = answer_text(reply, encoder, limits)
-        if not text.strip():
-            return Conversation(messages, False, "the target answers with nothing")
-        messages += [*question, {"role": "assistant", "content": text}]
-        if reply.is_cut:
-            return Conversation(messages, True, "cut by the length limit")
-    return Conversation(messages, False, "no user's message")
-
-
-def answer_text(answer: Answer, encoder: ChatEncoder, limits: Limits) -> str:
-    """An answer as the content of a message: special tokens such as <think> stay, the end of the turn does not."""
-    has_end = bool(answer.ids) and answer.ids[-1] in limits.end_ids
-    ids = answer.ids[:-1] if has_end else answer.ids
-    text = encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text.rstrip("\ufffd") if answer.is_cut else text  # the limit may fall within a character

@@ -1,44 +1,35 @@
-"""Cases: what one target answered to one benchmark, turn by turn, written once and cached.
+"""Cases: what one target answers to one benchmark, turn by turn, written once and cached.
 
-Everything exact that is said about acceptance under greedy decoding follows from these texts (see `replay.py`); no
-target is needed once they are there.
+Greedy acceptance is a function of these answers (see `acceptance/replay.py`), so no target is needed once they exist.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import numpy as np
+import torch
+from tqdm.auto import tqdm
 
-from pard_train.config import EvaluateConfig
+from pard_train.acceptance.estimate import ScoredText
 from pard_train.data.benchmarks import Benchmark, Prompt
-from pard_train.data.chat import ChatEncoder
-from pard_train.data.store import encoder_identity
-from pard_train.device import default_device
-from pard_train.downloads import local_model
-from pard_train.fingerprints import model_fingerprint
-from pard_train.generation.decoding import Limits, end_ids_of
-from pard_train.generation.runner import Runner
+from pard_train.data.chat import ChatEncoder, Document
+from pard_train.data.encoding import encoder_identity
+from pard_train.data.scores import score_documents
+from pard_train.errors import UserError
+from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Sampling
-from pard_train.model import DTYPES, load_causal_lm
-from pard_train.runs import fingerprint
-from pard_train.targets.answers import (
-    Answer,
-    AnswerCache,
-    answer_text,
-    cached_answers,
-    prompt_key,
-)
-from pard_train.targets.compatibility import Model
-from pard_train.targets.servers import ask_all
+from pard_train.runs import fingerprint, new_file
+from pard_train.targets.answers import Answer, AnswerCache
+from pard_train.targets.conversation import Conversation, Conversations, Refusal, ask_in_turn
+from pard_train.targets.target import Target
+from pard_train.targets.writing import write_missing
 
-TARGET_TEXT_FOLDER = "target_text"
-
-Write = Callable[[list[list[int]]], list[Answer]]
+ANSWERS_FOLDER = "target_text"  # the cache of answers
+TOP_K = 64  # most likely tokens kept per position of a scored case; the rest counts as refused
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ class Case:
         benchmark: the prompts.
         turns: every answer, conversation by conversation.
         limits: when an answer ends.
-        identity: everything that decides the text, for records and cached results.
+        identity: everything that decides the answers, for records and cached results.
     """
 
     target: str
@@ -81,155 +72,106 @@ class Case:
     identity: dict[str, Any]
 
 
-class Target:
-    """A target model whose weights are loaded when something needs them, and only then.
-
-    Args:
-        model: its config and tokenizer.
-        config: dtype, device map and chat template arguments.
-
-    Attributes:
-        label: short name for tables and files.
-    """
-
-    def __init__(self, model: Model, config: EvaluateConfig):
-        self.model, self.label = model, short_name(model.name, config.targets)
-        self.encoder = ChatEncoder(model.tokenizer, config.template_kwargs)
-        self.end_ids = end_ids_of(model.path, model.tokenizer)
-        self.fingerprint = model_fingerprint(model.path)
-        self._config = config
-        self._weights: PreTrainedModel | None = None
-        self._runner: Runner | None = None
-
-    def weights(self) -> PreTrainedModel:
-        """The model on its device or devices."""
-        if self._weights is None:
-            config = self._config
-            model = load_causal_lm(
-                self.model.path,
-                dtype=DTYPES[config.dtype],
-                trust_remote_code=config.trust_remote_code,
-                device_map=config.device_map,
-            )
-            self._weights = (model if config.device_map else model.to(default_device())).eval()
-        return self._weights
-
-    def runner(self) -> Runner:
-        """The model made ready for live decoding."""
-        self._runner = self._runner or Runner(self.weights(), is_compiled=self._config.live_compiled)
-        return self._runner
-
-    def unload(self) -> None:
-        """Free its memory."""
-        self._weights = self._runner = None
-        gc.collect()
-
-
-def short_name(path: str, among: Sequence[str]) -> str:
-    """Last part of a model's path, or all of it where another model's ends alike.
-
-    >>> [short_name(path, ["a/x", "b/x", "b/y"]) for path in ("a/x", "b/y")]
-    ['a/x', 'y']
-    """
-    last = Path(path).name.removeprefix("pypi:")
-    return path if sum(Path(other).name.removeprefix("pypi:") == last for other in among) > 1 else last
-
-
 def write_case(
-    target: Target, benchmark: Benchmark, config: EvaluateConfig, folder: Path, sampling: Sampling = GREEDY
+    target: Target,
+    benchmark: Benchmark,
+    folder: Path,
+    *,
+    max_new_tokens: int,
+    system_prompt: str | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Case:
-    """The target's answers to a benchmark, from the cache or, where it lacks them, from the target.
+    """The target's answers to a benchmark, from the cache or, if it lacks some, from the target.
 
     Args:
         target: who answers.
         benchmark: the prompts.
-        config: limits, system prompt, batch size and, for answers of servers, their addresses.
-        folder: where the cache goes. Its files' names hold a fingerprint of everything that decides the text.
+        folder: of the cache; its file names hold a fingerprint of everything that decides the answers.
+        max_new_tokens: of each answer.
+        system_prompt: put before every conversation that has none.
         sampling: how the target chooses its tokens; servers are only asked greedily.
 
     Raises:
-        UserError: if the chat template refuses a prompt, or a server an answer.
+        UserError: if the chat template or a server refuses a prompt.
     """
-    limits = Limits(config.max_new_tokens, target.end_ids)
-    identity = case_identity(target, benchmark, config, sampling)
+    limits = Limits(max_new_tokens, target.end_ids)
+    identity = case_identity(target, benchmark, limits, system_prompt, sampling)
     name = f"{target.label.replace('/', '--')}-{benchmark.name}-{fingerprint(identity)}.jsonl"
-    cache = folder / TARGET_TEXT_FOLDER / name
-    description = f"{target.label} answers {benchmark.name}"
 
-    def write(prompts: list[list[int]]) -> list[Answer]:
-        if config.servers:
-            return _ask_servers(target, prompts, config, limits=limits, cache=cache, description=description)
-        return cached_answers(
-            target.weights,
-            prompts,
-            limits=limits,
-            batch_size=config.batch_size,
-            cache=cache,
-            description=description,
-            sampling=sampling,
-        )
+    def start() -> Iterator[Conversation[list[Turn]]]:
+        """Every prompt's conversation."""
+        return (interview(prompt, target.encoder, limits, system_prompt) for prompt in benchmark.prompts)
 
-    turns = answer_turns(benchmark.prompts, target.encoder, limits, write, system_prompt=config.system_prompt)
-    return Case(target.label, benchmark, turns, limits, identity)
+    answers = Conversations(
+        target=target,
+        start=start,
+        limits=limits,
+        open_cache=lambda rank: AnswerCache(folder / ANSWERS_FOLDER / name),
+        description=f"{target.label} answers {benchmark.name}",
+        sampling=sampling,
+        needs_ids=True,
+    )
+    found = answers.results()
+    if found is None:
+        write_missing([answers])
+        found = answers.results()
+    return Case(target.label, benchmark, [turn for turns in found or [] for turn in turns], limits, identity)
 
 
-def case_identity(target: Target, benchmark: Benchmark, config: EvaluateConfig, sampling: Sampling) -> dict[str, Any]:
-    """Everything that decides a target's text."""
+def case_identity(
+    target: Target, benchmark: Benchmark, limits: Limits, system_prompt: str | None, sampling: Sampling
+) -> dict[str, Any]:
+    """Everything that decides a target's answers."""
     return {
         "target_fingerprint": target.fingerprint,
         "benchmark_fingerprint": benchmark.fingerprint,
-        "system_prompt": config.system_prompt,
+        "system_prompt": system_prompt,
         **encoder_identity(target.encoder),
-        "max_new_tokens": config.max_new_tokens,
+        "max_new_tokens": limits.max_new_tokens,
         "end_ids": sorted(target.end_ids),
-        "dtype": "as served" if config.servers else config.dtype,
+        "dtype": "as served" if target.inference.servers else target.dtype,
         "sampling": None if sampling.is_greedy else asdict(sampling),
     }
 
 
-def answer_turns(
-    prompts: Sequence[Prompt],
-    encoder: ChatEncoder,
-    limits: Limits,
-    write: Write,
-    *,
-    system_prompt: str | None = None,
-) -> list[Turn]:
-    """Have every conversation answered: all first turns together, then all second ones after the answers to the first.
+def interview(
+    prompt: Prompt, encoder: ChatEncoder, limits: Limits, system_prompt: str | None = None
+) -> Conversation[list[Turn]]:
+    """A conversation in which the target answers every turn of a benchmark's prompt.
 
     Args:
-        prompts: of a benchmark.
+        prompt: of a benchmark.
         encoder: of the target's tokenizer.
         limits: when an answer ends.
-        write: the target: prompts as ids to answers, in order.
-        system_prompt: put before every conversation that has none.
+        system_prompt: put before a conversation that has none.
 
-    Returns:
-        Turns, conversation by conversation.
+    Raises:
+        UserError: if the chat template or a server refuses a prompt.
     """
-    histories = [_opening(prompt, system_prompt) for prompt in prompts]
-    turns: list[list[Turn]] = [[] for _ in prompts]
-    for number in range(max(len(prompt.turns) for prompt in prompts)):
-        talking = [index for index, prompt in enumerate(prompts) if number < len(prompt.turns)]
-        for index in talking:
-            histories[index] += prompts[index].turns[number]
-        ids = [encoder.encode_prompt(histories[index]) for index in talking]
-        for index, prompt_ids, answer in zip(talking, ids, write(ids), strict=True):
-            prompt, question = prompts[index], str(histories[index][-1]["content"])
-            turns[index].append(Turn(prompt_ids, answer, prompt.id, prompt.category, number, question))
-            histories[index].append({"role": "assistant", "content": answer_text(answer, encoder, limits)})
-    return [turn for conversation in turns for turn in conversation]
+    turns: list[Turn] = []
+    chat = ask_in_turn(_asked(prompt, system_prompt), encoder, limits)
+    prompt_ids = next(chat)
+    for number, messages in enumerate(prompt.turns):
+        answer = yield prompt_ids
+        if isinstance(answer, Refusal):
+            raise UserError(f"inference.servers: a prompt of {len(prompt_ids)} tokens is refused: {answer.reason}")
+        turns.append(Turn(prompt_ids, answer, prompt.id, prompt.category, number, str(messages[-1]["content"])))
+        if number + 1 < len(prompt.turns):
+            prompt_ids = chat.send(answer)
+    return turns
 
 
-def _opening(prompt: Prompt, system_prompt: str | None) -> list[dict[str, Any]]:
+def _asked(prompt: Prompt, system_prompt: str | None) -> list[list[dict[str, Any]]]:
+    """The messages before each answer, with the system prompt before the first if there is none."""
     has_one = prompt.turns[0][0]["role"] == "system"
-    return [{"role": "system", "content": system_prompt}] if system_prompt is not None and not has_one else []
+    opening = [] if system_prompt is None or has_one else [{"role": "system", "content": system_prompt}]
+    return [[*opening, *prompt.turns[0]], *map(list, prompt.turns[1:])]
 
 
 def longest_text(
     prompts: Sequence[Prompt], encoder: ChatEncoder, max_new_tokens: int, *, system_prompt: str | None = None
 ) -> int:
-    """Tokens that the longest conversation can come to, every answer at its limit.
+    """Tokens of the longest possible conversation, every answer at its limit.
 
     Raises:
         UserError: if the chat template refuses a conversation, such as one with a system prompt.
@@ -237,28 +179,58 @@ def longest_text(
     placeholder = {"role": "assistant", "content": "."}
     longest = 0
     for prompt in prompts:
-        messages = [message for turn in prompt.turns for message in (*turn, placeholder)][:-1]
-        num_tokens = len(encoder.encode_prompt(_opening(prompt, system_prompt) + messages))
-        longest = max(longest, num_tokens + max_new_tokens * len(prompt.turns))
+        messages = [message for turn in _asked(prompt, system_prompt) for message in (*turn, placeholder)][:-1]
+        longest = max(longest, len(encoder.encode_prompt(messages)) + max_new_tokens * len(prompt.turns))
     return longest
 
 
-def _ask_servers(
-    target: Target, prompts: list[list[int]], config: EvaluateConfig, *, limits: Limits, cache: Path, description: str
-) -> list[Answer]:
-    """Answers of OpenAI-compatible servers. Raises UserError where one refuses a prompt."""
-    targets = {name: local_model(name) for name in config.targets}
-    with AnswerCache(cache) as known:
-        missing = {key: prompt for prompt in prompts if (key := prompt_key(prompt)) not in known}
-        if missing:
-            ask_all(
-                config,
-                targets,
-                target.model.name,
-                target.model.tokenizer,
-                missing,
-                known,
-                limits=limits,
-                description=description,
-            )
-        return [known[prompt_key(prompt)] for prompt in prompts]
+# ---------------------------------------------------------------------------------------------------------------------
+# Scored cases: sampled answers with the target's log-probabilities, for estimates above temperature 0
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoredCase:
+    """A case sampled at a temperature, and its answers with the target's scores in the order of its turns."""
+
+    case: Case
+    sampling: Sampling
+    texts: list[ScoredText]
+
+
+def score_case(target: Target, case: Case, sampling: Sampling, folder: Path) -> ScoredCase:
+    """The target's scores of a case that it sampled, from the cache or from the target.
+
+    Args:
+        target: who answered.
+        case: from `write_case`.
+        sampling: of the case.
+        folder: of the cache.
+    """
+    path = folder / ANSWERS_FOLDER / f"scores-{fingerprint([case.identity, TOP_K])}.npz"
+    if not path.exists():
+        _write_scores(target, case, path)
+    with np.load(path, allow_pickle=False) as scores:
+        parts = [scores[name] for name in ("label_logprobs", "top_ids", "top_logprobs")]
+    stops = np.cumsum([len(turn.answer.ids) for turn in case.turns])[:-1]
+    texts = [
+        ScoredText(turn.prompt_ids, turn.answer.ids, label_logprobs, top_ids, top_logprobs, turn.prompt_id)
+        for turn, label_logprobs, top_ids, top_logprobs in zip(
+            case.turns, *(np.split(part, stops) for part in parts), strict=True
+        )
+    ]
+    return ScoredCase(case, sampling, texts)
+
+
+def _write_scores(target: Target, case: Case, path: Path) -> None:
+    """Write the scores of all answer tokens of a case, turn by turn."""
+    turns = tqdm(case.turns, desc=f"{case.target} scores {case.benchmark.name}", unit="answer")
+    parts = [score_documents(target.weights, [_document(turn)], TOP_K) for turn in turns]
+    label_logprobs, top_ids, top_logprobs = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    with new_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, label_logprobs=label_logprobs, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+def _document(turn: Turn) -> Document:
+    ids = np.array(turn.prompt_ids + turn.answer.ids, dtype=np.int32)
+    return Document(ids, np.arange(len(ids)) >= len(turn.prompt_ids), turn.prompt_id)

