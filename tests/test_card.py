@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from tiny import exporting
 from transformers import PretrainedConfig, Qwen2Config
 
-from pard_train.config import DraftConfig, ExportConfig, ModelConfig
+from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.model import inspect_base, write_initial_draft
 from pard_train.publishing.card import (
@@ -27,7 +28,7 @@ from pard_train.publishing.card import (
     is_hub_name,
     public_name,
     read_acceptance,
-    read_licence,
+    read_license,
     read_training,
     step_of,
     write_card,
@@ -87,7 +88,7 @@ def test_the_head_is_one_that_the_hub_reads(tmp_path: Path) -> None:
         config(),
         "bfloat16",
         base="Qwen/Qwen2.5-0.5B-Instruct",
-        licence={"license": "other", "license_name": "qwen-research", "license_link": "https://example.org/licence"},
+        license={"license": "other", "license_name": "qwen-research", "license_link": "https://example.org/license"},
         records=[record("7B", "humaneval", 8, 4.25), record("7B", "gsm8k", 8, 5.0)],
     )
     head = written(card, tmp_path).data
@@ -136,7 +137,11 @@ def test_the_transformers_call_of_the_card_generates_with_the_draft(
     base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_initial_draft(inspect_base(ModelConfig(path=str(base_folder)), DraftConfig()), 4, tmp_path / "init")
-    (folder,) = export(ExportConfig(str(tmp_path / "init"), str(tmp_path / "export"), targets=[str(base_folder)]))
+    (folder,) = export(
+        exporting(
+            "export", checkpoint=str(tmp_path / "init"), output_dir=str(tmp_path / "export"), targets=[str(base_folder)]
+        )
+    )
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)[-1]
     exec(compile(code.replace("max_new_tokens=256", "max_new_tokens=12"), "card", "exec"), {})
     assert "<|im_start|>assistant" in capsys.readouterr().out
@@ -200,7 +205,7 @@ def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: P
     (run / "config.json").write_text(json.dumps(settings))
     (run / "run.json").write_text(json.dumps({"versions": {"torch": "2.13.0", "wandb": None}}))
     (run / "metrics.jsonl").write_text('{"step": 10, "loss": 2.0}\n{"step": 1250, "loss": 1.0}\n')
-    sources = {"ultrachat": {"path": "HuggingFaceH4/ultrachat_200k", "licence": "mit"}, "own": {"path": "own.jsonl"}}
+    sources = {"ultrachat": {"path": "HuggingFaceH4/ultrachat_200k", "license": "mit"}, "own": {"path": "own.jsonl"}}
     counts = {"ultrachat": {"read": 2000, "train": 1500}, "own": {"read": 3, "train": 1}}
     (prompts / "manifest.json").write_text(json.dumps({"identity": {"config": {"sources": sources}}, "counts": counts}))
     written_by = {"targets": {TARGET: "ab"}, "temperature": 0.0, "counts": {"rows": 1501, "tokens_per_second": 9.5}}
@@ -233,16 +238,16 @@ def test_the_best_draft_and_the_untrained_one_are_not_said_to_be_of_the_last_ste
         assert step_of(checkpoint) == step, name
 
 
-def test_the_licence_is_that_given_or_of_the_bases_card_or_said_to_be_unknown(tmp_path: Path) -> None:
+def test_the_license_is_that_given_or_of_the_bases_card_or_said_to_be_unknown(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
-    assert read_licence(None, str(base)) == read_licence(None, str(tmp_path / "gone")) == read_licence(None, None) == {}
+    assert read_license(None, str(base)) == read_license(None, str(tmp_path / "gone")) == read_license(None, None) == {}
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: qwen-research\ntags: [chat]\n---\n# Base\n")
-    assert read_licence(None, str(base)) == {"license": "other", "license_name": "qwen-research"}
-    assert read_licence("apache-2.0", str(base)) == {"license": "apache-2.0"}
+    assert read_license(None, str(base)) == {"license": "other", "license_name": "qwen-research"}
+    assert read_license("apache-2.0", str(base)) == {"license": "apache-2.0"}
     card = written(Card("me/draft", config(), "bfloat16", base=str(base)), tmp_path)
     assert "license" not in card.data.to_dict()
-    assert "## Licence\n\nUnknown." in card.text
+    assert "## License\n\nUnknown." in card.text
     assert card.data.base_model is None
     assert "| base model | base |" in card.text
 
@@ -263,15 +268,15 @@ class NoSuchRepository(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def test_a_base_whose_folder_is_gone_has_no_known_licence_and_is_not_published_as_a_hub_name(tmp_path: Path) -> None:
-    assert read_licence(None, "models/a..b") == {}  # no name that a hub could have
+def test_a_base_whose_folder_is_gone_has_no_known_license_and_is_not_published_as_a_hub_name(tmp_path: Path) -> None:
+    assert read_license(None, "models/a..b") == {}  # no name that a hub could have
     assert find_base("models/a..b") == "a..b"
     server = ThreadingHTTPServer(("127.0.0.1", 0), NoSuchRepository)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     code = (
-        "from pard_train.publishing.card import find_base, read_licence; "
-        "print(find_base('models/gone'), read_licence(None, 'models/gone'))"
+        "from pard_train.publishing.card import find_base, read_license; "
+        "print(find_base('models/gone'), read_license(None, 'models/gone'))"
     )
     try:
         command = [sys.executable, "-c", code]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,29 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_server import FakeServer, scripted
-from tiny import CHATML, build_model, conversations
+from tiny import CHATML, build_model, config_for, conversations, with_settings
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.config import EvaluateConfig
-from pard_train.data.benchmarks import Benchmark, load_benchmark
+from pard_train.config import Config
+from pard_train.data.benchmarks import Benchmark, Prompt, load_benchmark
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Sampling
 from pard_train.runs import fingerprint
-from pard_train.targets.answers import Answer, answer_text
-from pard_train.targets.cases import Case, Target, answer_turns, case_identity, longest_text, write_case
-from pard_train.targets.compatibility import Model
-from pard_train.targets.scored_cases import ScoredCase, write_scored_case
+from pard_train.targets.answers import Answer
+from pard_train.targets.cases import (
+    Case,
+    ScoredCase,
+    Turn,
+    case_identity,
+    interview,
+    longest_text,
+    score_case,
+    write_case,
+)
+from pard_train.targets.conversation import answer_text
+from pard_train.targets.target import Target, load_targets
 
 LIMITS = Limits(12, frozenset({2}))
 
@@ -39,27 +49,48 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
     return load_benchmark(str(path))
 
 
-def settings(base: Path, **changes: Any) -> EvaluateConfig:
+def settings(base: Path, **changes: Any) -> Config:
     """Answers of at most 12 tokens."""
-    return EvaluateConfig(targets=[str(base)], max_new_tokens=12, batch_size=4, **changes)
+    return config_for("evaluate", targets=[str(base)], **{"max_new_tokens": 12, "batch_size": 4, **changes})
 
 
-def open_target(base: Path, config: EvaluateConfig) -> Target:
+def open_target(base: Path, config: Config) -> Target:
     """The base model as a target."""
-    return Target(Model.load(str(base)), config)
+    (target,) = (target for target in load_targets(config) if target.name == str(base))
+    return target
+
+
+def written(target: Target, benchmark: Benchmark, config: Config, folder: Path, sampling: Sampling = GREEDY) -> Case:
+    """The case with these settings."""
+    limit, system = config.evaluate.max_new_tokens, config.evaluate.system_prompt
+    return write_case(target, benchmark, folder, max_new_tokens=limit, system_prompt=system, sampling=sampling)
+
+
+def carried_on(
+    prompts: Sequence[Prompt], encoder: ChatEncoder, answer: Callable[[list[int]], Answer], system: str | None = None
+) -> list[Turn]:
+    """The turns of every prompt's conversation, one conversation after another."""
+    turns: list[Turn] = []
+    for prompt in prompts:
+        conversation = interview(prompt, encoder, LIMITS, system)
+        try:
+            ids = next(conversation)
+            while True:
+                ids = conversation.send(answer(ids))
+        except StopIteration as end:
+            turns += end.value
+    return turns
 
 
 def test_a_second_turn_is_asked_after_the_targets_own_answer_to_the_first(
     tokenizer: PreTrainedTokenizerBase, benchmark: Benchmark
 ) -> None:
-    encoder, waves = ChatEncoder(tokenizer), []
+    encoder = ChatEncoder(tokenizer)
 
-    def write(prompts: list[list[int]]) -> list[Answer]:
-        waves.append(len(prompts))
-        return [Answer([*tokenizer(f"answer {len(prompt)}")["input_ids"], 2], False) for prompt in prompts]
+    def answer(prompt: list[int]) -> Answer:
+        return Answer([*tokenizer(f"answer {len(prompt)}")["input_ids"], 2], False)
 
-    turns = answer_turns(benchmark.prompts, encoder, LIMITS, write)
-    assert waves == [5, 2]
+    turns = carried_on(benchmark.prompts, encoder, answer)
     assert [turn.number for turn in turns] == [0, 1, 0, 1, 0, 0, 0]
     first, second = turns[:2]
     messages = [
@@ -78,7 +109,7 @@ def test_a_system_prompt_stands_before_every_conversation_that_has_none(
     own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "hi"}]
     path.write_text(json.dumps({"messages": own}) + "\n" + json.dumps({"prompt": "hi"}) + "\n")
     prompts, encoder = load_benchmark(str(path)).prompts, ChatEncoder(tokenizer)
-    turns = answer_turns(prompts, encoder, LIMITS, lambda ids: [Answer([5, 2], False) for _ in ids], system_prompt="be")
+    turns = carried_on(prompts, encoder, lambda ids: Answer([5, 2], False), "be")
     systems = [tokenizer.decode(turn.prompt_ids).split("\n")[1] for turn in turns]
     assert systems == ["mine<|im_end|>", "be<|im_end|>"]
 
@@ -87,24 +118,23 @@ def test_a_system_prompt_stands_before_every_conversation_that_has_none(
 def test_the_longest_text_is_never_below_what_a_target_can_write(
     base_folder: Path, benchmark: Benchmark, system_prompt: str | None
 ) -> None:
-    target, asked = open_target(base_folder, settings(base_folder)), {"system_prompt": system_prompt}
-    turns = answer_turns(
-        benchmark.prompts, target.encoder, LIMITS, lambda ids: [Answer(list(range(40, 52)), True) for _ in ids], **asked
-    )
+    encoder = open_target(base_folder, settings(base_folder)).encoder
+    turns = carried_on(benchmark.prompts, encoder, lambda ids: Answer(list(range(40, 52)), True), system_prompt)
     longest = max(len(turn.prompt_ids) + len(turn.answer.ids) for turn in turns)
-    assert longest <= longest_text(benchmark.prompts, target.encoder, 12, **asked) < longest + 40
+    bound = longest_text(benchmark.prompts, encoder, 12, system_prompt=system_prompt)
+    assert longest <= bound < longest + 40
 
 
 def test_a_case_is_read_from_the_cache_and_anything_that_decides_the_text_gives_another_file(
     base_folder: Path, benchmark: Benchmark, tmp_path: Path
 ) -> None:
     config = settings(base_folder)
-    case = write_case(open_target(base_folder, config), benchmark, config, tmp_path)
+    case = written(open_target(base_folder, config), benchmark, config, tmp_path)
     assert [len(turn.answer.ids) <= 12 for turn in case.turns] == [True] * 7
 
     again = open_target(base_folder, config)
-    again.weights = None  # type: ignore[assignment]  # calling it would fail: all answers are there
-    assert write_case(again, benchmark, config, tmp_path) == case
+    again.name = "nowhere"  # loading its weights would fail: all answers are there
+    assert written(again, benchmark, config, tmp_path) == case
 
     for changes in (
         {"max_new_tokens": 13},
@@ -112,8 +142,8 @@ def test_a_case_is_read_from_the_cache_and_anything_that_decides_the_text_gives_
         {"template_kwargs": {"a": 1}},
         {"dtype": "bfloat16"},
     ):
-        other = replace(config, **changes)
-        write_case(open_target(base_folder, other), benchmark, other, tmp_path)
+        other = with_settings(config, "evaluate", **changes)
+        written(open_target(base_folder, other), benchmark, other, tmp_path)
     assert len(list((tmp_path / "target_text").iterdir())) == 5
 
 
@@ -124,7 +154,8 @@ def test_two_programs_may_score_the_same_texts_at_the_same_time(
 
     def score() -> ScoredCase:
         target = open_target(base_folder, config)
-        return write_scored_case(target, benchmark, config, tmp_path, Sampling(temperature=0.7))
+        sampling = Sampling(temperature=0.7)
+        return score_case(target, written(target, benchmark, config, tmp_path, sampling), sampling, tmp_path)
 
     def slow(*args: Any, **arrays: Any) -> None:
         savez(*args, **arrays)
@@ -144,10 +175,9 @@ def test_a_target_needs_no_server_but_its_own_and_none_at_all_where_its_text_is_
     names = [str(shutil.copytree(base_folder, tmp_path / name)) for name in ("first", "second")]
 
     def write(number: int, *servers: FakeServer) -> Case:
-        config = replace(
-            settings(base_folder, servers=[server.url for server in servers], max_retries=0), targets=names
-        )
-        return write_case(open_target(Path(names[number]), config), benchmark, config, tmp_path)
+        urls = [server.url for server in servers]
+        config = settings(base_folder, servers=urls, max_retries=0, targets=names)
+        return written(open_target(Path(names[number]), config), benchmark, config, tmp_path)
 
     first, second = (FakeServer(scripted(tokenizer), models=({"id": name},)) for name in ("first", "second"))
     with first:
@@ -165,7 +195,7 @@ def test_a_server_that_returns_text_alone_is_refused(base_folder: Path, benchmar
     with FakeServer(lambda prompt: {"text": "the cat", "finish_reason": "stop"}) as server:
         config = settings(base_folder, servers=[server.url])
         with pytest.raises(UserError, match=rf"servers: {server.url} returns no token ids, .* return_token_ids"):
-            write_case(open_target(base_folder, config), benchmark, config, tmp_path)
+            written(open_target(base_folder, config), benchmark, config, tmp_path)
 
 
 def test_everything_that_decides_a_text_is_in_its_identity_and_a_batch_size_is_not(
@@ -180,8 +210,10 @@ def test_everything_that_decides_a_text_is_in_its_identity_and_a_batch_size_is_n
     def name(
         base: Path = base_folder, asked: Benchmark = benchmark, sampling: Sampling = GREEDY, **changes: Any
     ) -> str:
-        config = replace(settings(base_folder), **changes)
-        return fingerprint(case_identity(open_target(base, config), asked, config, sampling))
+        config = settings(base, **changes)
+        target = open_target(base, config)
+        limits = Limits(config.evaluate.max_new_tokens, target.end_ids)
+        return fingerprint(case_identity(target, asked, limits, config.evaluate.system_prompt, sampling))
 
     other_weights = tmp_path / "weights" / base_folder.name
     shutil.copytree(base_folder, other_weights)
@@ -210,7 +242,7 @@ def test_servers_write_what_generation_in_this_process_writes(
     base_folder: Path, benchmark: Benchmark, tmp_path: Path
 ) -> None:
     here = settings(base_folder)
-    own = write_case(open_target(base_folder, here), benchmark, here, tmp_path / "here")
+    own = written(open_target(base_folder, here), benchmark, here, tmp_path / "here")
     by_prompt = {tuple(turn.prompt_ids): turn.answer for turn in own.turns}
 
     def reply(prompt: list[int]) -> dict[str, Any]:
@@ -218,6 +250,6 @@ def test_servers_write_what_generation_in_this_process_writes(
         return {"text": "", "token_ids": answer.ids, "finish_reason": "length" if answer.is_cut else "stop"}
 
     with FakeServer(reply) as server:
-        there = replace(here, servers=[server.url])
-        case = write_case(open_target(base_folder, there), benchmark, there, tmp_path / "there")
+        there = with_settings(here, "evaluate", servers=[server.url])
+        case = written(open_target(base_folder, there), benchmark, there, tmp_path / "there")
     assert case.turns == own.turns

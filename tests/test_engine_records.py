@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import conversations, write_served_pair
+from tiny import config_for, conversations, write_served_pair
 from transformers import PreTrainedTokenizerBase
 from vllm_server import vllm_python
 
 from pard_train.acceptance.counting import Trace
-from pard_train.config import EvaluateConfig
 from pard_train.evaluation.engine_records import engine_trace
 from pard_train.evaluation.evaluate import evaluate
 
@@ -31,7 +30,8 @@ def test_an_evaluation_reads_vllms_counters_back_and_they_are_replays(
     prompts = tmp_path / "questions.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": c[0]["content"]}) + "\n" for c in conversations(4, seed=5)))
     document = evaluate(
-        EvaluateConfig(
+        config_for(
+            "evaluate",
             draft=str(draft),
             targets=[str(target)],
             benchmarks=[str(prompts)],

@@ -7,15 +7,14 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHATML, build_model, conversations, experiment
+from tiny import CHATML, build_model, config_for, conversations, experiment, with_settings
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.config import EvaluateConfig
+from pard_train.config import Config
 from pard_train.device import device_name
 from pard_train.errors import UserError
 from pard_train.evaluation.evaluate import evaluate, read_document
@@ -50,9 +49,10 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def settings(drafts: Drafts, base: Path, prompts: Path, output_dir: Path, **changes: Any) -> EvaluateConfig:
+def settings(drafts: Drafts, base: Path, prompts: Path, output_dir: Path, **changes: Any) -> Config:
     """An evaluation of both drafts."""
-    config = EvaluateConfig(
+    config = config_for(
+        "evaluate",
         drafts={"before": str(drafts[0]), "after": str(drafts[1])},
         targets=[str(base)],
         benchmarks=[str(prompts)],
@@ -61,7 +61,7 @@ def settings(drafts: Drafts, base: Path, prompts: Path, output_dir: Path, **chan
         live_num_draft_tokens=4,
         output_dir=str(output_dir),
     )
-    return replace(config, **changes)
+    return with_settings(config, "evaluate", **changes)
 
 
 def test_an_evaluation_writes_records_and_pages_and_replay_agrees_with_live(
@@ -126,8 +126,8 @@ def test_a_repeated_evaluation_computes_nothing_again_and_a_changed_one_is_refus
     assert without_origin(evaluate(config)) == without_origin(first)
     assert sorted(cache.read_bytes().splitlines()) == sorted(whole.splitlines())
     with pytest.raises(UserError, match="holds an evaluation with other settings"):
-        evaluate(replace(config, max_new_tokens=12))
-    assert read_document(replace(config, max_new_tokens=12)) is None
+        evaluate(with_settings(config, "evaluate", max_new_tokens=12))
+    assert read_document(with_settings(config, "evaluate", max_new_tokens=12)) is None
 
 
 def test_a_result_of_other_weights_or_prompts_in_the_same_places_is_not_taken_for_this_one(
@@ -184,7 +184,7 @@ def test_a_template_that_refuses_the_system_prompt_or_has_no_room_for_it_is_foun
     with pytest.raises(UserError, match="no system role"):
         evaluate(config)
     with pytest.raises(UserError, match=r"context of .* 2048 positions"):
-        evaluate(replace(config, targets=targets[:1], system_prompt="the cat " * 1000))
+        evaluate(with_settings(config, "evaluate", targets=targets[:1], system_prompt="the cat " * 1000))
     assert not (tmp_path / "out").exists()
 
 
@@ -282,8 +282,8 @@ def test_a_threshold_of_no_benchmark_or_of_no_number_is_refused_before_anything_
     with pytest.raises(
         UserError, match=r"fail_below.humaneval is the threshold of no benchmark: allowed are mine, all"
     ):
-        evaluate(replace(config, fail_below={"mine": 2.0, "all": 2.0, "humaneval": 2.0}))
-    config = replace(config, draft=None, fail_below={"mine": float("nan")})
+        evaluate(with_settings(config, "evaluate", fail_below={"mine": 2.0, "all": 2.0, "humaneval": 2.0}))
+    config = with_settings(config, "evaluate", draft=None, fail_below={"mine": float("nan")})
     with pytest.raises(UserError, match=r"fail_below.mine=nan: must be at least 1"):
         validate_evaluate(config)
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import build_model, build_tokenizer, experiment
+from tiny import build_model, build_tokenizer, experiment, exporting
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pard_train.config import DraftConfig, ExportConfig, ModelConfig
+from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.model import add_mask_token, inspect_base, load_config, write_initial_draft
@@ -80,7 +80,9 @@ def test_an_export_pads_to_the_target_reloads_and_drafts_the_same(
     run: Path, targets: dict[int, Path], base_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "export"
-    settings = ExportConfig(str(run / "draft"), str(folder), targets=[str(targets[352])], dtype="float32")
+    settings = exporting(
+        "export", checkpoint=str(run / "draft"), output_dir=str(folder), targets=[str(targets[352])], dtype="float32"
+    )
     assert export(settings) == [folder]
     padded, own = logits_of(folder), logits_of(run / "draft")
     assert padded.shape[-1] == keys_of(folder)["vocab_size"] == 352
@@ -103,13 +105,17 @@ def test_targets_of_equal_size_share_a_folder_and_others_have_their_own(
     run: Path, targets: dict[int, Path], tmp_path: Path
 ) -> None:
     names = [str(targets[rows]) for rows in (352, 320, 352)]
-    folders = export(ExportConfig(str(run / "draft"), str(tmp_path / "export"), targets=names, dtype="float32"))
+    folders = export(
+        exporting(
+            "export", checkpoint=str(run / "draft"), output_dir=str(tmp_path / "export"), targets=names, dtype="float32"
+        )
+    )
     assert folders == [tmp_path / "export" / "vocab-320", tmp_path / "export" / "vocab-352"]
     small, large = map(logits_of, folders)
     assert (small.shape[-1], large.shape[-1]) == (320, 352)
     torch.testing.assert_close(large[..., :320], small, atol=0, rtol=0)
     shared = tmp_path / "shared"
-    assert export(ExportConfig(str(run / "draft"), str(shared), targets=[names[0], names[2]])) == [shared]
+    assert export(exporting(str(run / "draft"), str(shared), targets=[names[0], names[2]])) == [shared]
 
 
 def test_a_target_that_could_not_draft_can_have_a_draft(
@@ -118,13 +124,20 @@ def test_a_target_that_could_not_draft_can_have_a_draft(
     window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
     build_model("qwen2", seed=1, num_rows=352, **window).save_pretrained(tmp_path / "target")
     tokenizer.save_pretrained(tmp_path / "target")
-    plan = plan_export(ExportConfig(str(run / "draft"), str(tmp_path / "export"), targets=[str(tmp_path / "target")]))
+    plan = plan_export(
+        exporting(
+            "export",
+            checkpoint=str(run / "draft"),
+            output_dir=str(tmp_path / "export"),
+            targets=[str(tmp_path / "target")],
+        )
+    )
     assert list(plan.sizes) == [352]
 
 
 def test_a_checkpoint_of_the_same_step_gives_the_export_of_the_draft_byte_for_byte(run: Path, tmp_path: Path) -> None:
-    export(ExportConfig(str(run / "draft"), str(tmp_path / "draft")))
-    export(ExportConfig(str(run / "checkpoint-4"), str(tmp_path / "checkpoint")))
+    export(exporting(str(run / "draft"), str(tmp_path / "draft")))
+    export(exporting(str(run / "checkpoint-4"), str(tmp_path / "checkpoint")))
     files = {str(p.relative_to(tmp_path / "draft")) for p in (tmp_path / "draft").rglob("*") if p.is_file()}
     checkpoint = tmp_path / "checkpoint"
     assert files == {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
@@ -145,7 +158,9 @@ def test_weights_are_cut_into_files_of_the_size_asked_for_and_stay_tied(
     target = tmp_path / "target"
     build_model("llama", seed=2, num_rows=400).save_pretrained(target)
     tokenizer.save_pretrained(target)
-    settings = ExportConfig(str(tmp_path / "init"), str(tmp_path / "export"), targets=[str(target)])
+    settings = exporting(
+        "export", checkpoint=str(tmp_path / "init"), output_dir=str(tmp_path / "export"), targets=[str(target)]
+    )
     settings.max_shard_size, settings.dtype = "100KB", "float32"
     export(settings)
     files = sorted((tmp_path / "export").glob("model-*.safetensors"))
@@ -218,10 +233,10 @@ def test_the_generation_config_is_that_of_the_base_with_every_end(
     write_initial_draft(inspect_base(ModelConfig(path=str(base_folder)), DraftConfig()), 8, tmp_path / "init")
     file = tmp_path / "init" / "generation_config.json"
     file.write_text('{"eos_token_id": [7, 2], "temperature": 0.7, "top_p": 0.8}')  # sampling values, do_sample left out
-    export(ExportConfig(str(tmp_path / "init"), str(tmp_path / "export")))
+    export(exporting(str(tmp_path / "init"), str(tmp_path / "export")))
     assert keys_of(tmp_path / "export", file.name) == {"eos_token_id": [7, 2], "temperature": 0.7, "top_p": 0.8}
     file.unlink()
-    export(ExportConfig(str(tmp_path / "init"), str(tmp_path / "without")))
+    export(exporting(str(tmp_path / "init"), str(tmp_path / "without")))
     assert GenerationConfig.from_pretrained(tmp_path / "without").eos_token_id == [2]
 
 
@@ -270,19 +285,30 @@ def test_what_cannot_work_is_said_before_weights_are_read_and_leaves_nothing(
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(other)
     mistakes = {
-        "has 304 vocabulary rows, the draft 320": ExportConfig(str(draft), str(output), targets=[str(targets[304])]),
-        "different tokenizers: 1 entries differ": ExportConfig(str(draft), str(output), targets=[str(other)]),
-        "is not a parallel draft model": ExportConfig(str(base_folder), str(output)),
-        "the hub does not know you": ExportConfig(str(draft), str(output), push_to_hub="me/draft"),
-        "push_to_hub=me/a..b: Cannot have -- or ..": ExportConfig(str(draft), str(output), push_to_hub="me/a..b"),
-        "vocab-320: Repo id must .* maximum length is 96": ExportConfig(
-            str(draft),
-            str(output),
+        "has 304 vocabulary rows, the draft 320": exporting(
+            "export", checkpoint=str(draft), output_dir=str(output), targets=[str(targets[304])]
+        ),
+        "different tokenizers: 1 entries differ": exporting(
+            "export", checkpoint=str(draft), output_dir=str(output), targets=[str(other)]
+        ),
+        "is not a parallel draft model": exporting(str(base_folder), str(output)),
+        "not logged in": exporting(str(draft), str(output), push_to_hub="me/draft"),
+        "push_to_hub=me/a..b: Cannot have -- or ..": exporting(
+            "export", checkpoint=str(draft), output_dir=str(output), push_to_hub="me/a..b"
+        ),
+        "vocab-320: Repo id must .* maximum length is 96": exporting(
+            "export",
+            checkpoint=str(draft),
+            output_dir=str(output),
             targets=[str(targets[320]), str(targets[352])],
             push_to_hub=f"me/{'x' * 90}",  # with its size it is too long
         ),
-        "cannot be read": ExportConfig(str(draft), str(output), acceptance=str(tmp_path / "none.json")),
-        "the model cannot be loaded": ExportConfig(str(draft), str(output)),  # all else is fine: now the weights
+        "cannot be read": exporting(
+            "export", checkpoint=str(draft), output_dir=str(output), acceptance=str(tmp_path / "none.json")
+        ),
+        "the model cannot be loaded": exporting(
+            "export", checkpoint=str(draft), output_dir=str(output)
+        ),  # all else is fine: now the weights
     }
     for reason, settings in mistakes.items():
         with pytest.raises(UserError, match=reason):
@@ -293,10 +319,10 @@ def test_what_cannot_work_is_said_before_weights_are_read_and_leaves_nothing(
 def test_a_folder_that_is_taken_is_left_alone_and_an_empty_one_is_used(run: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
-    assert export(ExportConfig(str(run / "draft"), str(taken))) == [taken]
+    assert export(exporting(str(run / "draft"), str(taken))) == [taken]
     before = {path.name: path.stat().st_mtime_ns for path in taken.iterdir()}
     with pytest.raises(UserError, match="already exists"):
-        export(ExportConfig(str(run / "draft"), str(taken)))
+        export(exporting(str(run / "draft"), str(taken)))
     assert {path.name: path.stat().st_mtime_ns for path in taken.iterdir()} == before
 
 
@@ -308,7 +334,7 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(run: Path,
     huge = keys_of(draft) | {"intermediate_size": 10**12}
     (draft / "config.json").write_text(json.dumps(huge))
     with pytest.raises(UserError, match=r"GB are free and .* GB needed"):
-        plan_export(ExportConfig(str(draft), str(tmp_path / "deep" / "export")))
+        plan_export(exporting(str(draft), str(tmp_path / "deep" / "export")))
     assert not (tmp_path / "deep").exists()
 
 
@@ -318,7 +344,7 @@ def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
     other = tmp_path / "other"
     train(experiment(base_folder, chats_file, other, max_steps=4, learning_rate=1e-3))
     unknown = tmp_path / "unknown"
-    export(ExportConfig(str(run / "init"), str(unknown)))
+    export(exporting(str(run / "init"), str(unknown)))
     file = tmp_path / "acceptance.json"
     (tmp_path / "config.json").write_text(json.dumps({"draft": None, "drafts": {"mine": str(other / "draft")}}))
 
@@ -330,17 +356,21 @@ def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
         ]
         file.write_text(json.dumps({"schema_version": 1, "records": records, "failures": []}))
         plan_export(
-            ExportConfig(str(run / "draft"), str(tmp_path / "export"), acceptance=str(file), acceptance_draft="mine")
+            exporting(
+                "export",
+                checkpoint=str(run / "draft"),
+                output_dir=str(tmp_path / "export"),
+                acceptance=str(file),
+                acceptance_draft="mine",
+            )
         )
 
     for same in (run / "draft", run / "checkpoint-4", unknown):  # of an export nobody knows what it was made from
         plan(same)
     for wrong in (run / "init", other / "draft"):
-        with pytest.raises(
-            UserError, match=f"the figures of mine are of {wrong}, not of checkpoint=.*recipes/evaluate"
-        ):
+        with pytest.raises(UserError, match=f"the figures of mine belong to {wrong}, not to .*evaluate"):
             plan(wrong)
-    with pytest.raises(UserError, match=r"acceptance_draft=mine: .* has the figures of checkpoint=.* as after"):
+    with pytest.raises(UserError, match=r"export.acceptance_draft=mine: .* as after"):
         plan(unknown, after=run / "draft")
 
 
@@ -349,13 +379,13 @@ def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
     [
         ({"max_shard_size": "5 gigabytes"}, "max_shard_size=5 gigabytes: must be a size such as 5GB"),
         ({"push_to_hub": "draft"}, "must be NAMESPACE/NAME"),
-        ({"dtype": "int8"}, "allowed are float32, bfloat16, float16"),
-        ({"acceptance_draft": "after"}, "names a draft in acceptance=..., which is not set"),
+        ({"dtype": "int8"}, r"export\.dtype=int8: .*bfloat16"),
+        ({"acceptance_draft": "after"}, r"export\.acceptance_draft=after .*export\.acceptance"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        validate_export(ExportConfig("draft", "export", **settings))
+        validate_export(exporting("draft", "export", **settings))
 
 
 def test_each_vocabulary_size_has_a_repository_of_its_own() -> None:
@@ -409,15 +439,16 @@ def test_an_upload_asks_who_we_are_first_and_then_sends_the_whole_folder(run: Pa
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
     folder = tmp_path / "export"
     code = f"""
-from pard_train.config import ExportConfig
+from pathlib import Path
+from pard_train.config import Config, ExportConfig
 from pard_train.errors import UserError
 from recipes.export import run
-settings = dict(checkpoint={str(run / "draft")!r}, output_dir={str(folder)!r})
+settings = dict(checkpoint={str(run / "draft")!r})
 try:
-    run(ExportConfig(**settings, push_to_hub="others/draft"))
+    run(Config(export=ExportConfig(**settings, push_to_hub="others/draft"), output_dir={str(folder)!r}))
 except UserError as error:
     print(error)
-run(ExportConfig(**settings, push_to_hub="us/draft"))
+run(Config(export=ExportConfig(**settings, push_to_hub="us/draft"), output_dir={str(folder)!r}))
 """
     command = [sys.executable, "-c", code]
     try:

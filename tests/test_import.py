@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CHATML, FAMILIES, build_tokenizer, conversations, experiment
+from tiny import CHATML, FAMILIES, build_tokenizer, conversations, experiment, exporting
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 from pard_train.acceptance.counting import walk
 from pard_train.acceptance.replay import replay
-from pard_train.config import DraftConfig, ExportConfig, ModelConfig
+from pard_train.config import DraftConfig, ModelConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, decode, end_ids_of
@@ -162,7 +162,15 @@ def assert_replay_is_live(draft: Path, target: torch.nn.Module, encoder: ChatEnc
 def test_a_published_draft_is_exported_for_a_larger_target_with_all_keys(name: str, tmp_path: Path) -> None:
     folder = publish(name, tmp_path / "published")
     target = publish(name, tmp_path / "target", vocab_size=384, pard_token=None, spd_type=None)
-    export(ExportConfig(str(folder), str(tmp_path / "export"), targets=[str(target)], dtype="float32"))
+    export(
+        exporting(
+            "export",
+            checkpoint=str(folder),
+            output_dir=str(tmp_path / "export"),
+            targets=[str(target)],
+            dtype="float32",
+        )
+    )
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     old = COMMON | PUBLISHED[name][0]
     assert config["pard_token"] == config["mask_token_id"] == old["pard_token"]
@@ -178,7 +186,7 @@ def test_a_draft_with_nothing_but_its_mask_token_is_completed(tmp_path: Path) ->
     folder = publish("qwen2.5", tmp_path / "published", spd_type=None, eos_token_id=None, bos_token_id=None)
     (folder / "generation_config.json").unlink()
     assert end_ids_of(str(folder), load_tokenizer(str(folder))) == {2}
-    export(ExportConfig(str(folder), str(tmp_path / "export")))
+    export(exporting(str(folder), str(tmp_path / "export")))
     assert json.loads((tmp_path / "export" / "config.json").read_text())["spd_type"] == "pard"
     assert json.loads((tmp_path / "export" / "generation_config.json").read_text()) == {"eos_token_id": [2]}
 
@@ -222,7 +230,7 @@ def test_a_draft_without_a_chat_template_says_where_one_goes(chats_file: Path, t
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"has no chat template: .* put chat_template\.jinja beside its tokenizer"):
         train(experiment(folder, chats_file, tmp_path / "run", max_steps=1))
-    export(ExportConfig(str(folder), str(tmp_path / "export")))  # engines use the target's
+    export(exporting(str(folder), str(tmp_path / "export")))  # engines use the target's
     (folder / "chat_template.jinja").write_text(template)
     assert (train(experiment(folder, chats_file, tmp_path / "run", max_steps=1)) / "chat_template.jinja").exists()
 

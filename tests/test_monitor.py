@@ -62,11 +62,11 @@ def config(
     plain = experiment(base_folder, chats_file, tmp_path / "run", max_steps=6, learning_rate=3e-3, num_train_epochs=4)
     evaluate = replace(
         plain.evaluate,
-        targets=[str(base_folder), str(other_target)],
         benchmarks=[str(questions / "easy.jsonl"), str(questions / "hard.jsonl")],
     )
     monitor = MonitorConfig(every_steps=2, max_prompts=4, max_new_tokens=20)
-    return replace(plain, evaluate=evaluate, monitor=monitor)
+    targets = [str(base_folder), str(other_target)]
+    return replace(plain, targets=targets, evaluate=evaluate, monitor=monitor)
 
 
 def measurements(config: Config) -> list[dict[str, Any]]:
@@ -217,7 +217,7 @@ def test_what_cannot_be_measured_is_refused_before_a_target_writes(
     grown = type(tokenizer).from_pretrained(config.model.path)
     grown.add_tokens(["<other>"])
     grown.save_pretrained(other)
-    bad = replace(config, evaluate=replace(config.evaluate, targets=[config.evaluate.targets[0], str(other)]))
+    bad = replace(config, targets=[config.targets[0], str(other)])
     with pytest.raises(UserError, match="different tokenizers"):
         build_monitor(bad)
     (tmp_path / "run").mkdir()
@@ -253,7 +253,7 @@ def run_on_two(config: Config, output_dir: Path, deepspeed: str) -> list[dict[st
         *("trainer.max_steps=4", "trainer.learning_rate=3e-3", "trainer.bf16=false", "trainer.logging_steps=1"),
         *("trainer.save_steps=0", "trainer.dataloader_num_workers=0", "trainer.num_train_epochs=4"),
         *("monitor.every_steps=2", "monitor.max_prompts=4", "monitor.max_new_tokens=20"),
-        f"evaluate.targets=[{','.join(config.evaluate.targets)}]",
+        f"targets=[{','.join(config.targets)}]",
         f"evaluate.benchmarks=[{','.join(config.evaluate.benchmarks)}]",
         f"deepspeed={deepspeed}",
         f"output_dir={output_dir}",

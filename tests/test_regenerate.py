@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 from fake_server import FakeServer, Reply, scripted
-from tiny import build_model, conversations, free_port
+from tiny import build_model, config_for, conversations, free_port
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from vllm_server import VllmServer
 
-from pard_train.config import RegenerateConfig, SourceConfig
+from pard_train.config import SourceConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.rows import source_version
 from pard_train.downloads import unpack_smollm2
@@ -48,8 +48,9 @@ def serve(tokenizer: PreTrainedTokenizerBase) -> Iterator[Serve]:
 
 def write(prompts: Path, folder: Path, targets: list[Path], seed: int = 0, **settings: Any) -> Written:
     """Run in this process."""
-    config = RegenerateConfig(**{**SETTINGS, **settings})
-    return write_answers(config, [str(t) for t in targets], prompts, folder, template_kwargs={}, seed=seed)
+    names = [str(target) for target in targets]
+    config = config_for("regenerate", targets=names, output_dir=str(folder.parent), seed=seed, **SETTINGS | settings)
+    return write_answers(config, prompts)
 
 
 def write_rows(path: Path, rows: list[Row]) -> Path:

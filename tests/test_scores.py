@@ -9,15 +9,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import NUM_ROWS, VOCABULARY, build_model
+from tiny import NUM_ROWS, VOCABULARY, build_model, config_for
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from data_scripts.score import score as score_program
-from pard_train.config import Config, DataConfig, ModelConfig, ScoreConfig
+from pard_train.config import Config, DataConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.encoding import encode_corpus
 from pard_train.data.scores import Scores, write_scores
@@ -25,6 +25,7 @@ from pard_train.data.store import TokenStore
 from pard_train.device import this_process
 from pard_train.errors import UserError
 from pard_train.model import load_causal_lm, load_tokenizer
+from pard_train.targets.scoring import score as score_program
 
 ROOT = Path(__file__).parents[1]
 TOP_K = 5
@@ -51,6 +52,13 @@ def write_stranger(family: str, base_folder: Path, folder: Path) -> Path:
     tokenizer.add_tokens(["<other>"])
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def scoring(base: Path, folder: Path, **values: Any) -> Config:
+    """The base model scores the tokens of a folder."""
+    config = config_for("score", **{"target": str(base), "output_dir": str(folder), **values})
+    config.model.path = str(base)
+    return config
 
 
 def check_against_direct_forward_passes(
@@ -122,7 +130,7 @@ def test_scores_of_other_tokens_or_another_k_are_refused(store: TokenStore, tmp_
 def test_two_processes_share_the_work_and_the_manifest_says_what_a_token_costs(
     base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
-    settings = [f"model.path={base_folder}", f"output_dir={tmp_path}", "score.top_k=5", "score.dtype=float32"]
+    settings = [f"model.path={base_folder}", f"output_dir={tmp_path}", "score.top_k=5", f"targets=[{base_folder}]"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     write_tokens(base_folder, chats_file, tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -148,7 +156,7 @@ def test_two_processes_share_the_work_and_the_manifest_says_what_a_token_costs(
 def test_processes_on_several_nodes_are_refused(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Config(model=ModelConfig(path=str(base_folder)), output_dir=str(tmp_path))
+    config = scoring(base_folder, tmp_path)
     monkeypatch.setitem(this_process().__dict__, "num_processes", 16)  # accelerate's, shared by all who ask
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(UserError, match=r"score\.py runs on one node"):
@@ -157,8 +165,7 @@ def test_processes_on_several_nodes_are_refused(
 
 def test_a_target_spread_over_devices_scores_as_on_one(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     write_tokens(base_folder, chats_file, tmp_path)
-    scoring = ScoreConfig(top_k=TOP_K, dtype="float32", device_map="auto")
-    config = Config(model=ModelConfig(path=str(base_folder)), score=scoring, output_dir=str(tmp_path))
+    config = scoring(base_folder, tmp_path, top_k=TOP_K, device_map="auto")
     store = TokenStore.open(tmp_path / "tokens")
     scores = Scores.open(score_program(config), store, top_k=TOP_K)
     target = load_causal_lm(str(base_folder), dtype=torch.float32).eval()
@@ -168,35 +175,31 @@ def test_a_target_spread_over_devices_scores_as_on_one(base_folder: Path, chats_
 def test_a_target_spread_over_devices_is_refused_in_several_processes(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scoring = ScoreConfig(device_map="auto")
-    config = Config(model=ModelConfig(path=str(base_folder)), score=scoring, output_dir=str(tmp_path))
+    config = scoring(base_folder, tmp_path, device_map="auto")
     monkeypatch.setitem(this_process().__dict__, "num_processes", 8)
-    with pytest.raises(UserError, match=r"score\.device_map=auto spreads .* but 8 were started: call score\.py"):
+    with pytest.raises(UserError, match=r"inference\.device_map=auto spreads .* 8 were started"):
         score_program(config)
 
 
 def test_tokens_of_another_model_are_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     write_tokens(base_folder, chats_file, tmp_path)
     other = write_stranger("qwen2", base_folder, tmp_path / "other")
-    config = Config(model=ModelConfig(path=str(other)), output_dir=str(tmp_path))
-    with pytest.raises(
-        UserError, match=f"encoded with the tokenizer of {base_folder}, which is not that of model.path"
-    ):
+    config = scoring(other, tmp_path)
+    with pytest.raises(UserError, match=f"encoded with the tokenizer of {base_folder}, not with that of model.path"):
         score_program(config)
 
 
 def test_a_revision_of_the_draft_that_its_target_would_not_have_is_refused(base_folder: Path, tmp_path: Path) -> None:
-    config = Config(model=ModelConfig(path=str(base_folder), revision="v2"), output_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"model\.revision=v2 is that of the draft model"):
+    config = scoring(base_folder, tmp_path, revision="v2")
+    with pytest.raises(UserError, match=r"model\.revision=v2 applies to the draft"):
         score_program(config)
 
 
 def test_a_target_of_another_family_is_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     write_tokens(base_folder, chats_file, tmp_path)
     other = write_stranger("llama", base_folder, tmp_path / "other")
-    model, scoring = ModelConfig(path=str(base_folder)), ScoreConfig(target=str(other))
     with pytest.raises(UserError, match="have different tokenizers: 1 entries differ, the first is '<other>'"):
-        score_program(Config(model=model, score=scoring, output_dir=str(tmp_path)))
+        score_program(scoring(base_folder, tmp_path, target=str(other)))
 
 
 def test_a_target_that_scales_its_logits_is_scored_by_the_scaled_ones(store: TokenStore, tmp_path: Path) -> None:
@@ -215,9 +218,8 @@ def test_more_top_tokens_than_the_tokenizer_has_are_refused(
     base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
     write_tokens(base_folder, chats_file, tmp_path)
-    model, scoring = ModelConfig(path=str(base_folder)), ScoreConfig(top_k=VOCABULARY + 1)
     with pytest.raises(UserError, match=f"score.top_k={VOCABULARY + 1}: the tokenizer has {VOCABULARY} tokens"):
-        score_program(Config(model=model, score=scoring, output_dir=str(tmp_path)))
+        score_program(scoring(base_folder, tmp_path, top_k=VOCABULARY + 1))
 
 
 def test_scores_in_another_process_are_the_same_files(store: TokenStore, tmp_path: Path) -> None:

