@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ import torch
 from pages import command, origin, write_page
 from transformers import PreTrainedModel
 
-from pard_train.acceptance.chains import Pair
+from pard_train.acceptance.chains import PromptAnswer
 from pard_train.acceptance.counting import Trace, pool, walk
-from pard_train.acceptance.replay import choices, replay_counted
+from pard_train.acceptance.replay import choose_tokens, replay_all
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.data.benchmarks import load_benchmark
 from pard_train.data.chat import ChatEncoder
@@ -98,7 +99,7 @@ def load_drafter(path: str | None, target_path: str, dtype: torch.dtype, device:
 
 
 def measure(
-    drafter: Drafter, runner: Runner, pairs: Sequence[Pair], limits: Limits, arguments: argparse.Namespace
+    drafter: Drafter, runner: Runner, pairs: Sequence[PromptAnswer], limits: Limits, arguments: argparse.Namespace
 ) -> list[Row]:
     """Every way in turn, on the same answers."""
     k, rounds = arguments.k, arguments.rounds
@@ -122,12 +123,12 @@ def measure(
         rows.append(Row(name, median, slots, [walk(m.tolist(), k) for m in matches], len(pairs)))
 
     def one_by_one() -> tuple[list[np.ndarray], int]:
-        results = [replay_counted(drafter, [pair], k) for pair in pairs]
-        return [r.matches[0] for r in results], sum(r.num_text_slots + r.num_chain_slots for r in results)
+        with counted_rows(drafter) as rows:
+            return [replay_all(drafter, [pair], k)[0] for pair in pairs], sum(rows)
 
-    def packed(pairs: Sequence[Pair] = pairs) -> tuple[list[np.ndarray], int]:
-        result = replay_counted(drafter, pairs, k)
-        return result.matches, result.num_text_slots + result.num_chain_slots
+    def packed(pairs: Sequence[PromptAnswer] = pairs) -> tuple[list[np.ndarray], int]:
+        with counted_rows(drafter) as rows:
+            return replay_all(drafter, pairs, k), sum(rows)
 
     add("naive replay: every chain to full depth, dense mask", lambda: naive_replay(drafter, naive_model, pairs, k))
     add("replay, one answer at a time", one_by_one)
@@ -137,9 +138,20 @@ def measure(
     return rows
 
 
+@contextmanager
+def counted_rows(drafter: Drafter) -> Iterator[list[int]]:
+    """Rows of every forward pass of the draft model within the context."""
+    rows: list[int] = []
+    handle = drafter.runner.model.base_model.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
 @torch.inference_mode()
 def naive_replay(
-    drafter: Drafter, model: PreTrainedModel, pairs: Sequence[Pair], num_draft_tokens: int
+    drafter: Drafter, model: PreTrainedModel, pairs: Sequence[PromptAnswer], num_draft_tokens: int
 ) -> tuple[list[np.ndarray], int]:
     """All anchors, all depths, in one forward pass per answer with one dense mask: (matches, slots)."""
     found, num_slots = [], 0
@@ -159,7 +171,7 @@ def naive_replay(
         ).last_hidden_state[0]
         is_asked = (layout.anchor >= len(prompt) - 1) & (layout.position + 1 < len(ids))
         asked = layout[is_asked]
-        is_match = choices(drafter, hidden[torch.from_numpy(is_asked)]) == ids[asked.position + 1]
+        is_match = choose_tokens(drafter, hidden[torch.from_numpy(is_asked)]) == ids[asked.position + 1]
         table = np.zeros((len(answer), num_draft_tokens), dtype=bool)
         table[asked.anchor - len(prompt) + 1, asked.depth] = is_match
         found.append(table.cumprod(axis=1).sum(axis=1))
@@ -181,7 +193,7 @@ def _wait() -> None:
         torch.accelerator.synchronize()
 
 
-def render(rows: Sequence[Row], pairs: Sequence[Pair], arguments: argparse.Namespace, writing: float) -> str:
+def render(rows: Sequence[Row], pairs: Sequence[PromptAnswer], arguments: argparse.Namespace, writing: float) -> str:
     """The page."""
     live, packed, of_live_texts = rows[0], rows[-2], rows[-1]
     num_tokens = sum(len(answer) for _, answer in pairs)

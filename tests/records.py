@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pard_train.acceptance.counting import Trace, pool, walk, walk_as_vllm
+from pard_train.acceptance.counting import Trace, count_as_vllm, pool, walk
 
 NUM_PROMPTS = 24
 KS = (1, 2, 4, 8, 12, 16)
@@ -68,7 +68,7 @@ def replays(draft: str, target: str, benchmark: str) -> list[dict[str, Any]]:
     records = []
     for k in KS:
         traces = [walk(m, k) for m in matches]
-        counts = [walk_as_vllm(m, k) for m in matches]
+        counts = [count_as_vllm(m, k) for m in matches]
         num_drafts, num_accepted = (sum(column) for column in zip(*counts, strict=True))
         records.append(
             {

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from pard_train.acceptance.counting import (
     Acceptance,
     Trace,
+    accepted_by_step,
+    count_as_vllm,
     group_traces,
     length_bucket,
     pool,
-    vllm_counts,
     walk,
-    walk_as_vllm,
 )
 
 few_examples = settings(deadline=None, max_examples=60)
@@ -75,7 +75,7 @@ def test_vllm_counts_the_same_after_the_first_token(
     answer: list[int], drafts: list[list[int]], num_draft_tokens: int
 ) -> None:
     _, accepted = decode(answer[1:], drafts[1:], num_draft_tokens)
-    counted = walk_as_vllm(count_matches(answer, drafts), num_draft_tokens)
+    counted = count_as_vllm(count_matches(answer, drafts), num_draft_tokens)
     assert counted == (len(accepted), sum(accepted))
 
 
@@ -99,7 +99,7 @@ def test_the_conventions_on_a_worked_example() -> None:
     result = pool([walk(matches, 8)], 8)
     assert result.tau == pytest.approx(5 / 3)  # five tokens, three passes; the first pass verifies a draft
     # vLLM: token 0 from the prefill; then (1), then 2 (3), then (4)
-    assert walk_as_vllm(matches, 8) == (3, 1)
+    assert count_as_vllm(matches, 8) == (3, 1)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 10])
@@ -180,11 +180,27 @@ def test_no_step_at_all_is_an_error_rather_than_a_number(nothing: list[Trace]) -
 def test_vllms_counters_agree_with_a_table_of_its_own_figures() -> None:
     """Four drafts: 3, 0, 4 and 1 accepted. The last one runs past the six tokens that remain of the answer."""
     matches = [7, 3, 0, 0, 0, 0, 9, 0, 0, 0, 0, 1]
-    assert vllm_counts(matches, 4) == (4, [3, 2, 2, 1])
-    assert walk_as_vllm(matches, 4) == (4, 8)
-    assert vllm_counts(matches, 4, 7) == (3, [2, 2, 2, 1])  # the answer has seven tokens, what follows is known
-    assert walk([*matches[:6], 9], 4).accepted == [4, 0, 1]  # ours clamps at the end
-    assert vllm_counts([3], 4) == (0, [0, 0, 0, 0])  # one token: the prefill said it
+    assert accepted_by_step(matches, 4, num_prefilled=1) == [3, 0, 4, 1]
+    assert count_as_vllm(matches, 4) == (4, 8)
+    assert accepted_by_step(matches[:7], 4, num_prefilled=1) == [3, 0, 4]  # matches past the end count
+    assert walk([*matches[:6], 9], 4).accepted == [4, 0, 1]  # not by our definition
+    assert count_as_vllm([3], 4) == (0, 0)  # one token, from the prefill
+
+
+@few_examples
+@given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 8))
+def test_vllm_drafts_k_tokens_at_every_step_until_the_answer_ends(matches: list[int], num_draft_tokens: int) -> None:
+    accepted, emitted = [], 1
+    while emitted < len(matches):
+        accepted.append(min(matches[emitted], num_draft_tokens))
+        emitted += accepted[-1] + 1
+    assert accepted_by_step(matches, num_draft_tokens, num_prefilled=1) == accepted
+
+
+def test_transformers_leaves_a_token_of_the_targets_own_to_every_pass() -> None:
+    assert accepted_by_step([5, 5, 5, 5, 5, 5], 3, num_prefilled=0) == [3, 1]  # 3 + 1 and 1 + 1 of 6 tokens
+    assert accepted_by_step([0], 3, num_prefilled=0) == [0]
+    assert accepted_by_step([], 3, num_prefilled=0) == accepted_by_step([0], 3, num_prefilled=1) == []
 
 
 @few_examples

@@ -13,7 +13,7 @@ import torch
 from tiny import build_model, conversations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.acceptance.counting import walk, walk_as_vllm
+from pard_train.acceptance.counting import count_as_vllm, walk
 from pard_train.acceptance.replay import replay
 from pard_train.core.cpu.products import PackedLinear, can_pack
 from pard_train.data.chat import ChatEncoder
@@ -107,7 +107,7 @@ def test_replay_in_the_vllm_convention_equals_a_live_run_that_starts_after_the_p
         answer = texts(list(decode(target, prompt, Limits(40, frozenset()))))
         live = list(decode(target, prompt + answer[:1], Limits(39, frozenset()), drafter=drafter, num_draft_tokens=4))
         matches = replay(drafter, prompt, answer, 4).tolist()
-        assert walk_as_vllm(matches, 4) == (len(live), sum(step.num_accepted for step in live))
+        assert count_as_vllm(matches, 4) == (len(live), sum(step.num_accepted for step in live))
 
 
 def test_every_end_id_ends_an_answer_and_nothing_counts_after_it(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,9 +12,9 @@ import torch
 from tiny import VOCABULARY, build_model, build_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.acceptance.chains import Pair, pack_texts
-from pard_train.acceptance.counting import vllm_counts, walk, walk_as_vllm
-from pard_train.acceptance.replay import replay, replay_all, replay_counted
+from pard_train.acceptance.chains import PromptAnswer, pack_texts
+from pard_train.acceptance.counting import accepted_by_step, count_as_vllm, walk
+from pard_train.acceptance.replay import replay, replay_all
 from pard_train.core.attention import IMPLEMENTATIONS
 from pard_train.generation.decoding import Drafter, Limits, decode
 from pard_train.model import add_mask_token, set_draft_keys
@@ -29,7 +31,7 @@ def build_drafter(family: str, tokenizer: PreTrainedTokenizerBase, *, noise: flo
         for parameter in model.parameters():
             parameter += noise * torch.randn_like(parameter)
     add_mask_token(model, MASK)
-    set_draft_keys(model, MASK, 4)
+    set_draft_keys(model.config, MASK, 4)
     return Drafter(model, tokenizer)
 
 
@@ -43,7 +45,7 @@ def parrot(tokenizer: PreTrainedTokenizerBase) -> Drafter:
         model.model.embed_tokens.weight.fill_(1.0)
         model.lm_head.weight.zero_()
         model.lm_head.weight[7] = 1.0
-    set_draft_keys(model, MASK, 4)
+    set_draft_keys(model.config, MASK, 4)
     return Drafter(model, tokenizer)
 
 
@@ -53,7 +55,7 @@ def target_answer(family: str, prompt: list[int], num_tokens: int) -> list[int]:
     return [token for step in decode(target, prompt, Limits(num_tokens, frozenset())) for token in step.tokens]
 
 
-def ragged_pairs(family: str) -> list[Pair]:
+def ragged_pairs(family: str) -> list[PromptAnswer]:
     """Prompts of 1 to 60 tokens, answers of 1 to 30, some that begin alike, a second turn, one pair twice."""
     draw = random.Random(3)
     system = [draw.randrange(4, VOCABULARY) for _ in range(25)]
@@ -67,7 +69,7 @@ def ragged_pairs(family: str) -> list[Pair]:
     return pairs
 
 
-def brute_force(drafter: Drafter, pair: Pair, max_draft_tokens: int) -> list[int]:
+def brute_force(drafter: Drafter, pair: PromptAnswer, max_draft_tokens: int) -> list[int]:
     """Matches from one forward pass per anchor: text up to it, then K - 1 mask tokens, as at inference."""
     prompt, answer = pair
     matches = []
@@ -79,6 +81,15 @@ def brute_force(drafter: Drafter, pair: Pair, max_draft_tokens: int) -> list[int
         pairs = list(zip(drafts, answer[place:], strict=False))
         matches.append(next((i for i, (draft, token) in enumerate(pairs) if draft != token), len(pairs)))
     return matches
+
+
+@contextmanager
+def counted_rows(drafter: Drafter) -> Iterator[list[int]]:
+    """Rows of every forward pass of the draft model within the context."""
+    rows: list[int] = []
+    handle = drafter.runner.model.base_model.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    yield rows
+    handle.remove()
 
 
 def as_lists(arrays: list[np.ndarray]) -> list[list[int]]:
@@ -134,40 +145,43 @@ def test_vllms_counters_are_exact_where_the_continuation_is_known(
     drafter, k, length = build_drafter(family, tokenizer, noise=0.02), 5, 21
     for prompt, _ in ragged_pairs(family)[:8]:
         text = target_answer(family, prompt, length + k)
-        drafts, per_position, emitted = 0, [0] * k, 1
+        accepted, emitted = [], 1
         while emitted < length:
             ids = torch.tensor([[*prompt, *text[:emitted], *[MASK] * (k - 1)]])
             with torch.no_grad():
                 proposal = drafter.choose(drafter.model(ids).logits[0, -k:]).tolist()
             matched = next((i for i in range(k) if proposal[i] != text[emitted + i]), k)
-            drafts, emitted = drafts + 1, emitted + matched + 1
-            per_position = [count + (i < matched) for i, count in enumerate(per_position)]
+            accepted.append(matched)
+            emitted += matched + 1
         told = replay(drafter, prompt, text[:length], k, extra_ids=text[length:]).tolist()
-        assert vllm_counts(told, k) == (drafts, per_position)
-        assert walk_as_vllm(told, k) == (drafts, sum(per_position))
-        assert vllm_counts(replay(drafter, prompt, text, k).tolist(), k, length) == (drafts, per_position)
+        assert accepted_by_step(told, k, num_prefilled=1) == accepted
+        assert count_as_vllm(told, k) == (len(accepted), sum(accepted))
 
 
 def test_only_matching_chains_are_deepened_so_the_slots_are_about_n_tau(
     family: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     drafter, pairs = build_drafter(family, tokenizer, noise=0.02), ragged_pairs(family)
-    result = replay_counted(drafter, pairs, MAX_K)
-    # A chain of m matches is given m mask slots (the first miss is seen in the last), one less at K or at the end.
-    at_most = sum(int(m.sum()) for m in result.matches)
-    at_the_end = sum(int((m == np.minimum(MAX_K, len(m) - np.arange(len(m)))).sum()) for m in result.matches)
-    assert result.num_chain_slots == at_most - at_the_end
+    with counted_rows(drafter) as rows:
+        matches = replay_all(drafter, pairs, MAX_K)
+    # A chain of m matches has m mask slots (the last one shows the first miss), one less at K or at the end.
+    at_most = sum(int(m.sum()) for m in matches)
+    at_the_end = sum(int((m == np.minimum(MAX_K, len(m) - np.arange(len(m)))).sum()) for m in matches)
+    assert sum(rows[1:]) == at_most - at_the_end
 
 
 def test_tokens_that_texts_share_at_their_beginnings_are_computed_once(tokenizer: PreTrainedTokenizerBase) -> None:
     drafter = build_drafter("qwen2", tokenizer, noise=0.02)
     system = list(range(10, 210))
     pairs = [([*system, 5], [1, 2, 3]), ([*system, 6], [1, 2]), ([*system, 5, 1, 2, 3, 9], [4, 5, 6])]
-    result = replay_counted(drafter, pairs, 4)
-    assert result.num_text_slots == 200 + 3 + 2 + (1 + 1 + 2)  # the third goes on where the first stopped
-    alone = replay_counted(drafter, pairs, 4, slot_budget=1)
-    assert alone.num_text_slots == sum(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
-    assert as_lists(result.matches) == as_lists(alone.matches)
+    with counted_rows(drafter) as rows:
+        packed = replay_all(drafter, pairs, 4)
+    assert rows[0] == 200 + 3 + 2 + (1 + 1 + 2)  # the third continues where the first stopped
+    with counted_rows(drafter) as rows:
+        alone = replay_all(drafter, pairs, 4, slot_budget=1)
+    for prompt, answer in pairs:
+        assert len(prompt) + len(answer) - 1 in rows
+    assert as_lists(packed) == as_lists(alone)
 
 
 def test_packs_hold_the_budget_and_every_answered_text_once() -> None:

@@ -23,7 +23,6 @@ from tiny import build_model, config_for, conversations, experiment, write_serve
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from vllm_server import ROOT, vllm_python
 
-from pard_train.acceptance.counting import vllm_counts
 from pard_train.config import Config, DraftConfig, ModelConfig
 from pard_train.downloads import unpack_smollm2
 from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
@@ -41,7 +40,6 @@ from pard_train.publishing.verification import (
     VERIFICATION_FILE,
     Difference,
     Expectation,
-    accepted_by_step,
     compare,
     expect,
     find_difference,
@@ -138,21 +136,6 @@ def test_replay_foretells_every_step_of_the_engine_wherever_the_answer_ends(
                 assert ours.accepted == theirs.accepted
                 seen |= set(ours.accepted)
     assert seen >= {0, 1, k}
-
-
-def test_steps_and_vllm_counts_tell_the_same() -> None:
-    draws = torch.Generator().manual_seed(0)
-    for length in range(1, 40):
-        matches = torch.randint(0, 6, (length,), generator=draws).tolist()
-        for k in (1, 3, 8):
-            counters = Counters.of(accepted_by_step(matches, k, num_prefilled=1), k)
-            assert (counters.num_drafts, counters.accepted_per_position) == vllm_counts(matches, k)
-
-
-def test_transformers_leaves_a_token_of_the_targets_own_to_every_pass() -> None:
-    assert accepted_by_step([5, 5, 5, 5, 5, 5], 3, num_prefilled=0) == [3, 1]  # 3 + 1 and 1 + 1 of 6 tokens
-    assert accepted_by_step([0], 3, num_prefilled=0) == [0]
-    assert accepted_by_step([], 3, num_prefilled=0) == accepted_by_step([0], 3, num_prefilled=1) == []
 
 
 def test_counters_add_up_position_by_position() -> None:
@@ -576,7 +559,7 @@ def test_vllm_counts_what_replay_counts_for_a_trained_export(
     regenerate = config_for(
         "regenerate", target=served[0], max_new_tokens=40, batch_size=4, output_dir=str(tmp_path), seed=0
     )
-    answers = write_answers(regenerate, chats)
+    answers = write_answers(regenerate, chats, tmp_path / "answers")
     draft = train(experiment(served[0], answers.path, tmp_path / "run", num_train_epochs=60, learning_rate=3e-3))
     settings_of_export = {"checkpoint": str(draft), "output_dir": str(tmp_path / "export"), "dtype": "float32"}
     export(config_for("export", target=served[0], **settings_of_export))

@@ -1,8 +1,8 @@
-"""Kept keys and values of a pack of texts and of the chains that still go on, and attention over them.
+"""Attention of `PackedChains` over cached keys and values of the texts and of the continuing chains.
 
-Model code is not touched: the memory travels as a keyword argument of the model's forward to an attention function that
-is registered with `transformers`. Rows of a forward pass come in blocks, each of one text; no mask is larger than a
-block by its text.
+Model code stays as it is: the cache is a keyword argument of the model's forward, which reaches an attention function
+registered with `transformers`. Rows of a forward pass come in blocks, each of one text; no mask is larger than a block
+by its text.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-# Legend: T slots of a pack, A chains that go on, R rows of a forward pass, Q rows of a block, P text tokens that it
-#         sees, d slots of a chain, H heads, G heads per key-value head, D head size.
+# Legend: T text slots of a pack, A chains that continue, R rows of a forward pass, Q rows of a block, P text tokens
+#         that it attends to, d slots of a chain, H heads, G heads per key-value head, D head size.
 
 ATTENTION = "pard_chains"  # our name among transformers' attention functions
 
@@ -29,7 +29,7 @@ class Block:
 
     Attributes:
         keys: slots of the text's first P tokens.
-        mask: text tokens that a row sees, bool [Q, P]; None where row i sees the tokens 0..i.
+        mask: text tokens visible to each row, bool [Q, P]; None: causal.
     """
 
     start: int
@@ -39,12 +39,12 @@ class Block:
 
 
 class Memory:
-    """Keys and values of a pack, per layer: those of its text, and those of the chains that go on.
+    """Keys and values of a pack, per layer: of its texts, and of the chains that continue.
 
     Attributes:
-        depth: of the rows that attend now; 0 fills the text's part.
+        depth: of the rows of this forward pass; depth 0 fills the text cache.
         blocks: of these rows.
-        kept: which chains of the depth before go on, int64 [A]; set before a greater depth.
+        kept: the chains of the previous depth that continue, int64 [A]; set before a greater depth.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Memory:
         return torch.cat(outputs, dim=1)
 
     def _extended(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The chains that go on, with one more slot each: [H / G, A, d, D] twice."""
+        """Keys and values of the continuing chains with one more slot each: [H / G, A, d, D] twice."""
         if self.depth == 1:
             return key, value
         old_key, old_value = (part[:, self.kept] for part in self._chains[layer])
@@ -105,7 +105,7 @@ def _attend_chains(
         query: [H / G, Q, G, D].
         text_key, text_value: [H / G, P, D].
         own_key, own_value: [H / G, Q, d, D], of the chains.
-        mask: text tokens that a row sees, bool [Q, P].
+        mask: text tokens visible to each row, bool [Q, P].
     """
     num_text, shape = text_key.shape[1], query.shape
     text_scores = (query.flatten(1, 2) @ text_key.mT).view(*shape[:3], num_text)  # [H / G, Q, G, P]
@@ -132,7 +132,7 @@ def _attend(
         query: [1, H, R, D].
         key: [1, H / G, R, D].
         value: [1, H / G, R, D].
-        chain_memory: what the rows see.
+        chain_memory: cached keys and values, and the blocks of the rows.
 
     Returns:
         Output [1, R, H, D] and None for the attention weights.
@@ -147,7 +147,7 @@ AttentionInterface.register(ATTENTION, _attend)
 
 @contextmanager
 def chain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model with this attention function for a while, whichever it was loaded with."""
+    """Use this attention function within the context, whichever the model was loaded with."""
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:

@@ -1,9 +1,8 @@
-"""The chains of many texts, deepened together: one forward pass per depth, over kept keys and values.
+"""The chains of many texts, deepened together: one forward pass per depth, over cached keys and values.
 
-Many texts make one pack. Its slots are the tokens of all texts, one after the other, and texts that begin alike share
-the slots of what they share: a system prompt, a question that several targets answered, the earlier turns of a chat.
-A mask slot is one row of a forward pass: it attends to the slots of its text up to its anchor and to those of its own
-chain, and to nothing else.
+A pack holds many texts. Its slots are the tokens of all texts in sequence; texts with a common prefix (a system prompt,
+a question that several targets answered, the earlier turns of a chat) share its slots. A mask slot is one row of a
+forward pass. It attends to the slots of its text up to its anchor and to those of its own chain, and to nothing else.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from pard_train.acceptance.chain_attention import Block, Memory, chain_attention
 from pard_train.generation.proposers import Drafter
 from pard_train.layout import SlotLayout, is_visible
 
-# Legend: L tokens of a text that are read, A anchors whose chains go on, R rows of a forward pass, Q rows of a block,
-#         P text tokens that a block sees.
+# Legend: L tokens of a text in the forward pass, A anchors whose chains continue, R rows of a forward pass,
+#         Q rows of a block, P text tokens that a block attends to.
 
-Pair = tuple[list[int], list[int]]  # ids of a prompt, at least one, and of its answer
+PromptAnswer = tuple[list[int], list[int]]  # ids of a prompt, at least one, and of its answer
 
 MAX_BLOCK_ROWS = 256  # a mask of 2 MB over a text of 8192 tokens
 
@@ -37,11 +36,11 @@ class Text:
 
     Attributes:
         number: of the pair.
-        ids: prompt, answer and what follows it, int64.
+        ids: prompt, answer and its continuation, int64.
         first_anchor: last token of the prompt.
-        num_shared: leading tokens whose slots are those of texts before it.
-        slots: slot of each token that is read, increasing, int64 [L]; the last answer token predicts nothing of
-            interest and is not read.
+        num_shared: leading tokens that share the slots of earlier texts.
+        slots: slot of each token, increasing, int64 [L]; the last answer token predicts nothing of interest and has
+            none.
     """
 
     number: int
@@ -52,16 +51,13 @@ class Text:
 
 
 def pack_texts(
-    pairs: Sequence[Pair], slot_budget: int, extra_ids: Sequence[Sequence[int]] | None = None
+    pairs: Sequence[PromptAnswer], slot_budget: int, extra_ids: Sequence[Sequence[int]] | None = None
 ) -> Iterator[list[Text]]:
-    """Texts in packs, those that begin alike side by side. Pairs without an answer are left out.
-
-    In sorted order no text before shares more of a text's beginning than its neighbour does.
-    """
-    known = [pair_number for pair_number, (_, answer) in enumerate(pairs) if answer]
+    """Answered texts in packs. In sorted order the neighbour has the longest common prefix of all texts before."""
+    answered = [number for number, (_, answer) in enumerate(pairs) if answer]
     pack: list[Text] = []
     num_slots, before = 0, np.zeros(0, dtype=np.int64)
-    for number in sorted(known, key=lambda n: pairs[n][0] + pairs[n][1]):
+    for number in sorted(answered, key=lambda n: pairs[n][0] + pairs[n][1]):
         prompt, answer = pairs[number]
         read = np.array(prompt + answer[:-1], dtype=np.int64)
         num_shared = _num_shared(before, read) if pack else 0
@@ -79,7 +75,7 @@ def pack_texts(
 
 
 def _num_shared(first: np.ndarray, second: np.ndarray) -> int:
-    """Tokens that two texts have in common at their beginnings."""
+    """Length of the common prefix."""
     length = min(len(first), len(second))
     differing = np.flatnonzero(first[:length] != second[:length])
     return int(differing[0]) if len(differing) else length
@@ -91,14 +87,13 @@ def _num_shared(first: np.ndarray, second: np.ndarray) -> int:
 
 
 class PackedChains:
-    """The chains of all anchors of a pack, deepened together as far as the caller wants them.
+    """The chains of all anchors of a pack, deepened together.
 
     Attributes:
-        lengths: anchors of each text: the place before each answer token.
+        lengths: number of anchors of each text, one before each answer token.
         depth: of the slots computed last.
-        chain: which chains these belong to, counted anchor by anchor and text by text, int64 [A].
-        labels: the text's own token at the place that each of them predicts, int64 [A].
-        num_text_slots, num_chain_slots: computed so far.
+        chain: the chains of these slots, numbered anchor by anchor and text by text, int64 [A].
+        labels: the token of the text that each slot predicts, int64 [A].
     """
 
     def __init__(self, drafter: Drafter, texts: list[Text]):
@@ -106,8 +101,6 @@ class PackedChains:
         self.lengths = np.array([len(text.slots) - text.first_anchor for text in texts])
         self.chain = np.arange(self.lengths.sum())
         self.depth = 0
-        self.num_text_slots = sum(len(text.slots) - text.num_shared for text in texts)
-        self.num_chain_slots = 0
         self._texts = texts
         self._text = np.repeat(np.arange(len(texts)), self.lengths)  # of every chain, as the next three
         self._anchor = np.concatenate([np.arange(t.first_anchor, len(t.slots)) for t in texts])
@@ -121,28 +114,24 @@ class PackedChains:
         """See the class."""
         return self._ids[self._first_id[self.chain] + self._anchor[self.chain] + self.depth + 1]
 
-    def read_texts(self) -> Tensor:
-        """Depth 0 of every chain: hidden states [A, hidden]."""
+    def prefill(self) -> Tensor:
+        """Forward pass of the texts, depth 0 of every chain: hidden states [A, hidden]."""
         position = np.concatenate([np.arange(t.num_shared, len(t.slots)) for t in self._texts])
         ids = np.concatenate([t.ids[t.num_shared : len(t.slots)] for t in self._texts])
         hidden = self._forward(ids, position, _text_blocks(self._texts, self._device()))
         return hidden[torch.from_numpy(self._slot).to(hidden.device)]
 
     def deepen(self, is_wanted: np.ndarray) -> Tensor | None:
-        """One more mask slot on every wanted chain that has a token of its text left to predict.
-
-        Args:
-            is_wanted: bool [A].
+        """Append a mask slot to every wanted chain (bool [A]) that has a token of its text left to predict.
 
         Returns:
-            Hidden states [A, hidden] of the chains that go on; None if none does.
+            Hidden states [A, hidden] of the chains that continue; None if none does.
         """
         num_ids = np.array([len(text.ids) for text in self._texts])[self._text[self.chain]]
         kept = np.flatnonzero(is_wanted & (self._anchor[self.chain] + self.depth + 2 < num_ids))
         if len(kept) == 0:
             return None
         self.chain, self.depth = self.chain[kept], self.depth + 1
-        self.num_chain_slots += len(kept)
         self._memory.kept = torch.from_numpy(kept).to(self._device())
         text, anchor = self._text[self.chain], self._anchor[self.chain]
         ids = np.full_like(anchor, self.drafter.mask_token_id)
@@ -155,7 +144,7 @@ class PackedChains:
         """Hidden states [R, hidden] of R rows, each with its id and rotary position."""
         self._memory.blocks, self._memory.depth = blocks, self.depth
         inputs = [torch.from_numpy(part).to(self._device())[None] for part in (ids, position)]
-        model = self.drafter.runner.model  # on a CPU its matrix products take half the time
+        model = self.drafter.runner.model  # its matrix products take half the time on a CPU
         with chain_attention(model):
             output = model.base_model(inputs[0], position_ids=inputs[1], use_cache=False, chain_memory=self._memory)
         return output.last_hidden_state[0]
@@ -167,7 +156,7 @@ class PackedChains:
 
 
 def _text_blocks(texts: list[Text], device: torch.device) -> list[Block]:
-    """Blocks of depth 0: every text is causal; the rows of one that shares its beginning see that too."""
+    """Blocks of depth 0: causal within each text, its shared prefix included."""
     blocks, row = [], 0
     for text in texts:
         size = MAX_BLOCK_ROWS if text.num_shared else len(text.slots)
@@ -180,7 +169,7 @@ def _text_blocks(texts: list[Text], device: torch.device) -> list[Block]:
 
 
 def _chain_blocks(texts: list[Text], text: np.ndarray, anchor: np.ndarray, device: torch.device) -> list[Block]:
-    """Blocks of a greater depth: every row sees its text up to its anchor; the memory adds its own chain."""
+    """Blocks of a greater depth: every row attends to its text up to its anchor; `Memory` adds its own chain."""
     blocks = []
     starts = np.flatnonzero(np.diff(text, prepend=-1))
     for first, past in zip(starts.tolist(), [*starts[1:].tolist(), len(text)], strict=True):
@@ -193,14 +182,14 @@ def _chain_blocks(texts: list[Text], text: np.ndarray, anchor: np.ndarray, devic
 
 
 def _keys(slots: np.ndarray, device: torch.device) -> slice | Tensor:
-    """Where keys stand: a view if they stand side by side, else what to gather."""
+    """Index of the keys of some slots: a view if the slots are consecutive, else a gather."""
     if slots[-1] - slots[0] + 1 == len(slots):
         return slice(int(slots[0]), int(slots[-1]) + 1)
     return torch.from_numpy(slots).to(device)
 
 
 def _text_mask(anchor: np.ndarray, num_text: int, device: torch.device) -> Tensor:
-    """Which of the first P tokens of their text the slots of Q anchors see: bool [Q, P]."""
+    """Which of the first P tokens of their text are visible from Q anchors: bool [Q, P]."""
     rows, text = (torch.as_tensor(a, device=device) for a in (anchor, np.arange(num_text)))
     return is_visible(_depth_0(rows), _depth_0(text))
 

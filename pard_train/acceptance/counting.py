@@ -1,14 +1,14 @@
-"""Acceptance length, exactly: from the accepted drafts of every step follow tau, histogram, survival and intervals.
+"""Exact acceptance length: tau, histogram, survival and intervals from the accepted draft tokens of every step.
 
 tau (mean accepted length) = tokens emitted / target forward passes, pooled over all prompts. The first pass prefills
-the prompt and verifies the first draft; the target's own token counts; tokens past the end of the turn or the length
+the prompt and verifies the first draft. The target's own token counts. Tokens past the end of the turn or the length
 limit do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 # Legend: P prompts, K draft tokens, N tokens of an answer.
 
 NUM_BOOTSTRAP = 1000  # resamples of prompts for the 95% interval
-POSITION_WIDTH = 64  # tokens of an answer that are one group of places
+POSITION_WIDTH = 64  # tokens of an answer per group of positions
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Trace:
 
 
 def walk(matches: Sequence[int], num_draft_tokens: int) -> Trace:
-    """Replay one answer's steps for one K.
+    """Steps of one answer at one K.
 
     Args:
         matches: for each answer token j, how many draft tokens in a row, proposed from just before j, are the target's;
             those past the end of the answer do not count.
         num_draft_tokens: K.
 
-    Example: a five-token answer, matches [2, 0, 1, 0, 0]. K = 8 emits tokens 0 1 2 (two accepted, one own), then 3, 4.
+    Example: five tokens at K = 8. The steps emit tokens 0 1 2 (two accepted, one of the target), then 3, then 4:
 
         >>> walk([2, 0, 1, 0, 0], 8)
         Trace(accepted=[2, 0, 0], num_tokens=5)
@@ -52,38 +52,37 @@ def walk(matches: Sequence[int], num_draft_tokens: int) -> Trace:
     return Trace(accepted, len(matches))
 
 
-def vllm_counts(matches: Sequence[int], num_draft_tokens: int, num_tokens: int | None = None) -> tuple[int, list[int]]:
-    """What vLLM's counters show for one answer: drafts, and accepted draft tokens per position.
-
-    vLLM takes the first token from the target's prefill and then drafts exactly K tokens every step until the answer
-    ends; matches past the end count too. A cached answer shows those only where `replay` was told what would follow
-    (extra_ids): without that, up to K - 1 per answer are missing.
+def accepted_by_step(matches: Sequence[int], num_draft_tokens: int, *, num_prefilled: int) -> list[int]:
+    """Draft tokens that an engine accepts at every step of one answer.
 
     Args:
-        matches: for each token, how many draft tokens in a row, proposed from just before it, are the target's.
+        matches: for each answer token, how many draft tokens in a row, proposed from just before it, are the target's.
         num_draft_tokens: K.
-        num_tokens: tokens of the answer, if `matches` goes on after its end.
+        num_prefilled: 1 as vLLM counts: the prefill gives the first token, and the last step counts matches past the
+            end, as far as `matches` shows them. 0 as Transformers counts: every step emits a token of the target within
+            the answer.
 
-    Returns:
-        Number of drafts, and how often position 1..K was accepted, [K].
-
-    >>> vllm_counts([9, 2, 0, 0, 3, 2], 4)  # token 0 is the prefill's, token 5 the last
-    (2, [2, 2, 1, 0])
+    >>> accepted_by_step([9, 2, 0, 0, 3, 2], 4, num_prefilled=1)
+    [2, 3]
+    >>> accepted_by_step([2, 2, 0, 3, 2, 1], 4, num_prefilled=0)
+    [2, 2]
     """
-    num_drafts, per_position, place = 0, [0] * num_draft_tokens, 1
-    while place < (len(matches) if num_tokens is None else num_tokens):
-        accepted = min(matches[place], num_draft_tokens)
-        num_drafts += 1
-        for position in range(accepted):
-            per_position[position] += 1
-        place += accepted + 1
-    return num_drafts, per_position
+    accepted = walk(matches[num_prefilled:], num_draft_tokens).accepted
+    if accepted:
+        last = num_prefilled + sum(accepted[:-1]) + len(accepted) - 1  # first token of the last draft
+        most = num_draft_tokens if num_prefilled else len(matches) - last - 1
+        accepted[-1] = min(matches[last], num_draft_tokens, most)
+    return accepted
 
 
-def walk_as_vllm(matches: Sequence[int], num_draft_tokens: int) -> tuple[int, int]:
-    """(drafts, accepted) of `vllm_counts`."""
-    num_drafts, per_position = vllm_counts(matches, num_draft_tokens)
-    return num_drafts, sum(per_position)
+def count_as_vllm(matches: Sequence[int], num_draft_tokens: int) -> tuple[int, int]:
+    """vLLM's counters for one answer: (drafts, accepted draft tokens).
+
+    Matches past the end of a cached answer are unknown, so up to K - 1 accepted tokens are missing, unless `replay`
+    received the continuation (`extra_ids`).
+    """
+    accepted = accepted_by_step(matches, num_draft_tokens, num_prefilled=1)
+    return len(accepted), sum(accepted)
 
 
 @dataclass(frozen=True)
@@ -93,23 +92,23 @@ class Acceptance:
     Attributes:
         num_prompts: P.
         num_turns: answers; one prompt may have several.
-        histogram: number of steps that accepted 0..K draft tokens, [K + 1].
+        histogram: number of steps that accepted 0..K draft tokens, [K + 1]; expected numbers in an estimate.
         num_tokens: tokens emitted.
         tau_low, tau_high: bootstrap 95% interval over prompts.
-        mean_prompt_tau: mean of tokens / steps over prompts that have a step.
+        mean_prompt_tau: mean of tokens / steps over prompts that have a step; None in an estimate.
     """
 
     num_draft_tokens: int
     num_prompts: int
     num_turns: int
     num_tokens: int
-    histogram: list[int]
+    histogram: Sequence[float]
     tau_low: float
     tau_high: float
-    mean_prompt_tau: float
+    mean_prompt_tau: float | None
 
     @property
-    def num_steps(self) -> int:
+    def num_steps(self) -> float:
         """Target forward passes."""
         return sum(self.histogram)
 
@@ -132,20 +131,8 @@ class Acceptance:
 
     def record(self) -> dict[str, Any]:
         """The fields of acceptance.json that follow from the counts."""
-        return {
-            "num_draft_tokens": self.num_draft_tokens,
-            "num_prompts": self.num_prompts,
-            "num_turns": self.num_turns,
-            "num_tokens": self.num_tokens,
-            "num_steps": self.num_steps,
-            "tau": self.tau,
-            "tau_low": self.tau_low,
-            "tau_high": self.tau_high,
-            "mean_prompt_tau": self.mean_prompt_tau,
-            "survival": self.survival,
-            "conditional": self.conditional,
-            "histogram": self.histogram,
-        }
+        derived = ("num_steps", "tau", "survival", "conditional")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 def pool(traces: Sequence[Trace], num_draft_tokens: int, *, prompts: Sequence[str] | None = None) -> Acceptance:
@@ -154,8 +141,7 @@ def pool(traces: Sequence[Trace], num_draft_tokens: int, *, prompts: Sequence[st
     Args:
         traces: one per answer.
         num_draft_tokens: K.
-        prompts: which prompt each answer belongs to. The turns of one prompt are drawn together for the interval; None
-            takes every answer for a prompt of its own.
+        prompts: prompt of each answer, whose turns are resampled together for the interval; None: one answer each.
 
     Raises:
         ValueError: if there is no step to count.
@@ -212,17 +198,17 @@ def group_traces(
     names: Mapping[str, Sequence[str]],
     width: int = POSITION_WIDTH,
 ) -> list[dict[str, Any]]:
-    """Acceptance by kinds of answers, and by the place in the answer where a step starts.
+    """Acceptance by groups of answers, and by the position in the answer at which a step starts.
 
     Args:
         traces: one per answer, all of one K.
-        prompts: which prompt each answer belongs to.
-        names: for each kind (category, turn, prompt_length, ...) the group of each answer; empty is in none.
-        width: tokens of a group of places.
+        prompts: prompt of each answer.
+        names: for each kind (category, turn, prompt_length, ...) the group of each answer; empty: in no group.
+        width: tokens of a group of positions.
 
     Returns:
-        For each group its kind (`by`), name, tokens, steps, tau and 95% interval, as in acceptance.json. Kinds come in
-        the order of `names`, `position` is the last; groups by number where they have one, else by name.
+        For each group its kind (`by`), name, tokens, steps, tau and 95% interval, as in acceptance.json: kinds in the
+        order of `names`, then `position`; groups by number, else by name.
     """
     totals = [(trace.num_tokens, len(trace.accepted)) for trace in traces]
     groups = [g for by, of in names.items() for g in _groups(by, list(zip(of, prompts, totals, strict=True)))]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pard_train.acceptance.counting import Trace, group_traces, length_bucket, pool, walk, walk_as_vllm
+from pard_train.acceptance.counting import Trace, count_as_vllm, group_traces, length_bucket, pool, walk
 from pard_train.acceptance.estimate import estimate_acceptance
 from pard_train.acceptance.replay import replay_all
 from pard_train.device import default_device, device_name
@@ -78,7 +78,7 @@ def replay_records(
 ) -> Iterator[Record]:
     """One record per K, all from one replay."""
     for k in sorted(set(matrix.settings.num_draft_tokens)):
-        drafts, accepted = np.sum([walk_as_vllm(m, k) for m in matches], axis=0).tolist()
+        drafts, accepted = np.sum([count_as_vllm(m, k) for m in matches], axis=0).tolist()
         yield {
             **head(matrix, draft.name, draft.fingerprint, case),
             "mode": "replay",
@@ -134,7 +134,7 @@ def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase) -> Iterat
 
         def compute(k: int = k) -> Record:
             drafter = draft.drafter()
-            return estimate_acceptance(drafter, scored.texts, k, sampling, is_own_sample=True).record()
+            return estimate_acceptance(drafter, scored.texts, k, sampling).record()
 
         estimated, made_by = matrix.cell("estimate", identity, compute)
         yield {

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pard_train.acceptance.counting import walk
+from pard_train.acceptance.counting import accepted_by_step
 from pard_train.acceptance.replay import replay_all
 from pard_train.config import Config, VerifyConfig, decisive
 from pard_train.data.benchmarks import load_benchmarks
@@ -214,28 +214,6 @@ def expect(
         Expectation(name, prompt, answer, extra, num_prefilled, accepted)
         for (name, prompt), answer, extra, accepted in zip(prompts.items(), answers, extras, steps, strict=True)
     ]
-
-
-def accepted_by_step(matches: Sequence[int], num_draft_tokens: int, *, num_prefilled: int) -> list[int]:
-    """Draft tokens that an engine accepts at every step of one answer.
-
-    Args:
-        matches: for each answer token, how many draft tokens in a row, proposed from just before it, are the target's.
-        num_draft_tokens: K.
-        num_prefilled: 1: the first token comes from the prefill, and the last step counts matches past the end, as in
-            vLLM. 0: every step has a token of the target's own within the answer, as in Transformers.
-
-    >>> accepted_by_step([9, 2, 0, 0, 3, 2], 4, num_prefilled=1)
-    [2, 3]
-    >>> accepted_by_step([2, 2, 0, 3, 2, 1], 4, num_prefilled=0)
-    [2, 2]
-    """
-    accepted = walk(matches[num_prefilled:], num_draft_tokens).accepted
-    if accepted:
-        last = num_prefilled + sum(accepted[:-1]) + len(accepted) - 1  # first token of the last draft
-        most = num_draft_tokens if num_prefilled else len(matches) - last - 1
-        accepted[-1] = min(matches[last], num_draft_tokens, most)
-    return accepted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -211,11 +211,11 @@ def score_case(target: Target, case: Case, sampling: Sampling, folder: Path) -> 
     if not path.exists():
         _write_scores(target, case, path)
     with np.load(path, allow_pickle=False) as scores:
-        parts = [scores[name] for name in ("label_logprobs", "top_ids", "top_logprobs")]
+        parts = [scores[name] for name in ("label_logprobs", "top_logprobs")]
     stops = np.cumsum([len(turn.answer.ids) for turn in case.turns])[:-1]
     texts = [
-        ScoredText(turn.prompt_ids, turn.answer.ids, label_logprobs, top_ids, top_logprobs, turn.prompt_id)
-        for turn, label_logprobs, top_ids, top_logprobs in zip(
+        ScoredText(turn.prompt_ids, turn.answer.ids, label_logprobs, top_logprobs, turn.prompt_id)
+        for turn, label_logprobs, top_logprobs in zip(
             case.turns, *(np.split(part, stops) for part in parts), strict=True
         )
     ]
