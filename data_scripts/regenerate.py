@@ -28,12 +28,12 @@ PROMPTS_FILE = "prompts/train.jsonl"  # of the output folder
 def run(config: Config) -> None:
     """Write the answers of an experiment and print the counts."""
     from pard_train.device import this_process
-    from pard_train.targets.regeneration import write_answers
+    from pard_train.targets.regeneration import ANSWERS_FOLDER, write_answers
 
     prompts = Path(config.regenerate.prompts or Path(config.output_dir) / PROMPTS_FILE)
     if not prompts.is_file():
         raise UserError(f"{prompts}: no such file; write it with {command('prepare')}, or give regenerate.prompts=FILE")
-    written = write_answers(config, prompts)
+    written = write_answers(config, prompts, Path(config.output_dir) / ANSWERS_FOLDER)
     if this_process().is_main_process:
         print(written.summary())
         print(written.path)

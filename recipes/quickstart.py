@@ -53,7 +53,7 @@ def run(config: Config) -> None:
     prompts, held_out = prepare(config.prepare, root / PROMPTS_FOLDER, seed=config.seed)
 
     step(2, f"answers: {', '.join(config.targets)} writes them")
-    write_answers(config, prompts)
+    write_answers(config, prompts, answers)
 
     step(3, "training: adapt the draft model")
     benchmarks = config.evaluate.benchmarks or [str(path) for path in held_out]

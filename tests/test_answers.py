@@ -17,22 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.data.chat import ChatEncoder
 from pard_train.generation.decoding import Limits, decode
+from pard_train.generation.sampling import GREEDY, Sampling
 from pard_train.model import load_causal_lm
-from pard_train.targets.answers import (
-    GREEDY,
-    Answer,
-    AnswerCache,
-    Conversation,
-    Refusal,
-    Sampling,
-    answer_text,
-    cached_answers,
-    converse,
-    prompt_key,
-    questions,
-    split_batches,
-    write_batches,
-)
+from pard_train.targets.answers import Answer, AnswerCache, prompt_key, split_batches, write_batches
+from pard_train.targets.conversation import AnsweredChat, Refusal, answer_chat, answer_text, question_turns
 
 LIMITS = Limits(12, frozenset(range(2, 300, 17)))  # so many ends that some answers come to one
 
@@ -54,6 +42,17 @@ def decoded(model: PreTrainedModel, prompt: list[int], sampling: Sampling = GREE
     """The answer, one prompt and one token at a time."""
     ids = [token for step in decode(model, prompt, LIMITS, sampling=sampling) for token in step.tokens]
     return Answer(ids, is_cut=ids[-1] not in LIMITS.end_ids)
+
+
+def answered(
+    model: PreTrainedModel, prompts: list[list[int]], path: Path, *, batch_size: int, sampling: Sampling = GREEDY
+) -> list[Answer]:
+    """The answer to every prompt, from the cache or the model."""
+    with AnswerCache(path) as cache:
+        missing = {key: prompt for prompt in prompts if (key := prompt_key(prompt)) not in cache}
+        batches = split_batches(missing, batch_size)
+        write_batches(model, missing, batches, cache, limits=LIMITS, sampling=sampling, description="")
+        return [cache[prompt_key(prompt)] for prompt in prompts]
 
 
 def random_answers(number: int, seed: int = 0) -> dict[str, Answer]:
@@ -131,9 +130,7 @@ def test_answers_in_batches_are_those_of_decoding_one_by_one(
     model: PreTrainedModel, prompts: list[list[int]], tmp_path: Path, batch_size: int
 ) -> None:
     asked = [*prompts, *prompts[:3]]
-    answers = cached_answers(
-        lambda: model, asked, limits=LIMITS, batch_size=batch_size, cache=tmp_path / "cache.jsonl", description="test"
-    )
+    answers = answered(model, asked, tmp_path / "cache.jsonl", batch_size=batch_size)
     assert answers == [decoded(model, prompt) for prompt in asked]
     assert {answer.is_cut for answer in answers} == {True, False}
     assert (tmp_path / "cache.jsonl").read_bytes().count(b"\n") == len(prompts)  # the same question is answered once
@@ -165,15 +162,7 @@ def test_a_targets_own_generation_config_changes_no_token(
     name, value = next(iter(settings.items()))
     assert getattr(target.generation_config, name) == value
     asked = prompts[:6]
-    answers = cached_answers(
-        lambda: target,
-        asked,
-        limits=LIMITS,
-        batch_size=3,
-        cache=tmp_path / "c.jsonl",
-        description="",
-        sampling=sampling,
-    )
+    answers = answered(target, asked, tmp_path / "c.jsonl", batch_size=3, sampling=sampling)
     assert answers == [decoded(model, prompt, sampling) for prompt in asked]
     assert getattr(target.generation_config, name) == value
 
@@ -182,9 +171,7 @@ def test_prompts_that_are_added_or_shuffled_find_the_answers_of_before(
     model: PreTrainedModel, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     def answers(asked: list[list[int]]) -> list[Answer]:
-        return cached_answers(
-            lambda: model, asked, limits=LIMITS, batch_size=4, cache=tmp_path / "cache.jsonl", description="test"
-        )
+        return answered(model, asked, tmp_path / "cache.jsonl", batch_size=4)
 
     answers(prompts[5:15])
     before = (tmp_path / "cache.jsonl").read_bytes()
@@ -193,16 +180,6 @@ def test_prompts_that_are_added_or_shuffled_find_the_answers_of_before(
     after = (tmp_path / "cache.jsonl").read_bytes()
     assert after.startswith(before)
     assert after.count(b"\n") == len(prompts)
-
-
-def test_a_full_cache_needs_no_model(model: PreTrainedModel, prompts: list[list[int]], tmp_path: Path) -> None:
-    settings = {"limits": LIMITS, "batch_size": 4, "cache": tmp_path / "cache.jsonl", "description": "test"}
-    first = cached_answers(lambda: model, prompts, **settings)
-
-    def load() -> PreTrainedModel:
-        raise AssertionError("loaded")
-
-    assert cached_answers(load, prompts, **settings) == first
 
 
 def test_the_batches_that_a_kill_leaves_over_are_the_ones_of_before(prompts: list[list[int]]) -> None:
@@ -241,9 +218,9 @@ def said(*texts: str) -> list[dict[str, str]]:
     return [dict(zip(("role", "content"), text.split(": "), strict=True)) for text in texts]
 
 
-def talk(row: dict, replies: list[Answer | Refusal], encoder: ChatEncoder) -> tuple[Conversation, list[list[int]]]:
+def talk(row: dict, replies: list[Answer | Refusal], encoder: ChatEncoder) -> tuple[AnsweredChat, list[list[int]]]:
     """A conversation with a target that gives these replies, and the prompts it was asked."""
-    conversation, prompts = converse(row, encoder, LIMITS), []
+    conversation, prompts = answer_chat(row, encoder, LIMITS), []
     try:
         prompts.append(next(conversation))
         for reply in replies:
@@ -259,7 +236,7 @@ def test_each_turn_is_asked_after_the_new_answers_not_the_old_ones(tokenizer: Pr
     replies = [Answer([*tokenizer(text)["input_ids"], 2], False) for text in ("the cat", " \nit runs ")]
     conversation, prompts = talk(row, replies, encoder)
     new = said("system: Be brief", "user: Hi", "assistant: the cat", "user: why", "assistant:  \nit runs ")
-    assert conversation == Conversation(new, False, conversation.reason)
+    assert conversation == AnsweredChat(new, False, conversation.reason)
     assert prompts == [encoder.encode_prompt(new[:2]), encoder.encode_prompt(new[:4])]
 
 
@@ -279,15 +256,15 @@ def test_each_turn_is_asked_after_the_new_answers_not_the_old_ones(tokenizer: Pr
 def test_questions_are_the_users_turns_up_to_the_first_result_of_a_tool(
     texts: tuple[str, ...], expected: list[str]
 ) -> None:
-    assert ["".join(m["content"] for m in question) for question in questions(said(*texts))] == expected
+    assert ["".join(m["content"] for m in question) for question in question_turns(said(*texts))] == expected
 
 
 @pytest.mark.parametrize(
     "reply, num_messages, is_cut, reason",
     [
         (Answer([40, 41], True), 4, True, "cut by the length limit"),
-        (Answer([2], False), 2, False, "answers with nothing"),
-        (Answer([], True), 2, False, "answers with nothing"),
+        (Answer([2], False), 2, False, "the answer is empty"),
+        (Answer([], True), 2, False, "the answer is empty"),
         (Refusal("too long"), 2, False, "too long"),
     ],
     ids=["cut", "ended at once", "no token", "refused"],

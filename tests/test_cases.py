@@ -51,7 +51,7 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
 
 def settings(base: Path, **changes: Any) -> Config:
     """Answers of at most 12 tokens."""
-    return config_for("evaluate", targets=[str(base)], **{"max_new_tokens": 12, "batch_size": 4, **changes})
+    return config_for("evaluate", **{"target": base, "max_new_tokens": 12, "batch_size": 4, **changes})
 
 
 def open_target(base: Path, config: Config) -> Target:

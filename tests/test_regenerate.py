@@ -49,8 +49,8 @@ def serve(tokenizer: PreTrainedTokenizerBase) -> Iterator[Serve]:
 def write(prompts: Path, folder: Path, targets: list[Path], seed: int = 0, **settings: Any) -> Written:
     """Run in this process."""
     names = [str(target) for target in targets]
-    config = config_for("regenerate", targets=names, output_dir=str(folder.parent), seed=seed, **SETTINGS | settings)
-    return write_answers(config, prompts)
+    config = config_for("regenerate", targets=names, seed=seed, **SETTINGS | settings)
+    return write_answers(config, prompts, folder)
 
 
 def write_rows(path: Path, rows: list[Row]) -> Path:
@@ -131,7 +131,7 @@ def test_every_conversation_is_answered_as_told_in_order_and_the_counts_add_up(
     rejected = [(n, row) for n, (row, messages, _) in enumerate(ours, start=1) if not messages]
     assert [(r["origin"], json.loads(r["row"])) for r in rejects] == [(f"{prompts}:{n}", row) for n, row in rejected]
     reasons = {reject["reason"] for reject in rejects}
-    assert reasons == {"the target answers with nothing", "refused by the server: your prompt is too long"}
+    assert reasons == {"the answer is empty", "refused by the server: your prompt is too long"}
     counts = written.manifest["counts"]
     assert counts["rows"] == len(rows) == counts["answered"] + counts["rejected"]
     assert counts["rejected"] == len(rejects) > 5
@@ -304,7 +304,7 @@ def test_processes_that_share_no_disk_are_told_so(base_folder: Path, tmp_path: P
         folder = tmp_path / f"disk-of-{rank}"
         (folder / "prompts").mkdir(parents=True)
         write_rows(folder / "prompts" / "train.jsonl", [{"messages": chat} for chat in conversations(5, seed=8)])
-        command = [sys.executable, "data_scripts/regenerate.py", f"model.path={base_folder}", f"output_dir={folder}"]
+        command = [sys.executable, "data_scripts/regenerate.py", f"targets=[{base_folder}]", f"output_dir={folder}"]
         environment = {**os.environ, **launch, "RANK": str(rank), "LOCAL_RANK": "0"}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
     for process in processes:
@@ -380,7 +380,7 @@ def test_when_all_servers_have_died_the_same_command_goes_on_from_what_is_safe(
     server = serve(fault=lambda number: 500 if number >= 15 else None)
     with pytest.raises(UserError, match=r"no server of target is left: .*run the same command again") as error:
         write(prompts, tmp_path / "out", [base_folder], servers=[server.url])
-    (safe,) = map(int, re.findall(r"(\d+) answers are safe in the cache", str(error.value)))
+    (safe,) = map(int, re.findall(r"(\d+) answers are in the cache", str(error.value)))
     assert safe == len(cached_keys(tmp_path / "out")) > 5
     assert not (tmp_path / "out" / "answers.jsonl").exists()
     server.fault = lambda number: None

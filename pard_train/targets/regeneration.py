@@ -57,19 +57,19 @@ class Written:
         ).format(**self.manifest["counts"])
 
 
-def write_answers(config: Config, prompts_file: Path) -> Written:
+def write_answers(config: Config, prompts_file: Path, folder: Path) -> Written:
     """Have the targets answer every conversation of a file. A hash of its questions decides which target answers it.
 
     Args:
-        config: targets, inference and regenerate settings. Answers, rejects, manifest and the cache go to
-            output_dir/answers.
+        config: targets, inference and regenerate settings.
         prompts_file: JSONL of chats.
+        folder: of answers, rejects, manifest and the cache.
 
     Raises:
         UserError: at a bad row or a server that does not fit, before anything is asked; if all servers of a target
             fail; or if no conversation was answered.
     """
-    settings, process, folder = config.regenerate, this_process(), Path(config.output_dir) / ANSWERS_FOLDER
+    settings, process = config.regenerate, this_process()
     if config.inference.servers and process.num_processes > 1:
         raise UserError("inference.servers are asked by one process: start the program without torchrun")
     if prompts_file.resolve() == (folder / ANSWERS_FILE).resolve():

@@ -32,9 +32,10 @@ def score(config: Config) -> Path:
     """
     settings, process = config.score, this_process()
     _check_processes(process, config.inference.device_map)
+    name = first_target(config)
+    target = load_targets(config)[0]
     tokens = Path(settings.tokens or Path(config.output_dir) / TOKENS_FOLDER)
-    store, name = TokenStore.open(tokens), first_target(config)
-    (target,) = (target for target in load_targets(config) if target.name == name)
+    store = TokenStore.open(tokens)
     _check_tokens(store, target.tokenizer, config.model, name)
     num_tokens = len(target.tokenizer)  # rows beyond are padding, of which a draft may have fewer
     if settings.top_k > num_tokens:
