@@ -18,10 +18,11 @@ def run(config: Config) -> None:
     """Compare, print the table, and check the ratios."""
     from pard_train.reports.comparison import compare, ratios_below, render_comparison
 
-    comparison = compare(config.compare, Path(config.output_dir))
+    settings = config.compare
+    comparison = compare(settings.results, Path(config.output_dir), min_ratio=settings.min_ratio)
     print(render_comparison(comparison))
     print(f"written to {config.output_dir}")
-    if misses := ratios_below(comparison, config.compare.min_ratio):
+    if misses := ratios_below(comparison, settings.min_ratio):
         raise ThresholdError(misses)
 
 

@@ -21,7 +21,7 @@ BENCHMARKS = {
     "gsm8k": (0.0, ("maths",)),
     "mt-bench": (-0.16, ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")),
 }
-MADE_BY = {
+PROVENANCE = {
     "command": ["recipes/evaluate.py", "draft=outputs/my draft/export", "targets=[Qwen/Qwen2.5-7B-Instruct]"],
     "time": "2025-11-25T01:17:00+0000",
     "python": "3.11.9",
@@ -55,7 +55,7 @@ def document(*, targets: Sequence[str] = tuple(TARGETS), drafts: Sequence[str] =
     records += [estimate(r) for r in records if r["mode"] == "replay" and r["target"] == targets[-1]]
     reason = "CUDA out of memory. Tried to allocate 2.00 GiB <tag> & more"
     failures = [{"draft": None, "target": "Qwen2.5-72B-Instruct", "benchmark": "humaneval", "reason": reason}]
-    return deepcopy({"schema_version": 1, "records": records, "failures": failures})
+    return deepcopy({"schema_version": 2, "records": records, "failures": failures})
 
 
 @cache
@@ -81,7 +81,7 @@ def replays(draft: str, target: str, benchmark: str) -> list[dict[str, Any]]:
                 "vllm_tau": 1 + num_accepted / num_drafts,
                 "groups": list(_groups(traces, categories, k)),
                 "speed": None,
-                "made_by": MADE_BY,
+                "provenance": PROVENANCE,
             }
         )
     return records
@@ -92,7 +92,7 @@ def estimate(replayed: dict[str, Any]) -> dict[str, Any]:
     absent = ("groups", "speed", "mean_prompt_tau", "vllm_drafts", "vllm_accepted", "vllm_tau")
     record = {name: value for name, value in replayed.items() if name not in absent}
     factor = 1.12
-    record |= {"mode": "estimate", "estimated": "along", "temperature": 0.7, "outside": 0.004}
+    record |= {"mode": "estimate", "estimator": "sampled_text", "temperature": 0.7, "mass_outside_top_k": 0.004}
     record["num_steps"] = record["num_steps"] * factor
     record["histogram"] = [count * factor for count in record["histogram"]]
     return record | {name: record[name] / factor for name in ("tau", "tau_low", "tau_high")}
@@ -128,10 +128,10 @@ def lives(draft: str, target: str, benchmark: str) -> list[dict[str, Any]]:
                     "speedup": speedup,
                     "speedup_low": speedup * 0.98,
                     "speedup_high": speedup * 1.01,
-                    "num_equal_texts": None if temperature else 8,
+                    "num_identical_answers": None if temperature else 8,
                     "num_rounds": 3,
                 },
-                "made_by": MADE_BY,
+                "provenance": PROVENANCE,
             }
         )
     return records
@@ -151,7 +151,7 @@ def head(draft: str, target: str, benchmark: str) -> dict[str, Any]:
         "dtype": "bfloat16",
         "system_prompt": None,
         "template_kwargs": {},
-        "instruction": "{question}",
+        "prompt_template": "{question}",
         "draft_fingerprint": _digest(draft),
         "target_fingerprint": _digest(target),
         "benchmark_fingerprint": _digest(benchmark),
@@ -220,7 +220,13 @@ def _prediction(records: list[dict[str, Any]], draft: str, target: str, batch_si
         rows.append({"num_draft_tokens": k, "tau": tau, "draft_seconds": draft_seconds})
         rows[-1] |= {"verify_seconds": verify_seconds, "speedup": speedup}
     return {
-        **{"draft": draft, "target": target, "batch_size": batch_size, "context": 512, "device": MADE_BY["device"]},
+        **{
+            "draft": draft,
+            "target": target,
+            "batch_size": batch_size,
+            "context_length": 512,
+            "device": PROVENANCE["device"],
+        },
         **{"ar_seconds": 0.024, "rows": rows},
         "recommended_num_draft_tokens": max(rows, key=lambda row: row["speedup"])["num_draft_tokens"],
     }
@@ -233,7 +239,7 @@ def _steps(answer: str, draft: str) -> Iterator[dict[str, str]]:
     while place < len(answer):
         accepted = int(min(_run_length(rng, DRAFTS[draft]), 8) * 4)
         own = place + accepted + int(rng.integers(1, 6))
-        yield {"accepted": answer[place : place + accepted], "own": answer[place + accepted : own]}
+        yield {"accepted": answer[place : place + accepted], "target_token": answer[place + accepted : own]}
         place = own
 
 

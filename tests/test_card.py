@@ -78,7 +78,7 @@ def record(target: str, benchmark: str, k: int, tau: float, **more: Any) -> dict
 
 def acceptance(path: Path, *records: dict[str, Any]) -> str:
     """An acceptance.json."""
-    path.write_text(json.dumps({"schema_version": 1, "records": list(records), "failures": []}))
+    path.write_text(json.dumps({"schema_version": 2, "records": list(records), "failures": []}))
     return str(path)
 
 

@@ -47,9 +47,9 @@ def test_an_evaluation_reads_vllms_counters_back_and_they_are_replays(
     assert document["failures"] == []
     modes = {record["mode"]: record for record in document["records"]}
     engine, replayed = modes["engine"], modes["replay"]
-    assert engine["speed"]["num_equal_texts"] == 4
+    assert engine["speed"]["num_identical_answers"] == 4
     assert engine["num_tokens"] == replayed["num_tokens"]
     assert engine["vllm_drafts"] == replayed["vllm_drafts"] == engine["num_steps"] - 4
     past_the_end = engine["vllm_accepted"] - replayed["vllm_accepted"]
     assert 0 <= past_the_end <= 4 * 3  # replay of cached text does not see these
-    assert "vllm" in engine["made_by"]["versions"]
+    assert "vllm" in engine["provenance"]["versions"]

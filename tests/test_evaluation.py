@@ -23,9 +23,9 @@ from pard_train.validation import validate_evaluate
 
 ROOT = Path(__file__).parents[1]
 FIELDS = """draft target benchmark mode method temperature top_p num_draft_tokens batch_size max_new_tokens dtype
-system_prompt template_kwargs instruction draft_fingerprint target_fingerprint benchmark_fingerprint num_prompts
+system_prompt template_kwargs prompt_template draft_fingerprint target_fingerprint benchmark_fingerprint num_prompts
 num_turns num_tokens num_steps tau tau_low tau_high mean_prompt_tau histogram survival conditional groups speed
-made_by"""
+provenance"""
 Drafts = tuple[Path, Path]
 
 
@@ -79,13 +79,13 @@ def test_an_evaluation_writes_records_and_pages_and_replay_agrees_with_live(
         assert sum(record["histogram"]) == record["num_steps"]
         assert (record["num_prompts"], record["num_turns"]) == (8, 9)
     (lookup,) = (record for record in records if record["method"] == "ngram")
-    assert (lookup["draft"], lookup["speed"]["num_equal_texts"]) == ("-", 9)
+    assert (lookup["draft"], lookup["speed"]["num_identical_answers"]) == ("-", 9)
     for name in ("before", "after"):
         mine = [r for r in records if r["draft"] == name and r["num_draft_tokens"] == 4]
         replayed = next(r for r in mine if r["mode"] == "replay")
         live = {r["method"]: r for r in mine if r["mode"] == "live"}
         assert live["pard"]["histogram"] == replayed["histogram"]
-        assert all(r["speed"]["num_equal_texts"] == 9 for r in live.values())
+        assert all(r["speed"]["num_identical_answers"] == 9 for r in live.values())
         for kind in ("category", "turn", "prompt_length", "position"):
             groups = [group for group in replayed["groups"] if group["by"] == kind]
             assert sum(group["num_steps"] for group in groups) == replayed["num_steps"], kind
@@ -107,7 +107,7 @@ def test_the_samples_put_together_are_the_answers(
     samples = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert len(samples) == 2 * 3
     for sample in samples:
-        assert "".join(step["accepted"] + step["own"] for step in sample["steps"]) in texts
+        assert "".join(step["accepted"] + step["target_token"] for step in sample["steps"]) in texts
 
 
 def test_a_repeated_evaluation_computes_nothing_again_and_a_changed_one_is_refused(
@@ -157,7 +157,7 @@ def test_a_result_of_other_weights_or_prompts_in_the_same_places_is_not_taken_fo
 
 def without_origin(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Records without the command and time that made them."""
-    return [{name: value for name, value in record.items() if name != "made_by"} for record in document["records"]]
+    return [{name: value for name, value in record.items() if name != "provenance"} for record in document["records"]]
 
 
 def test_draft_and_target_with_different_tokenizers_are_refused_before_anything_is_written(
@@ -257,7 +257,7 @@ def test_above_temperature_0_acceptance_is_estimated_from_drawn_texts_and_sample
     for record in warm:
         assert record["top_p"] == 0.9
         assert 1 <= record["tau"] <= record["num_draft_tokens"] + 1
-        assert record["mode"] != "live" or record["speed"]["num_equal_texts"] is None
+        assert record["mode"] != "live" or record["speed"]["num_identical_answers"] is None
     before, after = ([r["tau"] for r in estimates if r["draft"] == draft] for draft in ("before", "after"))
     assert before[0] != after[0] and before[1] != after[1]  # though the texts are the same
     assert without_origin(evaluate(config)) == without_origin(document)
@@ -274,7 +274,7 @@ def test_every_way_to_decode_live_is_a_measurement_of_its_own_and_of_this_machin
         (0.0, 1), (0.0, 2), (0.8, 1), (0.8, 2)
     ]  # fmt: skip
     assert {(cell["device"], len(cell["prompts"])) for cell in cells} == {(device_name(), 2)}
-    assert {r["made_by"]["device"] for r in document["records"]} == {device_name()}
+    assert {r["provenance"]["device"] for r in document["records"]} == {device_name()}
 
 
 def test_a_threshold_of_no_benchmark_or_of_no_number_is_refused_before_anything_is_read(tmp_path: Path) -> None:

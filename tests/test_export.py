@@ -354,7 +354,7 @@ def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
             {"draft": name, "mode": "replay", "draft_fingerprint": model_fingerprint(str(folder))}
             for name, folder in {"mine": measured, **others}.items()
         ]
-        file.write_text(json.dumps({"schema_version": 1, "records": records, "failures": []}))
+        file.write_text(json.dumps({"schema_version": 2, "records": records, "failures": []}))
         plan_export(
             exporting(
                 "export",

@@ -57,7 +57,7 @@ def test_other_settings_are_refused_and_never_shown_as_the_new_result(job: Confi
     with pytest.raises(UserError, match=r"max_new_tokens: 16 -> 8"):  # other answers than the draft has learnt from
         run(replace(job, regenerate=replace(job.regenerate, max_new_tokens=8)))
     (root / "evaluation").rename(root / "evaluation-of-before")
-    with pytest.raises(UserError, match=r"export holds .*evaluation.max_prompts: 2 -> 1"):
+    with pytest.raises(UserError, match=r"export was made from other inputs .*max_prompts: 2 -> 1"):
         run(replace(job, evaluate=replace(job.evaluate, max_prompts=1)))
     shutil.rmtree(root / "evaluation")
     (root / "evaluation-of-before").rename(root / "evaluation")
@@ -121,7 +121,7 @@ def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips
     assert "tau by number of draft tokens" in report
     records = json.loads((folder / "evaluation" / "acceptance.json").read_text())["records"]
     assert {r["benchmark"] for r in records} == {"humaneval", "gsm8k", "mt_bench"}
-    assert all(r["speed"]["num_equal_texts"] == r["num_turns"] for r in records if r["mode"] == "live")
+    assert all(r["speed"]["num_identical_answers"] == r["num_turns"] for r in records if r["mode"] == "live")
     k1 = [r for r in records if r["draft"] == "before" and r["num_draft_tokens"] == 1 and r["mode"] == "replay"]
     assert all(r["histogram"][0] <= 1 for r in k1)  # same weights as the target: its first draft token is always right
     config = json.loads((folder / "export" / "config.json").read_text())

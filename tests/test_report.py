@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from records import document, predictions, samples
 
-from pard_train.config import CompareConfig, LoggerConfig
+from pard_train.config import LoggerConfig
 from pard_train.errors import UserError
 from pard_train.reports.comparison import compare, compare_documents, ratios_below, render_comparison
 from pard_train.reports.records import flatten, label_of, pooled_tau, read_document
@@ -115,10 +115,10 @@ def test_csv_has_one_row_per_record_and_every_field_of_it(whole: dict[str, Any],
         assert json.loads(row["survival"]) == record["survival"]
         assert json.loads(row["histogram"]) == record["histogram"]
         assert float(row["tau"]) == record["tau"]
-        assert row["made_by.command"] == "recipes/evaluate.py 'draft=outputs/my draft/export' " + (
+        assert row["provenance.command"] == "recipes/evaluate.py 'draft=outputs/my draft/export' " + (
             "'targets=[Qwen/Qwen2.5-7B-Instruct]'"
         )
-        assert row["made_by.versions.torch"] == "2.13.0"
+        assert row["provenance.versions.torch"] == "2.13.0"
         assert row["speed.speedup"] == (str(record["speed"]["speedup"]) if record.get("speed") else "")
         flat = flatten({k: v for k, v in record.items() if k not in ("groups", "speed")})
         assert {name: "" if value is None else str(value) for name, value in flat.items()}.items() <= row.items()
@@ -134,7 +134,7 @@ def test_csv_has_one_row_per_record_and_every_field_of_it(whole: dict[str, Any],
 def test_every_field_of_a_result_is_documented(whole: dict[str, Any]) -> None:
     documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "acceptance.md").read_text()))
     parts = [whole, *whole["records"], *whole["failures"], *predictions(whole), *samples(whole)]
-    parts += [r["made_by"] for r in whole["records"]] + [whole["records"][0]["made_by"]["git"]]
+    parts += [r["provenance"] for r in whole["records"]] + [whole["records"][0]["provenance"]["git"]]
     parts += [r["speed"] for r in whole["records"] if r.get("speed")]
     parts += [group for r in whole["records"] for group in r.get("groups", ())]
     parts += [row for p in predictions(whole) for row in p["rows"]] + [s for a in samples(whole) for s in a["steps"]]
@@ -200,12 +200,28 @@ def test_a_file_that_is_no_result_of_ours_is_refused_in_one_line(tmp_path: Path)
     path.write_text("[]")
     with pytest.raises(UserError, match="schema_version=None"):
         read_document(path)
-    path.write_text('{"schema_version": 2}')
-    with pytest.raises(UserError, match="schema_version=2; this version reads 1"):
+    path.write_text('{"schema_version": 3}')
+    with pytest.raises(UserError, match="schema_version=3"):
         read_document(tmp_path)
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         read_document(tmp_path)
+
+
+def test_a_file_of_schema_version_1_reads_as_the_same_result(whole: dict[str, Any], tmp_path: Path) -> None:
+    old_names = {
+        "provenance": "made_by",
+        "estimator": "estimated",
+        "mass_outside_top_k": "outside",
+        "prompt_template": "instruction",
+        "num_identical_answers": "num_equal_texts",
+    }
+    text = json.dumps({**whole, "schema_version": 1}).replace('"sampled_text"', '"along"')
+    for name, old in old_names.items():
+        assert f'"{name}":' in text
+        text = text.replace(f'"{name}":', f'"{old}":')
+    (tmp_path / "acceptance.json").write_text(text)
+    assert read_document(tmp_path) == whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +278,7 @@ def test_several_drafts_are_matched_by_name_and_an_unknown_one_is_not_guessed() 
         ("system_prompt", "You are terse."),
         ("num_prompts", 3),
         ("top_p", 0.9),
-        ("instruction", "Be brief.\n\n{question}"),
+        ("prompt_template", "Be brief.\n\n{question}"),
     ],
 )
 def test_unlike_rows_are_named_in_one_line_and_never_compared(field: str, value: Any) -> None:
@@ -336,7 +352,7 @@ def test_nothing_comparable_is_an_error(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     paths = {name: str(tmp_path / f"{name}.json") for name in ("main", "mine")}
     with pytest.raises(UserError, match=r"nothing to compare: mine: not compared: humaneval on .* max_new_tokens is 1"):
-        compare(CompareConfig(paths, output_dir=str(tmp_path / "out")))
+        compare(paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -48,7 +48,7 @@ def test_speed_up_is_tau_times_a_plain_step_over_a_speculative_one() -> None:
     found = prediction({8: 3.6}, latencies)
     assert found == {
         "batch_size": 4,
-        "context": 128,
+        "context_length": 128,
         "device": "cpu",
         "ar_seconds": 0.020,
         "rows": rows[1:2],
@@ -73,7 +73,7 @@ def test_a_record_holds_medians_their_range_and_the_ratio_within_rounds() -> Non
         "speedup": 2.5,  # of 3.0, 2.0 and 2.5
         "speedup_low": 2.0,
         "speedup_high": 3.0,
-        "num_equal_texts": 1,
+        "num_identical_answers": 1,
         "num_rounds": 3,
     }
 
@@ -127,7 +127,7 @@ def test_timed_methods_decode_the_targets_text_and_accept_what_replay_says(
     assert [timing.method for timing in timings] == ["ngram", "pard", "draft"]
     own = [[token for step in decode(target, prompt, LIMITS) for token in step.tokens] for prompt in asked]
     for timing in timings:
-        assert (timing.num_equal_texts, timing.batch_size, timing.num_draft_tokens) == (3, 2, 3)
+        assert (timing.num_identical_answers, timing.batch_size, timing.num_draft_tokens) == (3, 2, 3)
         assert [trace.num_tokens for trace in timing.traces] == [len(text) for text in own]
         assert len(timing.tokens_per_second) == len(timing.ar_tokens_per_second) == 2
         assert min(timing.tokens_per_second + timing.ar_tokens_per_second) > 0
@@ -147,8 +147,8 @@ def test_sampled_texts_are_not_compared(tokenizer: PreTrainedTokenizerBase) -> N
         num_rounds=1,
         sampling=Sampling(1.0),
     )
-    assert (timing.method, timing.num_equal_texts) == ("look-up", None)
-    assert timing.record()["num_equal_texts"] is None
+    assert (timing.method, timing.num_identical_answers) == ("look-up", None)
+    assert timing.record()["num_identical_answers"] is None
 
 
 def test_latencies_are_measured_for_every_k_on_forward_passes_of_the_right_size(

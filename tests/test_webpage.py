@@ -128,11 +128,11 @@ def test_what_models_and_users_wrote_is_text_and_nothing_else(whole: dict[str, A
         "failures": [{"draft": evil, "target": evil, "benchmark": None, "reason": evil}],
     }
     for record in changed["records"]:
-        record["system_prompt"] = record["instruction"] = evil
+        record["system_prompt"] = record["prompt_template"] = evil
         record["groups"] = [{**group, "name": f"{group['name']} {evil}"} for group in record["groups"]]
-        record["made_by"] = {**record["made_by"], "command": ["evaluate.py", evil]}
+        record["provenance"] = {**record["provenance"], "command": ["evaluate.py", evil]}
     sample = {**samples(whole)[0], "draft": evil, "target": evil, "prompt_id": evil, "question": evil}
-    sample["steps"] = [{"accepted": evil, "own": evil}]
+    sample["steps"] = [{"accepted": evil, "target_token": evil}]
     prediction = {**predictions(whole)[0], "draft": evil, "target": evil}
     text = render_page(changed, [prediction], [sample])
     outline = Outline(text)
@@ -150,7 +150,7 @@ def test_answers_are_shown_letter_by_letter_with_accepted_runs_marked(whole: dic
         text = Outline(f"<div>{html}</div>").texts
         assert text.get("mark", []) == [step["accepted"] for step in sample["steps"] if step["accepted"]]
         plain = unescape(re.sub(r"</?mark>", "", html))
-        assert plain == "".join(step["accepted"] + step["own"] for step in sample["steps"])
+        assert plain == "".join(step["accepted"] + step["target_token"] for step in sample["steps"])
 
 
 def test_failures_stand_before_every_figure(page: str) -> None:
@@ -163,7 +163,7 @@ def test_models_versions_and_the_command_are_on_the_page(whole: dict[str, Any], 
     record = whole["records"][0]
     for kind in ("draft", "target", "benchmark"):
         assert record[f"{kind}_fingerprint"] in pieces
-    for value in (*record["made_by"]["versions"].values(), record["made_by"]["git"]["commit"]):
+    for value in (*record["provenance"]["versions"].values(), record["provenance"]["git"]["commit"]):
         assert value in pieces
     assert "recipes/evaluate.py 'draft=outputs/my draft/export' 'targets=[Qwen/Qwen2.5-7B-Instruct]'" in pieces
 
@@ -264,7 +264,7 @@ def test_the_lines_of_measured_speed_ups_span_the_ratios_of_the_rounds(whole: di
     record = next(r for r in whole["records"] if r["mode"] == "live")
     ratios = {"speedup": 2.0} | ({} if is_old else {"speedup_low": 1.0, "speedup_high": 4.0})
     rates = {"tokens_per_second": 10.0, "tokens_per_second_low": 1.0, "tokens_per_second_high": 90.0}
-    speed = {"ar_tokens_per_second": 5.0, "num_equal_texts": 8, "num_rounds": 3} | ratios | rates
+    speed = {"ar_tokens_per_second": 5.0, "num_identical_answers": 8, "num_rounds": 3} | ratios | rates
     sections = build_sections({**whole, "records": [record | {"speed": speed}]}, [])
     (figure,) = next(section.figures for section in sections if section.anchor == "speed")
     lines = {line.get("class", "").split()[0]: line for line in ElementTree.fromstring(figure.svg).iter("line")}

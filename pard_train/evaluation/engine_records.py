@@ -75,10 +75,10 @@ def engine_records(matrix: Matrix, draft: Draft, target: Target, case: Case) -> 
             "speedup": speedup,
             "speedup_low": speedup,
             "speedup_high": speedup,
-            "num_equal_texts": sum(a["token_ids"] == b["token_ids"] for a, b in zip(own, plain, strict=True)),
+            "num_identical_answers": sum(a["token_ids"] == b["token_ids"] for a, b in zip(own, plain, strict=True)),
             "num_rounds": 1,
         },
-        "made_by": {**made_by, "versions": {**made_by["versions"], "vllm": kept["version"]}},
+        "provenance": {**made_by, "versions": {**made_by["versions"], "vllm": kept["version"]}},
     }
 
 

@@ -31,7 +31,7 @@ from pard_train.evaluation.measurement import (
 from pard_train.evaluation.samples import sample_answers
 from pard_train.evaluation.speed import Latencies
 from pard_train.fingerprints import model_fingerprint
-from pard_train.reports.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document, Record
+from pard_train.reports.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document, Record, upgrade
 from pard_train.reports.report import write_report
 from pard_train.runs import check_run, claim_run, read_json, write_json
 from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
@@ -200,7 +200,7 @@ def read_document(config: Config) -> Document | None:
         return None
     drafts = named_drafts(config)
     check_run(folder, evaluation_settings(config, drafts), resume=True)
-    document = read_json(folder / ACCEPTANCE_FILE)
+    document = upgrade(read_json(folder / ACCEPTANCE_FILE))
     return None if document["failures"] or _named_in(document) != _named_now(config, drafts) else document
 
 

@@ -22,7 +22,7 @@ from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, Seq
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import Sampling
 from pard_train.model import DTYPES
-from pard_train.reports.records import Record
+from pard_train.reports.records import Record, renamed
 from pard_train.targets.cases import Case, ScoredCase, Turn
 from pard_train.targets.compatibility import Model
 from pard_train.targets.target import Target
@@ -91,7 +91,7 @@ def replay_records(
             "vllm_accepted": accepted,
             "vllm_tau": 1 + accepted / drafts if drafts else None,
             "speed": None,
-            "made_by": made_by,
+            "provenance": made_by,
         }
 
 
@@ -105,7 +105,7 @@ def head(matrix: Matrix, draft: str, draft_fingerprint: str, case: Case) -> Reco
         "dtype": matrix.dtype,
         "system_prompt": matrix.settings.system_prompt,
         "template_kwargs": matrix.template_kwargs,
-        "instruction": case.benchmark.instruction,
+        "prompt_template": case.benchmark.instruction,
         "draft_fingerprint": draft_fingerprint,
         "target_fingerprint": case.identity["target_fingerprint"],
         "benchmark_fingerprint": case.benchmark.fingerprint,
@@ -143,11 +143,11 @@ def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase) -> Iterat
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "batch_size": None,
-            **estimated,
+            **renamed(estimated),
             "mean_prompt_tau": None,
             "groups": [],
             "speed": None,
-            "made_by": made_by,
+            "provenance": made_by,
         }
 
 
@@ -218,8 +218,8 @@ def _timed_records(
             "top_p": sampling.top_p,
             "batch_size": batch_size,
             **measured([Trace(**trace) for trace in timing["traces"]], turns, k),
-            "speed": timing["speed"],
-            "made_by": made_by,
+            "speed": renamed(timing["speed"]),
+            "provenance": made_by,
         }
 
 

@@ -25,7 +25,9 @@ def sample_answers(
         for accepted in walk(match, k).accepted:
             end = min(place + accepted + 1, len(ids))
             middle = place + accepted
-            steps.append({"accepted": texts[middle][len(texts[place]) :], "own": texts[end][len(texts[middle]) :]})
+            steps.append(
+                {"accepted": texts[middle][len(texts[place]) :], "target_token": texts[end][len(texts[middle]) :]}
+            )
             place = end
         yield {
             "draft": draft.name,

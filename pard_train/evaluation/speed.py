@@ -42,7 +42,7 @@ class Timing:
         traces: of every prompt.
         tokens_per_second: of all prompts together, prefill included, in each round.
         ar_tokens_per_second: the same of the target alone, in the same rounds.
-        num_equal_texts: answers equal to those of the target alone; None if they are sampled.
+        num_identical_answers: answers equal to those of the target alone; None if they are sampled.
     """
 
     method: str
@@ -51,7 +51,7 @@ class Timing:
     traces: list[Trace]
     tokens_per_second: list[float]
     ar_tokens_per_second: list[float]
-    num_equal_texts: int | None
+    num_identical_answers: int | None
 
     @property
     def ratios(self) -> list[float]:
@@ -73,7 +73,7 @@ class Timing:
             "speedup": self.speedup,
             "speedup_low": min(self.ratios),
             "speedup_high": max(self.ratios),
-            "num_equal_texts": self.num_equal_texts,
+            "num_identical_answers": self.num_identical_answers,
             "num_rounds": len(self.tokens_per_second),
         }
 
@@ -129,7 +129,7 @@ def time_proposers(
             traces=[Trace(answer.accepted, len(answer.tokens)) for answer in answers[index]],
             tokens_per_second=rates[index],
             ar_tokens_per_second=rates[0],
-            num_equal_texts=sum(map(list.__eq__, tokens[index], tokens[0])) if sampling.is_greedy else None,
+            num_identical_answers=sum(map(list.__eq__, tokens[index], tokens[0])) if sampling.is_greedy else None,
         )
         for index, name in enumerate(proposers, start=1)
     ]
@@ -271,7 +271,7 @@ def prediction(tau_by_k: Mapping[int, float], latencies: Latencies) -> dict[str,
     rows = predict(tau_by_k, latencies)
     return {
         "batch_size": latencies.batch_size,
-        "context": latencies.context,
+        "context_length": latencies.context,
         "device": latencies.device,
         "ar_seconds": latencies.ar_seconds,
         "rows": rows,

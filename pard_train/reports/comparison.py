@@ -6,11 +6,10 @@ Only like is compared with like: same target weights, prompts, limits, precision
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pard_train.config import CompareConfig
 from pard_train.errors import UserError
 from pard_train.reports.charts import Point, Series, interval_chart
 from pard_train.reports.records import Document, Record, distinct, flatten, read_document, with_interval
@@ -23,10 +22,10 @@ COMPARISON_FILE = "compare.md"
 COMPARISON_PAGE = "compare.html"
 MEANING = "tau [95% interval] of each result; ratio is the later one's tau over the first one's."
 # What names a measurement, and what must be equal besides for two of them to be comparable.
-KEY = ("target", "benchmark", "num_draft_tokens", "mode", "estimated", "temperature", "method", "batch_size")
+KEY = ("target", "benchmark", "num_draft_tokens", "mode", "estimator", "temperature", "method", "batch_size")
 SAME = (
     *("target_fingerprint", "benchmark_fingerprint", "num_prompts", "max_new_tokens", "dtype", "top_p"),
-    *("system_prompt", "template_kwargs", "instruction"),
+    *("system_prompt", "template_kwargs", "prompt_template"),
 )
 
 
@@ -66,24 +65,23 @@ class Comparison:
     missing: list[str]
 
 
-def compare(settings: CompareConfig, folder: Path) -> Comparison:
-    """Compare results; write compare.md and compare.html.
+def compare(results: Mapping[str, str], folder: Path, *, min_ratio: float | None = None) -> Comparison:
+    """Compare every later result with the first; write compare.md and compare.html.
 
     Args:
-        settings: results by name, and the ratio to reach.
-        folder: of the comparison.
+        results: evaluation folder or acceptance.json by name.
+        folder: output folder.
+        min_ratio: a page names the pairs whose tau ratio is below it.
 
     Raises:
         UserError: if a result cannot be read, or nothing in them is comparable.
     """
-    comparison = compare_documents({name: read_document(Path(path)) for name, path in settings.results.items()})
+    comparison = compare_documents({name: read_document(Path(path)) for name, path in results.items()})
     if not comparison.pairs:
         raise UserError(f"nothing to compare: {'; '.join(comparison.notes)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COMPARISON_FILE).write_text(render_comparison(comparison))
-    (folder / COMPARISON_PAGE).write_text(
-        render_comparison_page(comparison, ratios_below(comparison, settings.min_ratio))
-    )
+    (folder / COMPARISON_PAGE).write_text(render_comparison_page(comparison, ratios_below(comparison, min_ratio)))
     return comparison
 
 
@@ -178,7 +176,7 @@ def _row_name(record: Record) -> str:
 
 def _how(record: Record) -> str:
     """Mode, and what differs from greedy PARD decoding one answer at a time."""
-    parts = [record["mode"], record.get("estimated", ""), record["method"] if record["method"] != "pard" else ""]
+    parts = [record["mode"], record.get("estimator", ""), record["method"] if record["method"] != "pard" else ""]
     parts += [f"T={record['temperature']:g}" if record["temperature"] else ""]
     parts += [f"batch {record['batch_size']}" if (record["batch_size"] or 1) > 1 else ""]
     return ", ".join(part for part in parts if part)
@@ -263,7 +261,7 @@ def _origins(comparison: Comparison) -> Table:
     results = [(comparison.first, p.first) for p in comparison.pairs] + [(p.name, p.later) for p in comparison.pairs]
     rows = []
     for name, r in results:
-        made_by = flatten(r["made_by"])
+        made_by = flatten(r["provenance"])
         commit = str(made_by.get("git.commit") or NONE)[:12]
         rows.append((name, r["draft"], r["draft_fingerprint"], made_by["time"], commit, made_by["command"]))
     return Table(["result", "draft", "fingerprint", "made", "commit", "command"], distinct(rows), num_names=6)

@@ -11,7 +11,14 @@ from typing import Any, TypeVar
 from pard_train.errors import UserError
 
 ACCEPTANCE_FILE = "acceptance.json"
-SCHEMA_VERSION = 1  # of acceptance.json; a field may be added under the same version, none changes its meaning
+SCHEMA_VERSION = 2  # of acceptance.json; adding a field keeps the version, renaming or removing one raises it
+RENAMED = {  # names of schema_version 1, which results of version 0.1 and cached cells still use
+    "made_by": "provenance",
+    "estimated": "estimator",
+    "outside": "mass_outside_top_k",
+    "instruction": "prompt_template",
+    "num_equal_texts": "num_identical_answers",
+}
 
 Record = dict[str, Any]
 Document = dict[str, Any]
@@ -54,9 +61,28 @@ def read_document(path: Path) -> Document:
     except (ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}): evaluate again") from None
     found = document.get("schema_version") if isinstance(document, dict) else None
-    if found != SCHEMA_VERSION:
-        raise UserError(f"{file} has schema_version={found}; this version reads {SCHEMA_VERSION}: evaluate again")
-    return document
+    if found not in (1, SCHEMA_VERSION):
+        raise UserError(f"{file} has schema_version={found}; allowed are 1 and {SCHEMA_VERSION}: evaluate again")
+    return upgrade(document)
+
+
+def upgrade(document: Document) -> Document:
+    """A document of any known schema_version in the current one."""
+    return {**document, "schema_version": SCHEMA_VERSION, "records": [renamed(r) for r in document["records"]]}
+
+
+def renamed(record: Record) -> Record:
+    """A record, or a part of one, under the current names.
+
+    >>> renamed({"tau": 2.0, "outside": 0.01, "estimated": "along"})
+    {'tau': 2.0, 'mass_outside_top_k': 0.01, 'estimator': 'sampled_text'}
+    """
+    record = {RENAMED.get(name, name): value for name, value in record.items()}
+    if record.get("estimator") == "along":
+        record["estimator"] = "sampled_text"
+    if record.get("speed"):
+        record["speed"] = renamed(record["speed"])
+    return record
 
 
 def distinct(values: Iterable[Value]) -> list[Value]:

@@ -118,7 +118,7 @@ def render_details(document: Document) -> str:
     parts = ["## All numbers", to_markdown(record_table(records))]
     parts += ["## Breakdown at the largest K", to_markdown(group_table(at_largest_k(measured(document))))]
     parts += ["## Fingerprints", to_markdown(model_table(records)), "## Origin"]
-    for made_by in distinct(tuple(flatten(r["made_by"]).items()) for r in records):
+    for made_by in distinct(tuple(flatten(r["provenance"]).items()) for r in records):
         parts += [f"```\n{value}\n```" for name, value in made_by if name == "command"]
         parts.append("\n".join(f"- {n}: {value}" for n, value in made_by if n != "command" and value is not None))
     return "\n\n".join(parts) + "\n"

@@ -275,7 +275,7 @@ def _predicted(predictions: list[dict[str, Any]], slots: Slots) -> Section:
     axes = Axes("draft tokens K", "speed-up", 0.0, top, thinned(ks), baseline=1.0)
     panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for p in predictions:
-        panels.setdefault((p["target"], p["batch_size"], p["context"], p["device"]), []).append(p)
+        panels.setdefault((p["target"], p["batch_size"], p["context_length"], p["device"]), []).append(p)
     figures = []
     for (target, batch_size, context, device), mine in panels.items():
         name = f"{target}, batch {batch_size}"

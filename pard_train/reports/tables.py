@@ -114,7 +114,7 @@ def speed_table(caption: str, records: list[Record]) -> Table:
 
 def _speed_row(record: Record) -> list[str]:
     speed = record["speed"]
-    equal = speed["num_equal_texts"]
+    equal = speed["num_identical_answers"]
     return [
         *(label_of(record), record["benchmark"], f"{speed['speedup']:.2f}x"),
         *(f"{speed['tokens_per_second']:.1f}", f"{speed['ar_tokens_per_second']:.1f}", f"{record['tau']:.2f}"),

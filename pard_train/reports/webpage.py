@@ -29,7 +29,7 @@ from pard_train.reports.sections import build_sections
 from pard_train.reports.tables import KINDS, model_table, record_table
 
 TEMPLATES = Path(__file__).with_name("templates")
-SETTINGS = ("max_new_tokens", "dtype", "temperature", "top_p", "system_prompt", "template_kwargs", "instruction")
+SETTINGS = ("max_new_tokens", "dtype", "temperature", "top_p", "system_prompt", "template_kwargs", "prompt_template")
 
 
 def fill(template: str, **content: Any) -> str:
@@ -96,7 +96,7 @@ def _questions(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _answer(sample: dict[str, Any]) -> dict[str, Any]:
     num_drafted = sum(len(step["accepted"]) for step in sample["steps"])
-    num_own = sum(len(step["own"]) for step in sample["steps"])
+    num_own = sum(len(step["target_token"]) for step in sample["steps"])
     share = f"{num_drafted / max(num_drafted + num_own, 1):.0%}"
     k, num_steps = sample["num_draft_tokens"], len(sample["steps"])
     return {"draft": sample["draft"], "k": k, "share": share, "num_steps": num_steps, "steps": sample["steps"]}
@@ -110,5 +110,5 @@ def _settings(records: list[Record]) -> list[tuple[str, str]]:
 
 def _makers(records: list[Record]) -> list[dict[str, Any]]:
     """Every run that made some of the records: command, time, machine, versions."""
-    makers = [flatten(r["made_by"]) for r in records]
+    makers = [flatten(r["provenance"]) for r in records]
     return [dict(items) for items in distinct(tuple(maker.items()) for maker in makers)]
