@@ -84,7 +84,7 @@ def test_a_threshold_missed_by_the_trained_draft_and_a_part_that_failed_end_the_
         run(replace(job, evaluate=replace(job.evaluate, fail_below={"all": 5.0})))
     assert len(missed.value.misses) == 1  # the untrained draft need not reach it
     assert "draft after" in missed.value.misses[0]
-    shutil.copytree(job.output_dir, tmp_path / "out")
+    run(replace(job, output_dir=str(tmp_path / "out")))
     shutil.rmtree(tmp_path / "out" / "evaluation")
     shutil.rmtree(tmp_path / "out" / "export")
     (tmp_path / "out" / "train" / "init" / "model.safetensors").write_bytes(b"torn")
