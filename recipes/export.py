@@ -15,7 +15,8 @@ from pard_train.validation import validate_export
 
 def run(config: Config) -> None:
     """Export, print the folders, and upload them if asked to."""
-    from pard_train.publishing.export import export, push_to_hub
+    from pard_train.publishing.export import export
+    from pard_train.publishing.hub import push_to_hub
 
     folders = export(config)
     for folder in folders:

@@ -22,21 +22,14 @@ from transformers import PretrainedConfig, Qwen2Config
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.model import inspect_base, write_initial_draft
-from pard_train.publishing.card import (
-    Card,
-    find_base,
-    is_hub_name,
-    public_name,
-    read_acceptance,
-    read_license,
-    read_training,
-    step_of,
-    write_card,
-)
+from pard_train.publishing.card import Card, write_card
 from pard_train.publishing.export import export
+from pard_train.publishing.hub import is_hub_name, public_name
+from pard_train.publishing.origin import find_base, read_acceptance, read_license, read_training
 from pard_train.training.checkpoints import Checkpoint
 
 TARGET = "Qwen/Qwen2.5-7B-Instruct"
+ELSEWHERE = Checkpoint("me/draft", "me/draft")  # of no run that is known here
 
 
 def config(**keys: Any) -> PretrainedConfig:
@@ -137,11 +130,7 @@ def test_the_transformers_call_of_the_card_generates_with_the_draft(
     base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_initial_draft(inspect_base(ModelConfig(path=str(base_folder)), DraftConfig()), 4, tmp_path / "init")
-    (folder,) = export(
-        exporting(
-            "export", checkpoint=str(tmp_path / "init"), output_dir=str(tmp_path / "export"), targets=[str(base_folder)]
-        )
-    )
+    (folder,) = export(exporting(str(tmp_path / "init"), str(tmp_path / "export"), targets=[str(base_folder)]))
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)[-1]
     exec(compile(code.replace("max_new_tokens=256", "max_new_tokens=12"), "card", "exec"), {})
     assert "<|im_start|>assistant" in capsys.readouterr().out
@@ -170,19 +159,19 @@ def test_estimates_and_other_methods_are_no_acceptance_of_the_draft(tmp_path: Pa
         record("7B", "humaneval", 12, 4.5, mode="estimate"),
         record("7B", "humaneval", 8, 1.5, method="ngram", mode="live"),
     ]
-    assert read_acceptance(acceptance(tmp_path / "acceptance.json", *records), None) == records[:1]
+    assert read_acceptance(acceptance(tmp_path / "acceptance.json", *records), None, ELSEWHERE) == records[:1]
 
 
 def test_a_measurement_of_several_drafts_must_name_the_one_that_is_meant(tmp_path: Path) -> None:
     records = [record("7B", "humaneval", 8, tau, draft=name) for name, tau in (("before", 2.0), ("after", 4.0))]
     path = acceptance(tmp_path / "acceptance.json", *records)
-    assert read_acceptance(path, "after") == records[1:]
+    assert read_acceptance(path, "after", ELSEWHERE) == records[1:]
     for name in (None, "mine"):
-        with pytest.raises(UserError, match=f"acceptance_draft={name}: .* has measured after, before; name one"):
-            read_acceptance(path, name)
+        with pytest.raises(UserError, match=f"acceptance_draft={name}: .* after, before"):
+            read_acceptance(path, name, ELSEWHERE)
     (tmp_path / "old.json").write_text(json.dumps(records))
-    with pytest.raises(UserError, match=r"is not an acceptance\.json of this version"):
-        read_acceptance(str(tmp_path / "old.json"), None)
+    with pytest.raises(UserError, match=r"old\.json .*schema_version"):
+        read_acceptance(str(tmp_path / "old.json"), None, ELSEWHERE)
 
 
 def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: Path) -> None:
@@ -197,7 +186,7 @@ def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: P
             "gradient_accumulation_steps": 2,
             "learning_rate": 3e-5,
             "lr_scheduler_type": "constant",
-            "precision": "bf16",
+            "bf16": True,
         },
         "data": {"source": str(answers / "answers.jsonl"), "slot_budget": 16384, "max_length": 512},
         "world_size": 8,
@@ -211,10 +200,12 @@ def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: P
     written_by = {"targets": {TARGET: "ab"}, "temperature": 0.0, "counts": {"rows": 1501, "tokens_per_second": 9.5}}
     (answers / "manifest.json").write_text(json.dumps(written_by))
 
-    training = read_training(run, 1250)
+    choice = f"{run / 'draft'}: no step of the run has a higher tau"
+    training = read_training(Checkpoint(str(run / "draft"), str(run / "draft"), run, choice))
     card = written(Card("me/draft", config(), "bfloat16", training=training), tmp_path)
     for row in (
         "| steps | 1250 |",
+        "| weights | draft: no step of the run has a higher tau |",
         "| slots per step | 262,144 (8 processes) |",
         "| objective | ce 1, depth_decay 0.9, cat 1 |",
         "| COD | retention ratio 0.7, at least 0.2 |",
@@ -234,8 +225,7 @@ def test_the_best_draft_and_the_untrained_one_are_not_said_to_be_of_the_last_ste
     (tmp_path / "best" / "best.json").write_text('{"step": 750}')
     steps = {"draft": 1250, "best": 750, "init": 0, "checkpoint-500": 500, "export": None}
     for name, step in steps.items():
-        checkpoint = Checkpoint(str(tmp_path / name), str(tmp_path / name), tmp_path, None, has_safetensors=True)
-        assert step_of(checkpoint) == step, name
+        assert Checkpoint(str(tmp_path / name), str(tmp_path / name), tmp_path).step == step, name
 
 
 def test_the_license_is_that_given_or_of_the_bases_card_or_said_to_be_unknown(tmp_path: Path) -> None:
@@ -275,7 +265,7 @@ def test_a_base_whose_folder_is_gone_has_no_known_license_and_is_not_published_a
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     code = (
-        "from pard_train.publishing.card import find_base, read_license; "
+        "from pard_train.publishing.origin import find_base, read_license; "
         "print(find_base('models/gone'), read_license(None, 'models/gone'))"
     )
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,19 +26,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pard_train.config import DraftConfig, ModelConfig
+from pard_train.config import Config, DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.model import add_mask_token, inspect_base, load_config, write_initial_draft
-from pard_train.publishing.export import (
-    check_access,
-    export,
-    family_end_ids,
-    older_keys,
-    pad_vocabulary,
-    plan_export,
-    public_address,
-)
+from pard_train.publishing.export import export, family_end_ids, older_keys, pad_vocabulary, plan_export
+from pard_train.publishing.hub import check_upload, public_address
 from pard_train.training.trainer import train
 from pard_train.validation import validate_export
 
@@ -80,9 +74,7 @@ def test_an_export_pads_to_the_target_reloads_and_drafts_the_same(
     run: Path, targets: dict[int, Path], base_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "export"
-    settings = exporting(
-        "export", checkpoint=str(run / "draft"), output_dir=str(folder), targets=[str(targets[352])], dtype="float32"
-    )
+    settings = exporting(str(run / "draft"), str(folder), targets=[str(targets[352])], dtype="float32")
     assert export(settings) == [folder]
     padded, own = logits_of(folder), logits_of(run / "draft")
     assert padded.shape[-1] == keys_of(folder)["vocab_size"] == 352
@@ -105,11 +97,7 @@ def test_targets_of_equal_size_share_a_folder_and_others_have_their_own(
     run: Path, targets: dict[int, Path], tmp_path: Path
 ) -> None:
     names = [str(targets[rows]) for rows in (352, 320, 352)]
-    folders = export(
-        exporting(
-            "export", checkpoint=str(run / "draft"), output_dir=str(tmp_path / "export"), targets=names, dtype="float32"
-        )
-    )
+    folders = export(exporting(str(run / "draft"), str(tmp_path / "export"), targets=names, dtype="float32"))
     assert folders == [tmp_path / "export" / "vocab-320", tmp_path / "export" / "vocab-352"]
     small, large = map(logits_of, folders)
     assert (small.shape[-1], large.shape[-1]) == (320, 352)
@@ -126,9 +114,8 @@ def test_a_target_that_could_not_draft_can_have_a_draft(
     tokenizer.save_pretrained(tmp_path / "target")
     plan = plan_export(
         exporting(
-            "export",
-            checkpoint=str(run / "draft"),
-            output_dir=str(tmp_path / "export"),
+            str(run / "draft"),
+            str(tmp_path / "export"),
             targets=[str(tmp_path / "target")],
         )
     )
@@ -147,6 +134,50 @@ def test_a_checkpoint_of_the_same_step_gives_the_export_of_the_draft_byte_for_by
     assert {weight.dtype for weight in load_file(tmp_path / "draft" / "model.safetensors").values()} == {torch.bfloat16}
 
 
+def run_with_best(run: Path, folder: Path, *, tau: float, last_tau: float | None) -> Path:
+    """A copy of the run with the untrained draft as best/, of step 0, and the tau of the last measured step."""
+    for name in ("draft", "init"):
+        shutil.copytree(run / name, folder / name)
+    for name in ("config.json", "run.json", "metrics.jsonl"):
+        shutil.copyfile(run / name, folder / name)
+    shutil.copytree(run / "init", folder / "best")
+    record = {"chosen_by": "worst", "tau": tau, "step": 2, "rows": {"target/bench": tau}}
+    (folder / "best" / "best.json").write_text(json.dumps(record))
+    if last_tau is not None:
+        rows = [{"step": 2, "eval/tau/worst": tau}, {"step": 4, "eval/tau/worst": last_tau, "eval/tau/mean": 9.0}]
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "tau, last_tau, chosen",
+    [(2.5, 2.4, "best"), (2.5, 2.5, "draft"), (2.5, None, "best"), (None, None, "draft")],
+    ids=["a better step", "the last step is as good", "the last step was not measured", "no monitor"],
+)
+def test_a_run_gives_the_better_of_draft_and_best_and_says_which(
+    tau: float | None, last_tau: float | None, chosen: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = run if tau is None else run_with_best(run, tmp_path / "run", tau=tau, last_tau=last_tau)
+    config = Config(draft=DraftConfig(path=str(source)), output_dir=str(tmp_path / "export"))
+    config.export.dtype = "float32"
+    (folder,) = export(config)
+    expected = load_file(run / ("init" if chosen == "best" else "draft") / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(folder / "model.safetensors").items())
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("weights: "))
+    assert line.startswith(f"weights: {source / chosen}: ")
+    card = (folder / "README.md").read_text()
+    assert f"| weights | {line.removeprefix(f'weights: {source}/')} |" in card
+    assert f"| steps | {2 if chosen == 'best' else 4} |" in card
+
+
+def test_a_run_that_has_not_finished_is_not_exported(run: Path, tmp_path: Path) -> None:
+    unfinished = run_with_best(run, tmp_path / "run", tau=2.5, last_tau=2.4)
+    shutil.rmtree(unfinished / "draft")
+    with pytest.raises(UserError, match=rf"{unfinished} has no draft/"):
+        plan_export(exporting(str(unfinished), str(tmp_path / "export")))
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_weights_are_cut_into_files_of_the_size_asked_for_and_stay_tied(
     tied: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
@@ -158,10 +189,8 @@ def test_weights_are_cut_into_files_of_the_size_asked_for_and_stay_tied(
     target = tmp_path / "target"
     build_model("llama", seed=2, num_rows=400).save_pretrained(target)
     tokenizer.save_pretrained(target)
-    settings = exporting(
-        "export", checkpoint=str(tmp_path / "init"), output_dir=str(tmp_path / "export"), targets=[str(target)]
-    )
-    settings.max_shard_size, settings.dtype = "100KB", "float32"
+    settings = exporting(str(tmp_path / "init"), str(tmp_path / "export"), targets=[str(target)])
+    settings.export.max_shard_size, settings.export.dtype = "100KB", "float32"
     export(settings)
     files = sorted((tmp_path / "export").glob("model-*.safetensors"))
     assert len(files) > 3
@@ -285,30 +314,19 @@ def test_what_cannot_work_is_said_before_weights_are_read_and_leaves_nothing(
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(other)
     mistakes = {
-        "has 304 vocabulary rows, the draft 320": exporting(
-            "export", checkpoint=str(draft), output_dir=str(output), targets=[str(targets[304])]
-        ),
-        "different tokenizers: 1 entries differ": exporting(
-            "export", checkpoint=str(draft), output_dir=str(output), targets=[str(other)]
-        ),
+        "has 304 vocabulary rows, the draft 320": exporting(str(draft), str(output), targets=[str(targets[304])]),
+        "different tokenizers: 1 entries differ": exporting(str(draft), str(output), targets=[str(other)]),
         "is not a parallel draft model": exporting(str(base_folder), str(output)),
         "not logged in": exporting(str(draft), str(output), push_to_hub="me/draft"),
-        "push_to_hub=me/a..b: Cannot have -- or ..": exporting(
-            "export", checkpoint=str(draft), output_dir=str(output), push_to_hub="me/a..b"
-        ),
+        "push_to_hub=me/a..b: Cannot have -- or ..": exporting(str(draft), str(output), push_to_hub="me/a..b"),
         "vocab-320: Repo id must .* maximum length is 96": exporting(
-            "export",
-            checkpoint=str(draft),
-            output_dir=str(output),
+            str(draft),
+            str(output),
             targets=[str(targets[320]), str(targets[352])],
             push_to_hub=f"me/{'x' * 90}",  # with its size it is too long
         ),
-        "cannot be read": exporting(
-            "export", checkpoint=str(draft), output_dir=str(output), acceptance=str(tmp_path / "none.json")
-        ),
-        "the model cannot be loaded": exporting(
-            "export", checkpoint=str(draft), output_dir=str(output)
-        ),  # all else is fine: now the weights
+        r"none\.json does not exist": exporting(str(draft), str(output), acceptance=str(tmp_path / "none.json")),
+        "the model cannot be loaded": exporting(str(draft), str(output)),  # all else is fine: now the weights
     }
     for reason, settings in mistakes.items():
         with pytest.raises(UserError, match=reason):
@@ -357,9 +375,8 @@ def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
         file.write_text(json.dumps({"schema_version": 2, "records": records, "failures": []}))
         plan_export(
             exporting(
-                "export",
-                checkpoint=str(run / "draft"),
-                output_dir=str(tmp_path / "export"),
+                str(run / "draft"),
+                str(tmp_path / "export"),
                 acceptance=str(file),
                 acceptance_draft="mine",
             )
@@ -396,8 +413,8 @@ def test_each_vocabulary_size_has_a_repository_of_its_own() -> None:
 
 
 def test_who_is_not_logged_in_is_told_how() -> None:
-    with pytest.raises(UserError, match=r"push_to_hub=me/draft: .* run `hf auth login`, or set HF_TOKEN"):
-        check_access("me/draft")
+    with pytest.raises(UserError, match=r"push_to_hub=me/draft: .* run `hf auth login`"):
+        check_upload("me/draft", [Path("out")], Path("out"))
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -164,9 +164,8 @@ def test_a_published_draft_is_exported_for_a_larger_target_with_all_keys(name: s
     target = publish(name, tmp_path / "target", vocab_size=384, pard_token=None, spd_type=None)
     export(
         exporting(
-            "export",
-            checkpoint=str(folder),
-            output_dir=str(tmp_path / "export"),
+            str(folder),
+            str(tmp_path / "export"),
             targets=[str(target)],
             dtype="float32",
         )

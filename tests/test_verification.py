@@ -29,23 +29,19 @@ from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Drafter, Limits
 from pard_train.model import inspect_base, write_initial_draft
-from pard_train.publishing.export import export
-from pard_train.publishing.verification import (
+from pard_train.publishing.differences import (
     FIRST_POSITION,
     LATER_POSITION,
     NOT_DRAFTED,
     NOT_EXACT,
     NOT_K,
     NOT_LOSSLESS,
-    VERIFICATION_FILE,
     Difference,
     Expectation,
-    compare,
-    expect,
     find_difference,
-    render_verification,
-    verify,
 )
+from pard_train.publishing.export import export
+from pard_train.publishing.verification import VERIFICATION_FILE, compare_prompts, expect, render_verification, verify
 from pard_train.targets.regeneration import write_answers
 from pard_train.training.trainer import train
 
@@ -113,7 +109,7 @@ def serve(target: PreTrainedModel, drafter: Drafter, prompt: list[int], limits: 
 def expectation(target: PreTrainedModel, drafter: Drafter, limits: Limits, k: int, prompt: list[int]) -> Expectation:
     """What replay says of one prompt, as vLLM counts."""
     text = greedy(target, prompt, limits.max_new_tokens + k)
-    return expect(drafter, {"bench 0": prompt}, [text], limits, k, num_prefilled=1)[0]
+    return expect(drafter, {"bench 0": prompt}, [text], limits, num_draft_tokens=k, num_prefilled=1)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +262,7 @@ def test_prompts_are_compared_one_by_one_and_the_table_shows_both_sides(
 ) -> None:
     expectations = [replace(expectation(target, drafter, NEVER, 4, p), prompt_id=f"bench {p[1]}") for p in PROMPTS]
     answers = [serve(target, drafter, prompt, NEVER, 4) for prompt in PROMPTS]
-    report = compare(drafter, expectations, EngineResult("1.0", answers), 4)
+    report = compare_prompts(drafter, expectations, EngineResult("1.0", answers), 4)
     assert report["agrees"]
     assert report["difference"] is None
     assert report["expected"] == report["observed"]
@@ -278,7 +274,7 @@ def test_prompts_are_compared_one_by_one_and_the_table_shows_both_sides(
     answers[1].accepted[0], answers[2].accepted[0] = 0, 4
     moved = [replace(a, counters=Counters.of(a.accepted, 4)) for a in moved]
     expectations = [replace(e, accepted=a.accepted) for e, a in zip(expectations, answers, strict=True)]
-    report = compare(drafter, expectations, EngineResult("1.0", moved), 4)
+    report = compare_prompts(drafter, expectations, EngineResult("1.0", moved), 4)
     assert report["expected"] == report["observed"]
     assert not report["agrees"]
     assert report["difference"]["prompt_id"] == "bench 40"
@@ -407,9 +403,7 @@ def test_what_the_error_of_an_engine_advises_can_be_done_in_the_same_folder(sett
     slow = write_interpreter(tmp_path / "python", "import time; time.sleep(60)")
     with pytest.raises(UserError, match="not done in timeout=1 s: allow it more"):
         verify(settings(engine_python=slow, timeout=0.5))
-    with pytest.raises(
-        UserError, match=r"\(max_new_tokens: 20 -> 5\): take the same ones, or choose another output_dir"
-    ):
+    with pytest.raises(UserError, match=r"max_new_tokens: 20 -> 5"):
         verify(settings(engine_python=slow, max_new_tokens=5))
 
 

@@ -1,13 +1,12 @@
-"""The model card of an exported draft: what it is, what it was made from, what it accepts, and how to serve it.
+"""The model card of an exported draft: what it is, how it was trained, its acceptance, and how to serve it.
 
-Everything is read from files that are there anyway: the run's settings and log, the manifests of its data, and
-acceptance.json of recipes/evaluate.py. What is not known is said to be unknown.
+Everything comes from files that exist already: settings and log of the run, manifests of its data, acceptance.json.
+Unknown facts are named as unknown.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,52 +14,29 @@ from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from transformers import PretrainedConfig
 
 from pard_train import __version__
-from pard_train.commands import command
-from pard_train.errors import UserError
-from pard_train.fingerprints import model_fingerprint
-from pard_train.model import file_of
-from pard_train.reports.records import read_document
-from pard_train.runs import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
-from pard_train.training.checkpoints import Checkpoint, find_checkpoint
+from pard_train.publishing.hub import is_hub_name, public_name
+from pard_train.publishing.origin import MEASURED_MODES, Training
+from pard_train.reports.records import with_interval
 
-DEFAULT_K = 8  # shown beside the largest K measured; and K of the commands where that of training is unknown
-MEASURED_MODES = ("replay", "live", "engine")  # of acceptance.json, the most exact first; an estimate is no measurement
+DEFAULT_K = 8  # of the tables, beside the largest K measured, and of the commands if K of training is unknown
 UNKNOWN_LICENSE = "Unknown. The license of the base model applies to a draft made from it."
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 @dataclass(frozen=True)
-class Training:
-    """What a run's own files say of it.
-
-    Attributes:
-        config: its settings.
-        step: optimizer step of the weights, None if unknown.
-        manifests: of its data, by the folder they stand in.
-        versions: of the packages that trained it.
-    """
-
-    config: dict[str, Any]
-    step: int | None
-    manifests: dict[str, dict[str, Any]]
-    versions: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Card:
-    """Everything that a model card says.
+    """Content of a model card.
 
     Attributes:
-        name: folder as the user gave it, or repository on the hub: what the commands call the draft.
+        name: the draft in the commands: the folder as the user gave it, or its hub repository.
         config: of the exported model.
         dtype: of its weights.
         targets: that it was exported for.
         base: folder or hub name of the model it was made from, None if unknown.
-        license: keys of the card's head: license, and license_name and license_link where there are any.
+        license: keys of the card's head: license, and license_name and license_link if known.
         training: None for a draft from elsewhere.
         records: of acceptance.json, those of this draft.
     """
@@ -96,135 +72,8 @@ def write_card(card: Card, folder: Path) -> None:
     ModelCard(f"---\n{_head(card).to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_training(run: Path, step: int | None) -> Training:
-    """What a run says of itself.
-
-    Args:
-        run: its output folder.
-        step: of the weights, None if unknown.
-    """
-    config = read_json(run / CONFIG_FILE)
-    return Training(config, step, _manifests(config["data"]["source"]), read_json(run / RUN_FILE)["versions"])
-
-
-def _manifests(source: str) -> dict[str, dict[str, Any]]:
-    """Manifests beside the data of a run: of the tokens or answers themselves, and of the prompts they come from."""
-    path = Path(source)
-    own = path if path.is_dir() else path.parent
-    folders = [own, own.parent / "prompts"] if path.exists() else []
-    return {f.name: read_json(f / MANIFEST_FILE) for f in folders if (f / MANIFEST_FILE).is_file()}
-
-
-def read_acceptance(path: str, draft: str | None) -> list[dict[str, Any]]:
-    """Measured records of one draft from acceptance.json.
-
-    Args:
-        path: of the file.
-        draft: its name there; None takes the only one.
-
-    Raises:
-        UserError: if it is no such file, or does not say which draft is meant.
-    """
-    content = read_document(Path(path))
-    records = [r for r in content["records"] if r["mode"] in MEASURED_MODES and r.get("method", "pard") == "pard"]
-    names = sorted({record["draft"] for record in records})
-    if draft not in names and (draft is not None or len(names) != 1):
-        raise UserError(f"export.acceptance_draft={draft}: {path} holds {', '.join(names) or 'no draft'}; name one")
-    return [record for record in records if record["draft"] in (draft or names)]
-
-
-def check_measured(path: str, records: Sequence[dict[str, Any]], checkpoint: Checkpoint) -> None:
-    """Refuse figures of another draft than the one that is exported.
-
-    The same draft has other files as a checkpoint or an export. So it takes the folder that was measured to tell: it is
-    looked for in the run and where the evaluation found it. If it is not there, or is of an unknown step, nobody can.
-
-    Args:
-        path: of acceptance.json.
-        records: of it, those that are to be shown.
-        checkpoint: that is exported.
-
-    Raises:
-        UserError: naming the folder that was measured.
-    """
-    shown, fingerprints = records[0]["draft"], {record.get("draft_fingerprint") for record in records} - {None}
-    own = _fingerprint_of(checkpoint.path)
-    if not fingerprints or own in fingerprints:
-        return
-    for record in read_json(Path(path))["records"]:
-        if own is not None and record.get("draft_fingerprint") == own:
-            raise UserError(
-                f"export.acceptance_draft={shown}: {path} holds the figures of {checkpoint.path} as {record['draft']}"
-            )
-    settings = Path(path).parent / CONFIG_FILE
-    evaluated = read_json(settings) if settings.is_file() else {}
-    named = [evaluated.get("draft"), *(evaluated.get("drafts") or {}).values()]
-    siblings = sorted(checkpoint.run.iterdir()) if checkpoint.run else []
-    for folder in [*map(str, siblings), *filter(None, named)]:
-        if _fingerprint_of(folder) in fingerprints and _is_another(find_checkpoint(folder), checkpoint):
-            raise UserError(
-                f"export.acceptance={path}: the figures of {shown} belong to {folder}, not to {checkpoint.path}: "
-                f"measure that with {command('evaluate')}"
-            )
-
-
-def _fingerprint_of(folder: str) -> str | None:
-    return model_fingerprint(folder) if (Path(folder) / "config.json").is_file() else None
-
-
-def _is_another(measured: Checkpoint, exported: Checkpoint) -> bool:
-    """Whether two folders are known to hold different drafts."""
-    if measured.run is None or exported.run is None:
-        return False
-    steps = {measured.step, exported.step}
-    return measured.run.resolve() != exported.run.resolve() or (None not in steps and len(steps) == 2)
-
-
-def find_base(name: str | None) -> str | None:
-    """What the base model is called: of a name that the hub does not know, and so was a folder's path, the last part.
-
-    Offline, where nobody can tell, it stays as it is.
-    """
-    if not is_hub_name(name):
-        return name
-    _, is_known = _card_of(str(name))
-    return name if is_known else Path(str(name)).name
-
-
-def _card_of(base: str) -> tuple[Path | None, bool]:
-    """A model's card if it can be had; and whether there may be such a model."""
-    try:
-        return file_of(base, "README.md"), True
-    except (OSError, HTTPError) as error:
-        return None, not isinstance(error.__cause__, RepositoryNotFoundError | HFValidationError)
-
-
-def read_license(license: str | None, base: str | None) -> dict[str, str]:
-    """The license given, else that of the base model's card; empty if neither is known."""
-    if license is not None:
-        return {"license": license}
-    if base is None or not (is_hub_name(base) or Path(base).is_dir()):
-        return {}
-    card, _ = _card_of(base)
-    if card is None:
-        return {}
-    head = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    return {key: head[key] for key in ("license", "license_name", "license_link") if head.get(key)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _head(card: Card) -> ModelCardData:
-    manifests = card.training.manifests if card.training else {}
-    sources = manifests.get("prompts", {}).get("identity", {}).get("config", {}).get("sources", {})
+    sources = _sources(card.training.manifests.get("prompts", {})) if card.training else {}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -232,21 +81,11 @@ def _head(card: Card) -> ModelCardData:
         datasets=sorted({s["path"] for s in sources.values() if is_hub_name(s["path"])}) or None,
         tags=["speculative-decoding", "parallel-draft-model", "pard", "pard_train"],
         model_name=public_name(card.name),
-        eval_results=[_eval_result(record) for record in _best(card.records).values()] or None,
+        eval_results=[_eval_result(record) for record in _best_records(card.records).values()] or None,
         license=card.license.get("license"),
         license_name=card.license.get("license_name"),
         license_link=card.license.get("license_link"),
     )
-
-
-def is_hub_name(name: str | None) -> bool:
-    """Whether this may be NAMESPACE/NAME on the hub rather than a folder."""
-    return bool(name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists())
-
-
-def public_name(name: str) -> str:
-    """A hub name as it is; of a folder, which means nothing to a reader, the last part."""
-    return name if is_hub_name(name) or ":" in name else Path(name).name
 
 
 def _eval_result(record: dict[str, Any]) -> EvalResult:
@@ -278,66 +117,79 @@ def _facts(card: Card) -> str:
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def _training(training: Training) -> str:
-    config = training.config
-    draft, settings = config["draft"], config["trainer"]
-    ranks = config.get("world_size", 1)
-    slots = config["data"]["slot_budget"] * ranks * settings["gradient_accumulation_steps"]
-    rows = [
-        ("steps", "unknown" if training.step is None else training.step),
-        ("slots per step", f"{slots:,} ({ranks} processes)"),
-        ("objective", _objective(config["objective"])),
-        ("COD", f"retention ratio {draft['retention_ratio']}, at least {draft['min_retention']}"),
-        ("learning rate", f"{settings['learning_rate']}, {settings['lr_scheduler_type']}"),
-        ("precision", "bf16" if settings["bf16"] else "fp32"),
-        ("longest document", f"{config['data']['max_length']} tokens"),
-        ("data", public_name(config["data"]["source"])),
-        *((f"data: {name}", _manifest(manifest)) for name, manifest in training.manifests.items()),
-        ("versions", ", ".join(f"{name} {version}" for name, version in training.versions.items() if version)),
-    ]
-    return _table(rows)
+    draft, data, settings = (training.config[name] for name in ("draft", "data", "trainer"))
+    ranks = training.config.get("world_size", 1)
+    slots = data["slot_budget"] * ranks * settings["gradient_accumulation_steps"]
+    precision = settings.get("precision") or ("bf16" if settings["bf16"] else "fp32")  # its name in version 0.1
+    return _table(
+        [
+            ("steps", "unknown" if training.step is None else training.step),
+            *([("weights", training.choice)] if training.choice else []),
+            ("slots per step", f"{slots:,} ({ranks} processes)"),
+            ("objective", _objective(training.config["objective"])),
+            ("COD", f"retention ratio {draft['retention_ratio']}, at least {draft['min_retention']}"),
+            ("learning rate", f"{settings['learning_rate']}, {settings['lr_scheduler_type']}"),
+            ("precision", precision),
+            ("longest document", f"{data['max_length']} tokens"),
+            ("data", public_name(data["source"])),
+            *((f"data: {name}", _manifest(manifest)) for name, manifest in training.manifests.items()),
+            ("versions", ", ".join(f"{name} {version}" for name, version in training.versions.items() if version)),
+        ]
+    )
 
 
 def _objective(settings: dict[str, float]) -> str:
-    """What of an objective's settings is in use; runs from before there were others have cross entropy alone."""
+    """The objective's settings in use. Runs older than the choice of terms have cross entropy alone."""
     unused = [] if settings.get("dpace") else ["dpace_alpha"]
     used = {"ce": 1.0, **settings}
     return ", ".join(f"{name} {value:g}" for name, value in used.items() if value and name not in unused)
 
 
+def _sources(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings of the sources that a manifest names."""
+    return manifest.get("identity", {}).get("config", {}).get("sources", {})
+
+
 def _manifest(manifest: dict[str, Any]) -> str:
-    """One line of a manifest: who wrote it and the counts of each source."""
-    parts = []
+    """A manifest in one line: the targets that wrote the data, and the counts of each source."""
+    parts, counts, sources = [], manifest.get("counts", {}), _sources(manifest)
     if "targets" in manifest:
         parts.append(f"written by {', '.join(map(public_name, manifest['targets']))} at {manifest['temperature']:g}")
-    sources = manifest.get("identity", {}).get("config", {}).get("sources", {})
-    for name, count in manifest.get("counts", {}).items():
+    for name, count in counts.items():
         if isinstance(count, dict):
-            license = sources.get(name, {}).get("license")
+            source = sources.get(name, {})
+            license = source.get("license") or source.get("licence")  # its name in version 0.1
             parts.append(f"{name}{f' ({license})' if license else ''}: {_counts(count)}")
-    flat = {name: count for name, count in manifest.get("counts", {}).items() if not isinstance(count, dict)}
-    return "; ".join([*parts, *([_counts(flat)] if flat else [])])
+    return "; ".join(filter(None, [*parts, _counts(counts)]))
 
 
 def _counts(counts: dict[str, Any]) -> str:
     return ", ".join(f"{value:,} {name}" for name, value in counts.items() if isinstance(value, int))
 
 
-def _best(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Acceptance
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _best_records(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
     """Greedy records by (target, benchmark, K), each in the most exact mode, at K = 8 and at the largest K."""
-    greedy = sorted(
-        (record for record in records if record.get("temperature", 0.0) == 0.0),
-        key=lambda record: MEASURED_MODES.index(record["mode"]),
-    )
+    greedy = [record for record in records if record.get("temperature", 0.0) == 0.0]
     best: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for record in greedy:
+    for record in sorted(greedy, key=lambda record: MEASURED_MODES.index(record["mode"])):
         best.setdefault((record["target"], record["benchmark"], record["num_draft_tokens"]), record)
     shown = {DEFAULT_K, max((k for _, _, k in best), default=DEFAULT_K)}
     return {key: record for key, record in sorted(best.items()) if key[2] in shown}
 
 
 def _acceptance(records: Sequence[dict[str, Any]]) -> str:
-    best = _best(records)
+    best = _best_records(records)
     if not best:
         return "Not measured."
     shown = sorted({k for _, _, k in best})
@@ -348,8 +200,8 @@ def _acceptance(records: Sequence[dict[str, Any]]) -> str:
     for target, benchmark in dict.fromkeys(key[:2] for key in best):
         row = [best.get((target, benchmark, k)) for k in shown]
         prompts = next(record["num_prompts"] for record in row if record)
-        cells = [f"{r['tau']:.2f} [{r['tau_low']:.2f}, {r['tau_high']:.2f}]" if r else "" for r in row]
-        lines.append(f"| {target} | {benchmark} | {prompts} | " + " | ".join(cells) + " |")
+        taus = " | ".join(with_interval(record) if record else "" for record in row)
+        lines.append(f"| {target} | {benchmark} | {prompts} | {taus} |")
     one = next(iter(best.values()))
     return (
         "tau is the mean number of tokens per target forward pass, the target's own token included, "

@@ -1,7 +1,7 @@
-"""Export: plain Hugging Face folders that serving engines load with no hand-editing.
+"""Export: plain Hugging Face folders that serving engines load without hand-editing.
 
-Engines want a draft and a target with equally many vocabulary rows, so there is one folder for each number of rows that
-the targets have. Everything is checked before any weights are loaded, and the folders are written atomically.
+Engines require equal vocabulary sizes of draft and target, so there is one folder per vocabulary size of the targets.
+Everything is checked before any weights are loaded, and the folders are written atomically.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -44,16 +41,9 @@ from pard_train.model import (
     set_draft_keys,
     vocabulary_tensors,
 )
-from pard_train.publishing.card import (
-    Card,
-    check_measured,
-    find_base,
-    public_name,
-    read_acceptance,
-    read_license,
-    read_training,
-    write_card,
-)
+from pard_train.publishing.card import Card, write_card
+from pard_train.publishing.hub import check_upload, public_address, public_name
+from pard_train.publishing.origin import find_base, read_acceptance, read_license, read_training
 from pard_train.runs import new_folder, read_json, write_json
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint
 
@@ -62,11 +52,11 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """An export that has been found possible.
+    """A checked export.
 
     Attributes:
-        sizes: vocabulary rows -> the targets that have as many, in ascending order.
-        card: what all folders' cards say.
+        sizes: vocabulary rows -> the targets of this size, in ascending order.
+        card: common to the folders of all sizes.
     """
 
     checkpoint: Checkpoint
@@ -77,22 +67,22 @@ class Plan:
     card: Card
 
     def folder(self, root: Path, num_rows: int) -> Path:
-        """Where the folder of one size goes: the root itself if there is only one."""
+        """Folder of one size: the root itself if there is only one."""
         return root if len(self.sizes) == 1 else root / f"vocab-{num_rows}"
 
 
 def export(config: Config) -> list[Path]:
-    """Write the exported folders, load each again, and check that it says what the checkpoint says.
+    """Write the exported folders, reload each, and compare its logits with those of the checkpoint.
 
     Args:
         config: validated. `export.checkpoint`, or `draft.path`, names a run, a checkpoint or a draft.
 
     Returns:
-        The folders, one for each vocabulary size: `output_dir`, or `output_dir/vocab-N` if there are several.
+        The folders, one per vocabulary size: `output_dir`, or `output_dir/vocab-N` if there are several.
 
     Raises:
-        UserError: if the checkpoint is no draft model or damaged, a target does not fit, the folder is taken, the disk
-            is too full, or nobody is logged in to the hub that is to be pushed to.
+        UserError: if the checkpoint is damaged or no draft model, a target does not fit, the folder is taken, the disk
+            is too full, or the hub refuses the upload.
     """
     root, settings = Path(config.output_dir), config.export
     plan = plan_export(config)
@@ -129,7 +119,7 @@ def plan_export(config: Config) -> Plan:
         raise UserError(f"output_dir={root} already exists: choose another one")
     checkpoint = find_checkpoint(settings.checkpoint or config.draft.path or "")
     if checkpoint.choice:
-        print(checkpoint.choice)
+        print(f"weights: {checkpoint.choice}")
     model_config = load_config(checkpoint.home)
     mask_token_id = required_mask_token_of(model_config)
     tokenizer = load_tokenizer(checkpoint.home)
@@ -138,27 +128,23 @@ def plan_export(config: Config) -> Plan:
     card = _card(settings, checkpoint, model_config)
     plan = Plan(checkpoint, model_config, tokenizer, mask_token_id, sizes, card)
     if settings.push_to_hub is not None:
-        check_names(settings.push_to_hub, [plan.folder(root, num_rows) for num_rows in sizes], root)
-        check_access(settings.push_to_hub)
+        check_upload(settings.push_to_hub, [plan.folder(root, num_rows) for num_rows in sizes], root)
     return plan
 
 
 def _card(settings: ExportConfig, checkpoint: Checkpoint, model_config: PretrainedConfig) -> Card:
-    """What the cards of all sizes have in common."""
-    training = read_training(checkpoint.run, checkpoint.step) if checkpoint.run else None
+    training = read_training(checkpoint)
     base = find_base(training.config["model"]["path"] if training else getattr(model_config, "pard_base", None))
     license = read_license(settings.license, base)
     if not license:
         print("license: unknown; set export.license to name it on the model card")
-    records = []
-    if settings.acceptance:
-        records = read_acceptance(settings.acceptance, settings.acceptance_draft)
-        check_measured(settings.acceptance, records, checkpoint)
+    file, name = settings.acceptance, settings.acceptance_draft
+    records = read_acceptance(file, name, checkpoint) if file else []
     return Card("", model_config, settings.dtype, base=base, license=license, training=training, records=records)
 
 
 def check_targets(base: Base, targets: Sequence[str]) -> None:
-    """Check that a draft model that is yet to be trained can be exported for its targets.
+    """Check before training that the draft model can be exported for its targets.
 
     Raises:
         UserError: if a target has another tokenizer than the base, or fewer rows than the draft will have.
@@ -175,7 +161,7 @@ def find_sizes(
 
     Args:
         targets: folders or hub names.
-        draft: what the draft model is called in messages.
+        draft: name of the draft model in errors.
         num_rows: of the draft model.
         tokenizer: of the draft model.
 
@@ -188,8 +174,8 @@ def find_sizes(
         wanted = num_rows_of(name)
         if wanted < num_rows:
             raise UserError(
-                f"targets: {name} has {wanted} vocabulary rows, the draft {num_rows}: engines want equal sizes; train "
-                "with a mask token inside the vocabulary (draft.mask_token), export the run rather than a padded "
+                f"targets: {name} has {wanted} vocabulary rows, the draft {num_rows}: engines require equal sizes; "
+                "train with a mask token inside the vocabulary (draft.mask_token), export the run instead of a padded "
                 "export, or pad the target"
             )
         sizes.setdefault(wanted, []).append(name)
@@ -217,11 +203,10 @@ def _check_disk(root: Path, config: PretrainedConfig, sizes: dict[int, list[str]
 
 @torch.no_grad()
 def pad_vocabulary(model: PreTrainedModel, num_rows: int, mask_token_id: int) -> None:
-    """Append copies of the mask token's row, bias and all, so that padding changes no draft, whatever the precision.
+    """Append copies of the mask token's row (and bias), so that padding changes no draft in any dtype.
 
-    A copy's logit is the mask token's own, in every dtype, so it is above all others only where the mask token is; and
-    that is no label in training and never the text of a target. (A mean row is below the largest logit too, but only
-    until it is rounded; a zero row beats any vocabulary whose logits are all negative.)
+    A copy has the logit of the mask token, which is no label in training and no text of a target, and loses ties to it
+    by its higher id. (A mean row can win after rounding; a zero row wins if all logits are negative.)
     """
     old = model.config.vocab_size
     resize_vocabulary(model, num_rows)
@@ -230,11 +215,11 @@ def pad_vocabulary(model: PreTrainedModel, num_rows: int, mask_token_id: int) ->
 
 
 def write_folder(model: PreTrainedModel, plan: Plan, folder: Path, *, max_shard_size: str) -> None:
-    """Weights, config, generation config and tokenizer into a folder, which may exist."""
+    """Write weights, config, generation config and tokenizer into a folder, which may exist."""
     home = plan.checkpoint.home
-    model.generation_config = GenerationConfig()  # the real one is written below, as it was but for its ends
+    model.generation_config = GenerationConfig()  # the original with all end-of-turn ids is written below
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    for weights in folder.glob("*.safetensors"):  # which its library lets nobody but us read
+    for weights in folder.glob("*.safetensors"):  # safetensors writes files that only their owner can read
         weights.chmod((folder / "config.json").stat().st_mode)
     copy_tokenizer(home, folder)
     source = file_of(home, GENERATION_CONFIG_FILE)
@@ -258,7 +243,7 @@ def family_end_ids(generation: dict, config: PretrainedConfig, tokenizer: PreTra
 
 
 def older_keys(config: dict) -> dict:
-    """The keys of config.json that transformers 4 reads: without them it would take a rotary base of 10000, silently.
+    """The keys of config.json that transformers 4 reads: without them it silently takes a rotary base of 10000.
 
     transformers 5 writes `rope_parameters` and `dtype` instead; engines with either version serve the folder.
     """
@@ -269,81 +254,13 @@ def older_keys(config: dict) -> dict:
 
 @torch.inference_mode()
 def check_reload(folder: Path, model: PreTrainedModel, plan: Plan) -> None:
-    """Load an exported folder and compare its logits with the model it was written from, bit for bit.
+    """Reload an exported folder and compare its logits with the model it was written from, bit for bit.
 
     Raises:
-        RuntimeError: if the folder says anything else than the model.
+        RuntimeError: if they differ.
     """
     again, mask = load_causal_lm(str(folder), dtype=model.dtype), plan.mask_token_id
     last = max(produced_ids(plan.tokenizer))
     ids = torch.tensor([[0, last // 2, last, mask, mask]])
     if mask_token_of(again.config) != mask or not torch.equal(again(ids).logits, model(ids).logits):
         raise RuntimeError(f"{folder} does not reload to the model it was written from")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The hub
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_names(repository: str, folders: Sequence[Path], root: Path) -> None:
-    """Check that the hub allows the names of all repositories. Raises UserError."""
-    for folder in folders:
-        name = public_address(repository, folder, root)
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise UserError(f"export.push_to_hub={name}: {str(error).splitlines()[0]}") from error
-
-
-def check_access(repository: str) -> None:
-    """Ask the hub who we are, and whether the repository may be ours. The token is the library's own affair.
-
-    Raises:
-        UserError: if the hub is out of reach, does not know us, or the namespace is somebody else's.
-    """
-    try:
-        me = HfApi().whoami()
-    except (OSError, HTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"export.push_to_hub={repository}: not logged in to the hub ({reason}): run `hf auth login` or set HF_TOKEN"
-        ) from error
-    allowed = [me["name"], *(organization["name"] for organization in me.get("orgs", []))]
-    if repository.split("/")[0] not in allowed:
-        raise UserError(f"export.push_to_hub={repository}: the namespaces you may write to are {', '.join(allowed)}")
-
-
-def public_address(repository: str | None, folder: Path, root: Path) -> str:
-    """Repository of an exported folder, which bears its vocabulary size if there are several; its path without one."""
-    if repository is None:
-        return str(folder)
-    return repository if folder == root else f"{repository}-{folder.name}"
-
-
-def push_to_hub(folders: Sequence[Path], root: Path, settings: ExportConfig) -> list[str]:
-    """Upload exported folders, each to its own repository.
-
-    Args:
-        folders: from `export`.
-        root: the output folder.
-        settings: name and visibility of the repositories.
-
-    Returns:
-        Addresses of the repositories.
-
-    Raises:
-        UserError: if the hub refuses.
-    """
-    api, addresses = HfApi(), []
-    for folder in folders:
-        name = public_address(settings.push_to_hub, folder, root)
-        try:
-            addresses.append(str(api.create_repo(name, private=settings.private, exist_ok=True)))
-            api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export by pard_train")
-        except (OSError, HTTPError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{name}: {reason}; {folder} is whole: upload it with `hf upload {name} {folder}`"
-            ) from error
-    return addresses

@@ -1,24 +1,22 @@
-"""Verification: does a serving engine do with an exported draft what replay says it will?
+"""Verification: a serving engine must accept of an exported draft what replay says.
 
-The engine writes its own greedy text twice, plainly and with the draft. The two texts must be equal, and what it
-accepted while it drafted must be what replay finds in that text: the same steps, of which the same number of draft
-tokens was accepted. Where they part, the first slot that differs is named: prompt, step, draft position.
+The engine writes its greedy text twice, plainly and with the draft. The two texts must be equal, and at every step the
+engine must accept as many draft tokens as replay finds in that text. The first difference is reported with its prompt,
+step and draft position.
 
-Two engines count in two ways. vLLM takes the first token of an answer from the target's prefill, then drafts exactly K
-tokens every step, and counts matches past the end of the answer; so it writes K tokens past the end when it is alone.
-Transformers verifies the first draft in the pass that reads the prompt, and what a pass emits beyond its first token
-counts as accepted.
+Engines count in two ways. vLLM takes the first token of an answer from the prefill, then drafts exactly K tokens at
+every step, and counts matches past the end of the answer; so its plain text continues for K tokens past the end.
+Transformers verifies the first draft in the pass that reads the prompt, and counts all but one token of each pass as
+accepted.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pard_train.acceptance.counting import accepted_by_step
 from pard_train.acceptance.replay import replay_all
@@ -28,83 +26,21 @@ from pard_train.data.chat import ChatEncoder
 from pard_train.device import default_device
 from pard_train.downloads import local_model
 from pard_train.engines.transformers_engine import run_transformers
-from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
+from pard_train.engines.vllm_engine import Counters, EngineRequest, EngineResult, run
 from pard_train.errors import UserError
-from pard_train.generation.decoding import Drafter, Limits, end_ids_of
+from pard_train.generation.decoding import Limits, end_ids_of
+from pard_train.generation.proposers import Drafter
 from pard_train.model import DTYPES
+from pard_train.publishing.differences import Difference, Expectation, find_difference
 from pard_train.runs import check_run, claim_run, provenance, write_json
-from pard_train.targets.compatibility import OK, Finding, Model, check_pair, require
+from pard_train.targets.compatibility import OK, Model, check_pair, require
 from pard_train.targets.target import first_target
 from pard_train.training.checkpoints import resolve_draft
-
-# Legend: N tokens of an answer, K draft tokens, V vocabulary.
 
 VERIFICATION_FILE = "verification.json"
 SCHEMA_VERSION = 1
 PLAIN_FOLDER, SPECULATIVE_FOLDER = "plain", "speculative"  # requests, results and logs of vLLM
-NEAR_TIE = 1e-3  # logits closer than this may fall either way between two float32 implementations
-
-NOT_LOSSLESS = "the engine's text depends on the draft: a near tie (float32 has the fewest), or a fault of the engine"
-NOT_K = "the engine did not draft K tokens at every step"
-NOT_DRAFTED = "replay never drafts the mask token or a row that is no token, the engine may: train the draft further"
-NOT_EXACT = "two implementations agree to the last counter in float32 only: set dtype=float32"
-FIRST_POSITION = "no mask token has a part in the first draft token: the engine runs other weights or other positions"
-LATER_POSITION = "the draft's first token is right and a later one is not: the engine uses another mask token or mask"
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What the engine should do with one prompt.
-
-    Attributes:
-        prompt_id: benchmark and prompt.
-        prompt_ids: as rendered.
-        answer_ids: the target's own greedy answer, [N].
-        extra_ids: what it would say after that.
-        num_prefilled: leading tokens of the answer that no draft predicts: 1 in vLLM, else 0.
-        accepted: draft tokens accepted at every step.
-    """
-
-    prompt_id: str
-    prompt_ids: list[int]
-    answer_ids: list[int]
-    extra_ids: list[int]
-    num_prefilled: int
-    accepted: list[int]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The first place where engine and replay part.
-
-    Attributes:
-        prompt_id: benchmark and prompt.
-        step: number of the draft, from 0; None if it is not about one.
-        position: of the draft token within its draft, from 1; None if it is not about one.
-        token: number of the answer's token that it is about, from 0; None if it is about all.
-        expected: what replay, or plain decoding, says.
-        observed: what the engine did.
-        hint: where to look.
-    """
-
-    prompt_id: str
-    step: int | None
-    position: int | None
-    token: int | None
-    expected: str
-    observed: str
-    hint: str
-
-    def __str__(self) -> str:
-        places = {"step": self.step, "draft position": self.position, "token": self.token}
-        where = [f"{name} {place}" for name, place in places.items() if place is not None]
-        place = ", ".join([f"prompt {self.prompt_id}", *where])
-        return f"{place}: expected {self.expected}; observed {self.observed}; {self.hint}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole check
-# ---------------------------------------------------------------------------------------------------------------------
+PREFILLED = {"vllm": 1, "transformers": 0}  # tokens of an answer that no draft predicts, by engine
 
 
 def verify(config: Config) -> dict[str, Any]:
@@ -119,80 +55,72 @@ def verify(config: Config) -> dict[str, Any]:
     Raises:
         UserError: if draft and target do not fit, two benchmarks have one name, or the engine fails.
     """
-    settings, folder, k = config.verify, Path(config.output_dir), config.verify.num_draft_tokens
+    settings, folder, trust = config.verify, Path(config.output_dir), config.model.trust_remote_code
     benchmarks = load_benchmarks(settings.benchmarks, settings.max_prompts)
     names = {"draft": resolve_draft(config.draft.path or ""), "target": first_target(config)}
     decides = {**names, **decisive(settings), "template_kwargs": dict(config.data.template_kwargs)}
     check_run(folder, decides, resume=True)
-    draft, target = (Model.load(name) for name in names.values())
-    limits = Limits(settings.max_new_tokens, end_ids_of(target.name, target.tokenizer))
+    draft, target = (Model.load(name, trust_remote_code=trust) for name in names.values())
     encoder = ChatEncoder(target.tokenizer, config.data.template_kwargs)
-    prompts = {
-        f"{b.name} {prompt.id}": encoder.encode_prompt(prompt.turns[0]) for b in benchmarks for prompt in b.prompts
-    }
+    prompts = {f"{b.name} {p.id}": encoder.encode_prompt(p.turns[0]) for b in benchmarks for p in b.prompts}
     request = EngineRequest(
         target=local_model(target.name),
         draft=local_model(draft.name),
-        num_draft_tokens=k,
+        num_draft_tokens=settings.num_draft_tokens,
         prompts=list(prompts.values()),
         max_new_tokens=settings.max_new_tokens,
-        end_ids=sorted(limits.end_ids),
+        end_ids=sorted(end_ids_of(target.name, target.tokenizer)),
         dtype=settings.dtype,
+        trust_remote_code=trust,
     )
-    _require_served(check_pair(draft, target, num_tokens=request.num_positions, dtype=settings.dtype))
+    _require_served(draft, target, request)
     claim_run(folder, decides)
-    (folder / VERIFICATION_FILE).unlink(missing_ok=True)  # of another engine, perhaps
-    is_vllm = settings.engine == "vllm"
-    texts, result = ask_vllm(request, settings, folder) if is_vllm else run_transformers(request)
-    drafter = Drafter.load(draft.name, dtype=DTYPES[settings.dtype], device=default_device())
-    expectations = expect(drafter, prompts, texts, limits, k, num_prefilled=int(is_vllm))
+    (folder / VERIFICATION_FILE).unlink(missing_ok=True)  # of an earlier run
+    texts, result = _run_vllm(request, settings, folder) if settings.engine == "vllm" else run_transformers(request)
+    dtype = DTYPES[settings.dtype]
+    drafter = Drafter.load(draft.name, dtype=dtype, device=default_device(), trust_remote_code=trust)
+    limits, num_prefilled = Limits(request.max_new_tokens, frozenset(request.end_ids)), PREFILLED[settings.engine]
+    expectations = expect(
+        drafter, prompts, texts, limits, num_draft_tokens=request.num_draft_tokens, num_prefilled=num_prefilled
+    )
     report = {
         "schema_version": SCHEMA_VERSION,
         "engine_version": result.version,
         **{key: decides[key] for key in ("engine", "draft", "target", "dtype", "num_draft_tokens", "max_new_tokens")},
-        **compare(drafter, expectations, result, k),
+        **compare_prompts(drafter, expectations, result, request.num_draft_tokens),
         "made_by": provenance(),
     }
     write_json(folder / VERIFICATION_FILE, report)
     return report
 
 
-def _require_served(findings: Sequence[Finding]) -> None:
-    """Stop at what cannot work, or at sizes that vLLM would refuse. Raises UserError."""
+def _require_served(draft: Model, target: Model, request: EngineRequest) -> None:
+    """Check that the engine can serve the pair; vLLM refuses unequal vocabulary sizes. Raises UserError."""
+    findings = check_pair(draft, target, num_tokens=request.num_positions, dtype=request.dtype)
     require(findings)
     for finding in findings:
         if finding.subject == "vocabulary rows" and finding.level != OK:
             raise UserError(f"{finding.subject}: {finding.text}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# vLLM
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def ask_vllm(request: EngineRequest, settings: VerifyConfig, folder: Path) -> tuple[list[list[int]], EngineResult]:
-    """vLLM's answers; the plain ones continue for K tokens past their end. Raises UserError if it fails."""
+def _run_vllm(request: EngineRequest, settings: VerifyConfig, folder: Path) -> tuple[list[list[int]], EngineResult]:
+    """vLLM's plain texts, which continue for K tokens past their end, and its speculative answers. Raises UserError."""
     start = time.monotonic()
     plain = replace(request, draft=None, max_new_tokens=request.max_new_tokens + request.num_draft_tokens, end_ids=[])
     results = []
-    for what, name in ((plain, PLAIN_FOLDER), (request, SPECULATIVE_FOLDER)):
+    for each, name in ((plain, PLAIN_FOLDER), (request, SPECULATIVE_FOLDER)):
         left = max(1.0, settings.timeout - (time.monotonic() - start))
-        results.append(run(what, python=settings.engine_python, folder=folder / name, timeout=left))
+        results.append(run(each, python=settings.engine_python, folder=folder / name, timeout=left))
     return [answer.token_ids for answer in results[0].answers], results[1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is expected
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def expect(
     drafter: Drafter,
-    prompts: dict[str, list[int]],
+    prompts: Mapping[str, list[int]],
     texts: Sequence[list[int]],
     limits: Limits,
-    num_draft_tokens: int,
     *,
+    num_draft_tokens: int,
     num_prefilled: int,
 ) -> list[Expectation]:
     """What an engine should do, by replay of the target's text.
@@ -203,7 +131,7 @@ def expect(
         texts: the target's greedy text after each; for vLLM, K tokens past its end.
         limits: when an answer ends.
         num_draft_tokens: K.
-        num_prefilled: 1 to count as vLLM does, 0 as Transformers does.
+        num_prefilled: see `accepted_by_step`.
     """
     answers = [limits.cut(text, 0) for text in texts]
     extras = [text[len(answer) :] for text, answer in zip(texts, answers, strict=True)]
@@ -216,134 +144,40 @@ def expect(
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparison
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def compare(
+def compare_prompts(
     drafter: Drafter, expectations: Sequence[Expectation], result: EngineResult, num_draft_tokens: int
 ) -> dict[str, Any]:
-    """Texts and counters, prompt by prompt.
+    """Compare texts and counters prompt by prompt: the part of verification.json that follows from them.
 
     Args:
-        drafter: names what it would have drafted where they differ.
+        drafter: the draft model, for its drafts where they differ.
         expectations: of every prompt.
-        result: what the engine did with them, in the same order.
+        result: of the engine, in the same order.
         num_draft_tokens: K.
-
-    Returns:
-        The part of verification.json that this decides.
     """
     pairs = list(zip(expectations, result.answers, strict=True))
-    expected = [Counters.of(e.accepted, num_draft_tokens) for e in expectations]
     differences = (find_difference(drafter, *pair, num_draft_tokens) for pair in pairs)
     first = next((difference for difference in differences if difference is not None), None)
+    expected = [Counters.of(e.accepted, num_draft_tokens) for e in expectations]
+    prompts = [
+        {
+            "id": e.prompt_id,
+            "num_tokens": len(e.answer_ids),
+            "is_text_equal": e.answer_ids == answer.token_ids,
+            "expected": asdict(counters),
+            "observed": asdict(answer.counters),
+        }
+        for (e, answer), counters in zip(pairs, expected, strict=True)
+    ]
     return {
         "agrees": first is None,
         "difference": asdict(first) if first else None,
         "num_prompts": len(pairs),
-        "num_equal_texts": sum(e.answer_ids == answer.token_ids for e, answer in pairs),
+        "num_equal_texts": sum(prompt["is_text_equal"] for prompt in prompts),
         "expected": asdict(Counters.total(expected)),
         "observed": asdict(result.counters),
-        "prompts": [
-            {
-                "id": e.prompt_id,
-                "num_tokens": len(e.answer_ids),
-                "is_text_equal": e.answer_ids == answer.token_ids,
-                "expected": asdict(counters),
-                "observed": asdict(answer.counters),
-            }
-            for (e, answer), counters in zip(pairs, expected, strict=True)
-        ],
+        "prompts": prompts,
     }
-
-
-def find_difference(
-    drafter: Drafter, expectation: Expectation, answer: EngineAnswer, num_draft_tokens: int
-) -> Difference | None:
-    """Where the engine first does something else with one prompt than is expected; None if it never does."""
-    place = first_difference(expectation.answer_ids, answer.token_ids)
-    if place is not None:
-        expected, observed = (_named(drafter, ids, place) for ids in (expectation.answer_ids, answer.token_ids))
-        return Difference(expectation.prompt_id, None, None, place, expected, observed, NOT_LOSSLESS)
-    step = first_difference(expectation.accepted, answer.accepted)
-    if step is not None:
-        return _slot_difference(drafter, expectation, answer, step, num_draft_tokens)
-    counters = Counters.of(expectation.accepted, num_draft_tokens)
-    if counters != answer.counters:
-        expected, observed = (f"{c.num_draft_tokens} draft tokens" for c in (counters, answer.counters))
-        return Difference(expectation.prompt_id, None, None, None, expected, observed, NOT_K)
-    return None
-
-
-def first_difference(expected: Sequence[int], observed: Sequence[int]) -> int | None:
-    """Where two sequences first differ; the length of the shorter if it is the beginning of the other.
-
-    >>> first_difference([1, 2, 3], [1, 2, 4])
-    2
-    """
-    common = min(len(expected), len(observed))
-    place = next((i for i in range(common) if expected[i] != observed[i]), common)
-    return None if place == len(expected) == len(observed) else place
-
-
-def _slot_difference(
-    drafter: Drafter, expectation: Expectation, answer: EngineAnswer, step: int, num_draft_tokens: int
-) -> Difference:
-    """Name the slot: the draft token that only one of the two accepted."""
-    first = expectation.num_prefilled + sum(a + 1 for a in expectation.accepted[:step])  # that this draft predicts
-    ours, theirs = (steps[step] if step < len(steps) else 0 for steps in (expectation.accepted, answer.accepted))
-    depth = min(ours, theirs)
-    text = expectation.answer_ids + expectation.extra_ids
-    draft, margins = propose(drafter, expectation.prompt_ids + text[:first], num_draft_tokens)
-    seen = answer.drafts[step][depth] if step < len(answer.drafts) else None
-    says = f"replay drafts {_named(drafter, draft, depth)} and the target says {_named(drafter, text, first + depth)}"
-    drafted = "" if seen is None else f" (the engine drafts {_named(drafter, [seen], 0)})"
-    return Difference(
-        expectation.prompt_id,
-        step,
-        depth + 1,
-        first + depth,
-        f"{ours} accepted ({says})",
-        f"{theirs} accepted{drafted}",
-        _hint(drafter, depth, seen, margins[depth]),
-    )
-
-
-def _hint(drafter: Drafter, depth: int, seen: int | None, margin: float) -> str:
-    if seen is not None and (seen == drafter.mask_token_id or seen >= len(drafter.tokenizer)):
-        return NOT_DRAFTED
-    if drafter.model.dtype != torch.float32:
-        return f"{NOT_EXACT} (the draft's two best logits are {margin:.2g} apart)"
-    if margin < NEAR_TIE:
-        return f"a near tie: the draft's two best logits are {margin:.1e} apart"
-    return LATER_POSITION if depth else FIRST_POSITION
-
-
-def _named(drafter: Drafter, ids: Sequence[int], place: int) -> str:
-    if place >= len(ids):
-        return "the end"
-    return f"{drafter.tokenizer.decode([ids[place]])!r} (id {ids[place]})"
-
-
-@torch.inference_mode()
-def propose(drafter: Drafter, text_ids: list[int], num_draft_tokens: int) -> tuple[list[int], list[float]]:
-    """One draft from scratch, by the plain causal forward pass that engines run.
-
-    Returns:
-        K draft tokens, and how far apart the two best logits of each are.
-    """
-    masks = [drafter.mask_token_id] * (num_draft_tokens - 1)
-    ids = torch.tensor([text_ids + masks], device=drafter.model.device)
-    logits = drafter.model(ids, logits_to_keep=num_draft_tokens).logits[0]  # [K, V]
-    best = logits.float().topk(2, dim=-1).values
-    return drafter.choose(logits).tolist(), (best[:, 0] - best[:, 1]).tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# For people
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def render_verification(report: dict[str, Any]) -> str:
