@@ -17,7 +17,7 @@ from records import document, predictions, samples
 from pard_train.config import LoggerConfig
 from pard_train.errors import UserError
 from pard_train.reports.comparison import compare, compare_documents, ratios_below, render_comparison
-from pard_train.reports.records import flatten, label_of, pooled_tau, read_document
+from pard_train.reports.records import flatten, label_of, pooled_tau, read_result
 from pard_train.reports.report import render_report, tau_below, write_report
 from pard_train.reports.tables import Table, comparison_table, tau_table, to_markdown
 from pard_train.training.trackers import log_evaluation
@@ -195,17 +195,17 @@ def test_labels_tell_methods_temperatures_and_engines_apart() -> None:
 
 def test_a_file_that_is_no_result_of_ours_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not exist: give a folder that recipes/evaluate.py wrote"):
-        read_document(tmp_path)
+        read_result(tmp_path)
     path = tmp_path / "acceptance.json"
     path.write_text("[]")
     with pytest.raises(UserError, match="schema_version=None"):
-        read_document(path)
+        read_result(path)
     path.write_text('{"schema_version": 3}')
     with pytest.raises(UserError, match="schema_version=3"):
-        read_document(tmp_path)
+        read_result(tmp_path)
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
-        read_document(tmp_path)
+        read_result(tmp_path)
 
 
 def test_a_file_of_schema_version_1_reads_as_the_same_result(whole: dict[str, Any], tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_file_of_schema_version_1_reads_as_the_same_result(whole: dict[str, An
         assert f'"{name}":' in text
         text = text.replace(f'"{name}":', f'"{old}":')
     (tmp_path / "acceptance.json").write_text(text)
-    assert read_document(tmp_path) == whole
+    assert read_result(tmp_path) == whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------

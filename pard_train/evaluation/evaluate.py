@@ -31,7 +31,7 @@ from pard_train.evaluation.measurement import (
 from pard_train.evaluation.samples import sample_answers
 from pard_train.evaluation.speed import Latencies
 from pard_train.fingerprints import model_fingerprint
-from pard_train.reports.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Document, Record, upgrade
+from pard_train.reports.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Record, Result, upgrade
 from pard_train.reports.report import write_report
 from pard_train.runs import check_run, claim_run, read_json, write_json
 from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
@@ -43,7 +43,7 @@ PREDICTIONS_FILE = "predictions.json"
 SAMPLES_FILE = "samples.json"
 
 
-def evaluate(config: Config) -> Document:
+def evaluate(config: Config) -> Result:
     """Measure every draft on every target and benchmark.
 
     Args:
@@ -189,7 +189,7 @@ def evaluation_settings(config: Config, drafts: dict[str, str]) -> dict[str, Any
     }
 
 
-def read_document(config: Config) -> Document | None:
+def read_document(config: Config) -> Result | None:
     """The result of this evaluation with the present weights and prompts; None if there is none or it has failures.
 
     Raises:
@@ -204,7 +204,7 @@ def read_document(config: Config) -> Document | None:
     return None if document["failures"] or _named_in(document) != _named_now(config, drafts) else document
 
 
-def _named_in(document: Document) -> set[tuple[str, str, str]]:
+def _named_in(document: Result) -> set[tuple[str, str, str]]:
     """(kind, name, fingerprint) of every draft, target and benchmark of a result."""
     kinds = ("draft", "target", "benchmark")
     named = {(kind, r[kind], r[f"{kind}_fingerprint"]) for r in document["records"] for kind in kinds}

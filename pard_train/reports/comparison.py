@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pard_train.errors import UserError
 from pard_train.reports.charts import Point, Series, interval_chart
-from pard_train.reports.records import Document, Record, distinct, flatten, read_document, with_interval
+from pard_train.reports.records import Record, Result, distinct, flatten, read_result, with_interval
 from pard_train.reports.report import failure_line
 from pard_train.reports.sections import Figure, Section, tau_point, tau_scale
 from pard_train.reports.tables import NONE, Table, to_markdown
@@ -76,7 +76,7 @@ def compare(results: Mapping[str, str], folder: Path, *, min_ratio: float | None
     Raises:
         UserError: if a result cannot be read, or nothing in them is comparable.
     """
-    comparison = compare_documents({name: read_document(Path(path)) for name, path in results.items()})
+    comparison = compare_documents({name: read_result(Path(path)) for name, path in results.items()})
     if not comparison.pairs:
         raise UserError(f"nothing to compare: {'; '.join(comparison.notes)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def compare(results: Mapping[str, str], folder: Path, *, min_ratio: float | None
     return comparison
 
 
-def compare_documents(documents: dict[str, Document]) -> Comparison:
+def compare_documents(documents: dict[str, Result]) -> Comparison:
     """Pair the rows of every later result with those of the first.
 
     Args:

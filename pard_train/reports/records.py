@@ -21,7 +21,7 @@ RENAMED = {  # names of schema_version 1, which results of version 0.1 and cache
 }
 
 Record = dict[str, Any]
-Document = dict[str, Any]
+Result = dict[str, Any]
 Value = TypeVar("Value")
 
 TAU = (
@@ -44,7 +44,7 @@ TERMS = {
 }
 
 
-def read_document(path: Path) -> Document:
+def read_result(path: Path) -> Result:
     """Read acceptance.json.
 
     Args:
@@ -66,7 +66,7 @@ def read_document(path: Path) -> Document:
     return upgrade(document)
 
 
-def upgrade(document: Document) -> Document:
+def upgrade(document: Result) -> Result:
     """A document of any known schema_version in the current one."""
     return {**document, "schema_version": SCHEMA_VERSION, "records": [renamed(r) for r in document["records"]]}
 
@@ -109,13 +109,13 @@ def labels_of(records: list[Record]) -> list[str]:
     return distinct(label_of(r) for r in records)
 
 
-def measured(document: Document) -> list[Record]:
+def measured(document: Result) -> list[Record]:
     """The records that say most about acceptance: every prompt at every K; live ones only if there is nothing else."""
     records = document["records"]
     return [r for r in records if r["mode"] in ("replay", "estimate")] or records
 
 
-def live(document: Document) -> list[Record]:
+def live(document: Result) -> list[Record]:
     """The records with a clock."""
     return [r for r in document["records"] if r.get("speed")]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from pard_train.reports.records import (
     TERMS,
-    Document,
     Record,
+    Result,
     at_largest_k,
     distinct,
     flatten,
@@ -36,7 +36,7 @@ NAME_FIELDS = ("draft", "target", "benchmark", "mode", "method", "temperature", 
 
 
 def write_report(
-    document: Document,
+    document: Result,
     folder: Path,
     *,
     predictions: Sequence[dict[str, Any]] = (),
@@ -64,7 +64,7 @@ def write_report(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def render_report(document: Document) -> str:
+def render_report(document: Result) -> str:
     """The result in short, as Markdown that fits a terminal of 120 columns."""
     parts = ["# Acceptance length"]
     if document["failures"]:
@@ -86,7 +86,7 @@ def failure_line(failure: dict[str, Any]) -> str:
     return f"{where}: {failure['reason']}"
 
 
-def tau_tables(document: Document) -> list[str]:
+def tau_tables(document: Result) -> list[str]:
     """One table for every target; the pooled rows only, if there are too many for a screen."""
     records = measured(document)
     targets = distinct(r["target"] for r in records)
@@ -112,7 +112,7 @@ def speed_tables(records: list[Record]) -> list[str]:
     return [to_markdown(speed_table(f"target {t}", [r for r in records if r["target"] == t])) for t in targets]
 
 
-def render_details(document: Document) -> str:
+def render_details(document: Result) -> str:
     """Every number in both conventions, the breakdown, and what was measured with what, as Markdown."""
     records = document["records"]
     parts = ["## All numbers", to_markdown(record_table(records))]
@@ -140,7 +140,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
         writer.writerows(flat)
 
 
-def tau_below(document: Document, thresholds: dict[str, float]) -> list[str]:
+def tau_below(document: Result, thresholds: dict[str, float]) -> list[str]:
     """What keeps a result from passing.
 
     Args:

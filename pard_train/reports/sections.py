@@ -20,8 +20,8 @@ from pard_train.reports.charts import (
     thinned,
 )
 from pard_train.reports.records import (
-    Document,
     Record,
+    Result,
     at_largest_k,
     distinct,
     groups_of,
@@ -81,7 +81,7 @@ class Section:
         return [(label, swatch(self.slots[label])) for label in self.labels]
 
 
-def build_sections(document: Document, predictions: list[dict[str, Any]]) -> list[Section]:
+def build_sections(document: Result, predictions: list[dict[str, Any]]) -> list[Section]:
     """Every section that has something to show.
 
     Args:
@@ -100,7 +100,7 @@ def build_sections(document: Document, predictions: list[dict[str, Any]]) -> lis
     return [s for s in sections if s.figures]
 
 
-def assign_slots(document: Document, predictions: list[dict[str, Any]]) -> Slots:
+def assign_slots(document: Result, predictions: list[dict[str, Any]]) -> Slots:
     """Colour and marker of every draft, the same on the whole page."""
     labels = labels_of(measured(document)) + [p["draft"] for p in predictions] + labels_of(live(document))
     return {label: slot for slot, label in enumerate(distinct(labels))}

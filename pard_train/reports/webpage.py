@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pard_train.reports.records import (
     TAU,
     TERMS,
-    Document,
     Record,
+    Result,
     at_largest_k,
     distinct,
     flatten,
@@ -40,7 +40,7 @@ def fill(template: str, **content: Any) -> str:
     return environment.get_template(template).render(content)
 
 
-def render_page(document: Document, predictions: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
+def render_page(document: Result, predictions: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
     """The page of one evaluation.
 
     Args:
