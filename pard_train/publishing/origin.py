@@ -15,7 +15,7 @@ from pard_train.errors import UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.model import file_of
 from pard_train.publishing.hub import is_hub_name
-from pard_train.reports.records import read_document
+from pard_train.reports.records import read_result
 from pard_train.runs import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
 from pard_train.training.checkpoints import BEST_FOLDER, Checkpoint, find_checkpoint
 from pard_train.training.trainer import DRAFT_FOLDER
@@ -113,7 +113,7 @@ def read_acceptance(path: str, draft: str | None, checkpoint: Checkpoint) -> lis
     Raises:
         UserError: if this is no acceptance.json, the name is missing, or the figures belong to another draft.
     """
-    records = read_document(Path(path))["records"]
+    records = read_result(Path(path))["records"]
     measured = [r for r in records if r["mode"] in MEASURED_MODES and r.get("method", "pard") == "pard"]
     names = sorted({record["draft"] for record in measured})
     if draft not in names and (draft is not None or len(names) != 1):
