@@ -1,4 +1,4 @@
-"""Time of a step's stages alone, on the packs of the step: what is left of a step is its layers without attention."""
+"""Time of a step's stages alone, on the packs of the step, and the bytes that a step moves at least."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from pard_train.core.cpu.products import linear
 from pard_train.core.head import score_slots
 from pard_train.core.terms import SlotTargets
 from pard_train.layout import IGNORE_INDEX, SlotLayout
-from pard_train.training.throughput import ModelShape
+from pard_train.training.throughput import PASSES, ModelShape, Work
 
 REPEATS = 3
+ADAM_VALUES = 7  # read weight, gradient and two moments, write weight and two moments
 PRODUCT_CPU = (2048, 576, 1536)  # rows, inputs, outputs: a matrix of SmolLM2-135M
 PRODUCT = (16384, 896, 4864)  # a matrix of Qwen2.5-0.5B, with rows enough for an accelerator
 
@@ -54,6 +55,42 @@ def time_stages(
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return StageTimes(head, attended, _seconds(update))
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes that a step moves at least. Norms, activations and residual sums are left out: a compiler may fuse them.
+
+    Attributes:
+        products: operands and results of all matrix products, each read or written once per product.
+        attention: queries, keys, values and outputs, and their gradients.
+        optimizer: Adam in float32.
+    """
+
+    products: float
+    attention: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.products + self.attention + self.optimizer
+
+
+def step_bytes(shape: ModelShape, work: Work, bytes_per_value: int) -> StepBytes:
+    """Bytes of one optimizer step over some packs, at 2 bytes a value in bfloat16 and 4 in float32."""
+    queries, keys = shape.num_heads * shape.head_size, shape.num_key_value_heads * shape.head_size
+
+    def traffic(rows: int, inputs: int, outputs: int) -> int:  # every product touches all three once
+        return PASSES * (rows * inputs + rows * outputs + inputs * outputs)
+
+    layer_values = sum(traffic(work.slots, *matrix) for matrix in shape.layer_matrices)
+    values = shape.num_layers * layer_values + traffic(work.supervised, shape.hidden, shape.vocabulary)
+    return StepBytes(
+        products=float(bytes_per_value * values),
+        attention=float(bytes_per_value * PASSES * shape.num_layers * work.slots * 2 * (queries + keys)),
+        optimizer=4.0 * ADAM_VALUES * (shape.layer_weights + shape.head_weights),
+    )
 
 
 def product_of(device: torch.device) -> tuple[int, int, int]:

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from pages import command, origin, write_page
 from reference import DenseBatch, build_dense_batch, dense_loss, draw_kept, prepare_reference_model
-from stages import StageTimes, product_of, product_rates, time_stages
+from stages import StageTimes, product_of, product_rates, step_bytes, time_stages
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
@@ -46,7 +46,7 @@ from pard_train.data.packing import Member, PardCollator, best_fit
 from pard_train.device import default_device, device_name
 from pard_train.downloads import local_model
 from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, slot_bounds, supervised_runs
-from pard_train.training.throughput import ModelShape, Work, chip_of, count_work, step_cost
+from pard_train.training.throughput import ModelShape, Work, chip_of, count_work, step_flops
 
 REFERENCE, OURS = "dense reference", "pard_train"
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each side, after three that are not")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--skip-reference", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="our model, as trainer.compile=true does")
+    parser.add_argument("--compile", action="store_true", help="our model, as trainer.torch_compile=true does")
     parser.add_argument("--name", help="added to the page's name")
     parser.add_argument(
         "--same-products", action="store_true", help="give the reference our float32 products on a CPU, too (oneDNN)"
@@ -454,13 +454,13 @@ def cost_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
     for s in settings:
         if s.failure:
             continue
-        cost = step_cost(s.shape, s.work, bytes_per_value)
-        shares = [f"{part / cost.flops:.0%}" for part in (cost.layers, cost.head, cost.attention)]
-        rate = cost.flops / s.median
+        flops, moved = step_flops(s.shape, s.work), step_bytes(s.shape, s.work, bytes_per_value).total
+        shares = [f"{part / flops.total:.0%}" for part in (flops.layers, flops.head, flops.attention)]
+        rate = flops.total / s.median
         of_peak = "not known" if chip is None or bytes_per_value == 4 else f"{rate / chip.peak:.1%}"
         lines.append(
-            f"| {s.model} | {s.length:,} | {s.k} | {s.side} | {' | '.join(shares)} | {cost.flops / 1e12:.2f} | "
-            f"{rate / 1e12:.3f} | {of_peak} | {cost.bytes / 1e9:.1f} | {cost.flops / cost.bytes:.0f} |"
+            f"| {s.model} | {s.length:,} | {s.k} | {s.side} | {' | '.join(shares)} | {flops.total / 1e12:.2f} | "
+            f"{rate / 1e12:.3f} | {of_peak} | {moved / 1e9:.1f} | {flops.total / moved:.0f} |"
         )
     return [
         *lines,
@@ -488,7 +488,7 @@ def stage_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
     for s in settings:
         if s.failure or s.stages is None:
             continue
-        cost = step_cost(s.shape, s.work, bytes_per_value)
+        cost = step_flops(s.shape, s.work)
         rest = s.median - s.stages.head - s.stages.attention - s.stages.optimizer
         for name, seconds, flops in (
             ("head and loss", s.stages.head, cost.head),

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pard_train.config import DraftConfig, ObjectiveConfig
-from pard_train.core import slot_head
+from pard_train.core import head as slot_head
 from pard_train.core.head import SlotHead, score_slots
 from pard_train.core.objectives import DepthStatistics, PackLoss, slot_weights
 from pard_train.core.terms import SlotTargets

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pard_train.core import products
+from pard_train.core.cpu import products
 from pard_train.core.cpu.products import OneDnnLinear, add_outer, linear, use_onednn
 from pard_train.device import default_device
 from pard_train.model import load_causal_lm

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 from pard_train.config import DraftConfig, ObjectiveConfig
-from pard_train.core import slot_head
+from pard_train.core import head as slot_head
 from pard_train.core.attention import attention_inputs
 from pard_train.core.head import Reweigh, score_slots
 from pard_train.core.objectives import DepthStatistics, PackLoss, cat_weights, dpace_weights, slot_weights
@@ -28,7 +28,7 @@ from pard_train.layout import (
     sample_chain_lengths,
     slot_labels,
 )
-from pard_train.training.clock import num_compilations
+from pard_train.training.throughput import num_compilations
 
 TOP_K = 6
 OBJECTIVES = {
@@ -179,7 +179,7 @@ def test_a_label_that_is_learnt_well_still_has_a_gradient_in_bfloat16() -> None:
     logits, label = torch.zeros(1, 50, dtype=torch.bfloat16), torch.tensor([7])
     logits[0, 7] = 12
     exact = logits[0].double().softmax(dim=0)[7].item() - 1
-    slot_head._score_chunk(logits, SlotTargets(label, torch.ones(1)), torch.ones(1), ObjectiveConfig(), has_slope=True)
+    slot_head._score_chunk(logits, SlotTargets(label, torch.ones(1)), torch.ones(1), ObjectiveConfig(), needs_gradient=True)
     assert logits[0, 7].item() == pytest.approx(exact, rel=0.01)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pard_train.config import ObjectiveConfig
-from pard_train.core import objective, terms
+from pard_train.core import objectives, terms
 from pard_train.core.terms import SlotTargets, acceptance_term, ce_term, kl_term, mix_terms
 
 NUM_TOKENS = 23
@@ -29,7 +29,7 @@ def two_distributions(num_slots: int = 40, *, sharpness: float = 2.0) -> tuple[T
     return draft, target.log_softmax(dim=1)
 
 
-@pytest.mark.parametrize("module", [terms, objective], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [terms, objectives], ids=lambda module: module.__name__)
 def test_worked_examples_hold(module: object) -> None:
     outcome = doctest.testmod(module, extraglobs={"torch": torch, "np": np})
     assert outcome.attempted > 0
@@ -67,20 +67,20 @@ def test_a_draft_that_equals_the_target_has_no_kl_and_accepts_everything() -> No
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("top_k", [1, 4, NUM_TOKENS])
-def test_the_pull_of_terms_gives_the_gradient_of_all_logits(name: str, top_k: int) -> None:
-    """sum(pull) * q - pull, against autograd on a loss written with a whole table of p."""
+def test_the_gradient_of_terms_gives_the_gradient_of_all_logits(name: str, top_k: int) -> None:
+    """sum(g) * q - g, against autograd on a loss written with a whole table of p."""
     logits, target = two_distributions()
     logits.requires_grad_()
     top = target.topk(top_k, dim=1)
     labels = torch.arange(len(logits)) % NUM_TOKENS
     targets = SlotTargets(labels, torch.ones(len(labels)), top.indices.int(), top.values)
     known = targets.known_tokens()
-    loss, pull = mix_terms(logits.log_softmax(dim=1).gather(1, known).detach(), top.values, OBJECTIVES[name])
+    loss, neg_grad = mix_terms(logits.log_softmax(dim=1).gather(1, known).detach(), top.values, OBJECTIVES[name])
     expected = table_loss(logits, labels, top.indices, target, OBJECTIVES[name])
     torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
-    slope = pull.sum(dim=1, keepdim=True) * logits.detach().softmax(dim=1)
-    slope.scatter_add_(1, known, -pull)
-    torch.testing.assert_close(slope, torch.autograd.grad(expected.sum(), logits)[0], atol=1e-5, rtol=1e-4)
+    gradient = neg_grad.sum(dim=1, keepdim=True) * logits.detach().softmax(dim=1)
+    gradient.scatter_add_(1, known, -neg_grad)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), logits)[0], atol=1e-5, rtol=1e-4)
 
 
 def table_loss(logits: Tensor, labels: Tensor, top: Tensor, target: Tensor, config: ObjectiveConfig) -> Tensor:
@@ -97,9 +97,9 @@ def table_loss(logits: Tensor, labels: Tensor, top: Tensor, target: Tensor, conf
 def test_terms_stay_finite_where_the_draft_gives_the_target_nothing(term: object) -> None:
     logprobs = torch.tensor([[-400.0, -500.0]])  # probabilities that float32 takes for 0
     teacher = torch.tensor([[0.9, 0.05]]).log().half()
-    loss, pull = term(logprobs, teacher)  # type: ignore[operator]
+    loss, neg_grad = term(logprobs, teacher)  # type: ignore[operator]
     assert 350 < float(loss) < 450
-    assert float(pull.sum()) == pytest.approx(1, abs=1e-3)
+    assert float(neg_grad.sum()) == pytest.approx(1, abs=1e-3)
 
 
 def test_an_impossible_token_of_the_target_counts_for_nothing() -> None:
@@ -108,7 +108,7 @@ def test_an_impossible_token_of_the_target_counts_for_nothing() -> None:
     for term in (kl_term, acceptance_term):
         with_it, without = term(logprobs, teacher), term(logprobs[:, :2], teacher[:, :2])
         torch.testing.assert_close(with_it.loss, without.loss)
-        assert float(with_it.pull[0, 2]) == 0
+        assert float(with_it.neg_grad[0, 2]) == 0
 
 
 def test_a_chunk_of_targets_is_their_rows() -> None:
@@ -121,7 +121,7 @@ def test_a_chunk_of_targets_is_their_rows() -> None:
     assert SlotTargets(targets.labels, targets.weight)[slice(1, 3)].known_tokens().tolist() == [[1], [2]]
 
 
-def test_cross_entropy_pulls_at_the_label_alone() -> None:
+def test_cross_entropy_has_a_gradient_at_the_label_alone() -> None:
     term = ce_term(torch.tensor([[-2.0], [-0.5]]))
     assert term.loss.tolist() == [2.0, 0.5]
-    assert term.pull.tolist() == [[1.0], [1.0]]
+    assert term.neg_grad.tolist() == [[1.0], [1.0]]

@@ -1,10 +1,11 @@
-"""Operations, bytes and rates against counts by hand."""
+"""FLOPs, bytes and rates against counts by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from stages import StepBytes, step_bytes
 from tiny import build_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +28,7 @@ from pard_train.training.throughput import (
     chip_of,
     count_work,
     peak_memory,
-    step_cost,
+    step_flops,
     throughput_metrics,
 )
 
@@ -71,23 +72,26 @@ def test_a_model_of_another_kind_has_no_count() -> None:
 def test_the_operations_of_a_step_are_those_counted_by_hand() -> None:
     # One layer: query 4x6, key and value 4x3 each, output 6x4, gate and up 4x5 each, down 5x4: 24+12+12+24+20+20+20.
     assert SHAPE.layer_weights == 2 * 132
-    cost = step_cost(SHAPE, WORK)
-    assert cost.layers == 3 * 2 * 10 * 264  # forward and two of backward, multiply and add, slots, weights
-    assert cost.head == 3 * 2 * 6 * (4 * 7)
+    flops = step_flops(SHAPE, WORK)
+    assert flops.layers == 3 * 2 * 10 * 264  # forward and two of backward, multiply and add, slots, weights
+    assert flops.head == 3 * 2 * 6 * (4 * 7)
     # Forward: 40 pairs, 2 layers, 2 heads, 3 products for the score and 3 for the weighted sum, multiply and add.
-    assert cost.attention == 3 * (40 * 2 * 2 * (3 + 3) * 2)
-    assert cost.flops == cost.layers + cost.head + cost.attention
+    assert flops.attention == 3 * (40 * 2 * 2 * (3 + 3) * 2)
+    assert flops.total == flops.layers + flops.head + flops.attention
 
 
 def test_the_bytes_of_a_step_are_those_counted_by_hand() -> None:
-    cost = step_cost(SHAPE, WORK, bytes_per_value=4)
+    moved = step_bytes(SHAPE, WORK, bytes_per_value=4)
     inputs = 10 * (4 + 4 + 4 + 6 + 4 + 4 + 5)  # of the seven matrices of a layer
     outputs = 10 * (6 + 3 + 3 + 4 + 5 + 5 + 4)
     head = 6 * 4 + 6 * 7 + 4 * 7
-    assert cost.matrix_bytes == 4 * 3 * (2 * (inputs + outputs + 132) + head)
-    assert cost.attention_bytes == 4 * 3 * 2 * 10 * (6 + 3 + 3 + 6)  # query, key, value, output
-    assert cost.optimizer_bytes == 4 * 7 * (264 + 28)
-    assert cost.bytes == cost.matrix_bytes + cost.attention_bytes + cost.optimizer_bytes
+    expected = StepBytes(
+        products=4 * 3 * (2 * (inputs + outputs + 132) + head),
+        attention=4 * 3 * 2 * 10 * (6 + 3 + 3 + 6),  # query, key, value, output
+        optimizer=4 * 7 * (264 + 28),
+    )
+    assert moved == expected
+    assert moved.total == expected.products + expected.attention + expected.optimizer
 
 
 def test_the_operations_of_the_real_forward_and_backward_are_those_of_the_formula(family: str) -> None:
@@ -98,9 +102,9 @@ def test_the_operations_of_the_real_forward_and_backward_are_those_of_the_formul
     assert shape is not None
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(size)[None], use_cache=False).logits.sum().backward()
-    cost = step_cost(shape, Work(size, size, size * size))
-    extra = counter.get_total_flops() - cost.flops
-    assert 0 <= extra <= 0.02 * cost.flops  # rotary angles, which are an outer product
+    flops = step_flops(shape, Work(size, size, size * size)).total
+    extra = counter.get_total_flops() - flops
+    assert 0 <= extra <= 0.02 * flops  # rotary angles, which are an outer product
 
 
 def test_work_is_that_of_the_mask_without_padding() -> None:
@@ -152,7 +156,7 @@ def test_a_chip_that_is_not_in_the_list_has_no_peak(name: str) -> None:
 
 
 def test_rates_are_work_over_seconds_and_a_share_of_what_all_devices_could_do() -> None:
-    flops = step_cost(SHAPE, WORK).flops
+    flops = step_flops(SHAPE, WORK).total
     chip = CHIPS[0]
     metrics = throughput_metrics(WORK, 3, 2.0, SHAPE, chip, num_devices=4)
     assert metrics == pytest.approx(
@@ -160,7 +164,7 @@ def test_rates_are_work_over_seconds_and_a_share_of_what_all_devices_could_do() 
             "slots_per_second": 5.0,
             "supervised_tokens_per_second": 1.5,
             "model_flops_per_second": flops / 2,
-            "share_of_peak": flops / 2 / (4 * chip.peak),
+            "mfu": flops / 2 / (4 * chip.peak),
         }
     )
 

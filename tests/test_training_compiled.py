@@ -15,14 +15,14 @@ from tiny import build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from pard_train.config import Config, DraftConfig, ObjectiveConfig
-from pard_train.core import slot_head
+from pard_train.core import head as slot_head
 from pard_train.core.attention import IMPLEMENTATIONS, attention_inputs
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import Member, PardCollator
 from pard_train.errors import UserError
 from pard_train.layout import DrawKey, SlotLayout
 from pard_train.training.arguments import training_settings
-from pard_train.training.clock import num_compilations
+from pard_train.training.throughput import num_compilations
 from pard_train.training.trainer import train
 
 NUM_STEPS = 6
@@ -95,7 +95,7 @@ def test_compiling_again_after_the_first_window_is_said_once(
     counts = [row["throughput/compilations"] for row in log_lines(config)]
     assert [count > 0 for count in counts[2:5]] == [False, True, True]
     printed = capsys.readouterr()
-    warnings = re.findall(r"step +(\d+) .*?\((\d+) graphs were compiled again", printed.out + printed.err)
+    warnings = re.findall(r"step +(\d+) .*?recompiled (\d+) graphs", printed.out + printed.err)
     assert warnings == [("4", str(counts[3]))]
 
 

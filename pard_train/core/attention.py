@@ -1,12 +1,12 @@
 """Attention over a chain layout, in three forms with the same result.
 
 dense   one boolean mask over the whole pack, through PyTorch's SDPA. Quadratic in slots: the oracle.
-split   per document: the text is plain causal attention; mask slots run in short blocks over [their text prefix | their
-        own chains]. No mask is ever larger than one block by one document. The CPU form, computed in float32
-        by `block_attention` where oneDNN serves.
-flex    FlexAttention with a block mask: the kernel skips what no slot sees. The GPU form.
+split   per document: causal attention over the text; mask slots in short blocks over [their text prefix | their own
+        chains]. No mask is larger than one block by one document. The CPU form, in float32 by `block_attention` where
+        oneDNN is used.
+flex    FlexAttention with a block mask: the kernel skips blocks without visible pairs. The GPU form.
 
-Model code is not touched: `transformers` hands a 4-D mask, or extra keyword arguments of the model's forward, to the
+Model code is not modified: `transformers` passes a 4-D mask, or extra keyword arguments of the model's forward, to the
 attention function unchanged.
 """
 
@@ -32,8 +32,8 @@ from pard_train.layout import SlotLayout, is_visible
 # key-value head, D head size.
 
 IMPLEMENTATIONS = {"dense": "sdpa", "split": "pard_split", "flex": "flex_attention"}  # ours -> transformers' name
-FLEX_BLOCK = 128  # slots of a block, as FlexAttention has it by default
-BLOCK_DTYPES = (torch.float32, torch.bfloat16)  # that `block_attention` serves in float32; bfloat16 is faster so, too
+FLEX_BLOCK = 128  # slots per block, FlexAttention's default
+BLOCK_DTYPES = (torch.float32, torch.bfloat16)  # that `block_attention` computes in float32, faster in both cases
 MAX_BLOCK_SLOTS = 128  # slots per block of the split form; smaller blocks mask less and have more overhead
 
 
@@ -47,19 +47,19 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class ChainBlock:
-    """Whole chains of one document: slots [start, stop), over the first `num_text` real tokens of it and themselves."""
+    """Whole chains of one document: slots [start, stop) attend to its first `num_text` tokens and to themselves."""
 
     start: int
     stop: int
     num_text: int  # P
-    num_shared: int  # of these, the tokens that all of the slots see
+    num_shared: int  # of these, the tokens visible to all of the slots
     mask: Tensor  # bool [Q, P + Q]
 
 
 class SplitPlan:
     """The pieces of a pack, in slot order and covering every slot.
 
-    `torch.compile` looks into lists that pass through a model, and would compile for each anew. It leaves this alone.
+    A class, because `torch.compile` specializes on lists that pass through a model and would recompile for each.
     """
 
     def __init__(self, pieces: list[TextSpan | ChainBlock]):
@@ -67,7 +67,7 @@ class SplitPlan:
 
     @cached_property
     def blocks(self) -> list[QueryBlock]:
-        """The same, the text in blocks too; made by the first layer that asks and used by all."""
+        """The pieces with the text in blocks too; computed by the first layer and used by all."""
         blocks, text_start = [], 0
         for piece in self.pieces:
             if isinstance(piece, TextSpan):
@@ -91,12 +91,12 @@ def _text_blocks(text: TextSpan) -> list[QueryBlock]:
 
 
 def _bias(mask: Tensor) -> Tensor:
-    """Bool [Q, B] to what is added to scores: float32 [Q, 1, B], 0 or -inf."""
+    """Boolean mask [Q, B] to additive mask, float32 [Q, 1, B], 0 or -inf."""
     return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, -torch.inf)[:, None]
 
 
 def resolve_attention(name: str, device_type: str) -> str:
-    """The form that `model.attention=auto` stands for: flex on an accelerator, split on the CPU.
+    """Resolve `model.attention=auto`: flex on an accelerator, split on the CPU.
 
     Raises:
         UserError: for flex on the CPU, where PyTorch has no backward pass for it.
@@ -109,7 +109,7 @@ def resolve_attention(name: str, device_type: str) -> str:
 
 
 def attention_inputs(name: str, layout: SlotLayout) -> dict[str, Any]:
-    """Keyword arguments that make a causal LM's forward attend as `layout` says.
+    """Keyword arguments of a causal LM's forward for attention over a chain layout.
 
     Args:
         name: dense | split | flex; the model must have been loaded with IMPLEMENTATIONS[name].
@@ -123,16 +123,15 @@ def attention_inputs(name: str, layout: SlotLayout) -> dict[str, Any]:
 
 
 def chain_block_mask(layout: SlotLayout) -> BlockMask:
-    """FlexAttention's block mask of a pack, from O(T) numbers and a table of (T / 128)^2 blocks.
+    """FlexAttention's block mask of a pack, in O(T) memory plus a table of (T / 128)^2 blocks.
 
-    PyTorch's `create_block_mask` asks its mask about all T * T pairs: gigabytes at 32k slots, in every step. But what
-    a slot sees is two runs of slots: text from its document's start to its anchor, and its chain up to itself. The
-    blocks that a run meets, and those that it covers, follow from its ends. And what a slot sees of a block is found
-    from the ends, too: a kernel does so for every pair of a block that is not covered, and the rule of `is_visible`
-    has more to load and to compare.
+    PyTorch's `create_block_mask` evaluates all T * T pairs: gigabytes at 32k slots, at every step. But the visible
+    slots are two runs: the text from the document's start to the anchor, and the chain up to the slot itself. The ends
+    of a run give the blocks it touches and the blocks it covers. The kernel also masks pairs by these ends, which loads
+    and compares less than the rule of `is_visible`.
 
     Args:
-        layout: T slots, tensors [T]; the slots of a document, and those of a chain, lie next to each other.
+        layout: T slots, tensors [T]; the slots of a document are contiguous, and so are those of a chain.
     """
     slot = torch.arange(len(layout), device=layout.depth.device)
     is_first = torch.diff(layout.document, prepend=layout.document[:1] - 1) != 0
@@ -141,14 +140,15 @@ def chain_block_mask(layout: SlotLayout) -> BlockMask:
     text_from, text_to, chain_from = start.int(), text_stop.int(), chain_start.int()
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether the key is visible to the query."""
         is_text = (key >= text_from[query]) & (key < text_to[query])
         return is_text | ((key >= chain_from[query]) & (key <= query))
 
-    is_met = _count_runs(start // FLEX_BLOCK, _ceil(text_stop)) > 0
-    is_met |= _count_runs(chain_start // FLEX_BLOCK, _ceil(chain_stop)) > 0
+    is_touched = _count_runs(start // FLEX_BLOCK, _ceil(text_stop)) > 0
+    is_touched |= _count_runs(chain_start // FLEX_BLOCK, _ceil(chain_stop)) > 0
     is_full = _count_runs(_ceil(start), torch.maximum(_ceil(start), text_stop // FLEX_BLOCK)) == FLEX_BLOCK
     return BlockMask.from_kv_blocks(
-        *_list_blocks(is_met & ~is_full),
+        *_list_blocks(is_touched & ~is_full),
         *_list_blocks(is_full),
         BLOCK_SIZE=FLEX_BLOCK,
         mask_mod=mask_mod,
@@ -157,12 +157,12 @@ def chain_block_mask(layout: SlotLayout) -> BlockMask:
 
 
 def _ceil(slots: Tensor) -> Tensor:
-    """Blocks that begin before these slots."""
+    """Number of blocks that start before each slot."""
     return -(-slots // FLEX_BLOCK)
 
 
 def _count_runs(first: Tensor, stop: Tensor) -> Tensor:
-    """In how many slots' runs of key blocks [first, stop), both [T], each block is, by block of queries: [N, N]."""
+    """For each (query block, key block), how many of the block's slots have it in their run [first, stop): [N, N]."""
     row = torch.arange(len(first), device=first.device) // FLEX_BLOCK
     num_blocks = -(-len(first) // FLEX_BLOCK)
     edges = torch.zeros(num_blocks, num_blocks + 1, dtype=torch.int32, device=first.device)
@@ -173,7 +173,7 @@ def _count_runs(first: Tensor, stop: Tensor) -> Tensor:
 
 
 def _list_blocks(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a bool table [N, N], how many are set in each row and which, those first; int32 [1, 1, N] and [1, 1, N, N]."""
+    """Counts and column indices of the entries set in each row of a bool table; int32 [1, 1, N] and [1, 1, N, N]."""
     order = table.int().argsort(dim=1, descending=True, stable=True)
     return table.sum(dim=1, dtype=torch.int32)[None, None], order.int()[None, None]
 
@@ -208,7 +208,7 @@ def _chain_blocks(depth: np.ndarray, start: int, stop: int) -> list[tuple[int, i
     return blocks
 
 
-@torch.compiler.disable  # its pieces are others in every pack
+@torch.compiler.disable  # the pieces differ in every pack
 def split_attention(
     module: nn.Module,
     query: Tensor,
@@ -239,12 +239,12 @@ def split_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     pieces = [TextSpan(0, query.shape[2])] if split_plan is None else split_plan.pieces
-    # One split instead of many slices: the backward pass of a slice fills a whole pack with zeros.
+    # One split instead of slices: the backward pass of a slice allocates zeros for the whole pack.
     sizes = [piece.stop - piece.start for piece in pieces]
     outputs = []
     for piece, q, k, v in zip(pieces, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
         if isinstance(piece, TextSpan):
-            text_k, text_v = k, v  # [1, H, L, D]: the chains that follow are of this document
+            text_k, text_v = k, v  # [1, H, L, D], for the chains of this document that follow
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
         else:
             k = torch.cat([text_k[:, :, : piece.num_text], k], dim=2)  # [1, H, P + Q, D]

@@ -1,13 +1,13 @@
-"""The training objective, and what a step tells about the draft model.
+"""The training objective: weights of slots, the loss of a pack, and statistics per depth.
 
 loss = sum(weight * terms) / (sum of static weights over all ranks and accumulation steps). Every supervised slot
 counts: depth 0 is ordinary next-token prediction, depth d predicts d + 1 tokens past the anchor (PARD, equation 6).
-The terms are in `terms.py`; the weights are here, and multiply.
+The terms are in `terms.py`. The weights are here, and multiply.
 
-Depth decay and CAT are constants of the data, so they are static: the collator puts them into `weight`, whose sum is
-known before the forward pass. D-PACE depends on the draft. It stays a factor on a slot's terms and out of the sum: a
-sum that moved with the draft would take a pass over the whole global batch before the first gradient, and would take
-back what the weights say about the batch as a whole.
+Depth decay and CAT are static: they depend on the data only, so the collator puts them into `weight`, whose sum is
+known before the forward pass. D-PACE depends on the draft, so it is a factor of the terms and not part of the sum.
+A sum that depends on the draft would take a pass over the global batch before the first gradient, and would cancel the
+effect of the weights on the batch as a whole.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def slot_weights(depth: Tensor, labels: Tensor, config: ObjectiveConfig) -> Tens
 def cat_weights(label_logprobs: np.ndarray, label: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """CAT: the target's probability of the chain's labels before a slot's own (PARD-2, arXiv 2605.08632).
 
-    Where the text goes a way that the target would hardly go, what comes after matters less. Depth 0 has weight 1.
+    Slots after tokens that the target finds unlikely weigh less. Depth 0 has weight 1.
 
     Args:
         label_logprobs: the target's, of a document's R supervised tokens at their true contexts, in nats, [R].
-        label: which of the R is each slot's label, int [S]. A chain's labels are neighbours.
+        label: index of each slot's label among the R, int [S]. The labels of a chain are consecutive.
         depth: int [S].
 
     Returns:
@@ -68,16 +68,16 @@ def cat_weights(label_logprobs: np.ndarray, label: np.ndarray, depth: np.ndarray
 
 
 def dpace_weights(layout: SlotLayout, label_probs: Tensor, alpha: float) -> Tensor:
-    """D-PACE: what a right draft here is expected to bring (arXiv 2605.18810).
+    """D-PACE: expected gain in accepted tokens from a correct draft token (arXiv 2605.18810).
 
     Depth j of a chain weighs sum_{m >= j} prod_{i <= m} q_i with q_i = (1 - alpha) * p_draft(label_i) + alpha: the
-    expected number of accepted drafts from depth j on, were q_i the chance that depth i is accepted. The sum ends where
-    the chain does, also where COD cut it.
+    expected number of accepted draft tokens from depth j on, if q_i is the probability that depth i is accepted. The
+    sum ends with the chain, also where COD cut it.
 
     Args:
         layout: the supervised slots only, tensors [S]. With a slot, all lower depths of its chain are present.
-        label_probs: the draft's, float [S]; no gradient goes through them.
-        alpha: 0 takes them as they are, 1 counts the slots from here on.
+        label_probs: the draft's, float [S]; treated as constants.
+        alpha: 0 uses label_probs as they are, 1 counts the remaining slots.
 
     Returns:
         float32 [S].
@@ -107,7 +107,7 @@ class DepthStatistics:
     Attributes:
         slots: supervised slots.
         correct: of those, whose arg max is the label.
-        accepted: of those, whose whole chain up to here is correct: what greedy verification would accept.
+        accepted: of those, whose whole chain up to here is correct, as greedy verification accepts them.
         loss: sum of cross entropies.
     """
 
@@ -150,8 +150,8 @@ class DepthStatistics:
     def metrics(self) -> dict[str, float]:
         """Accuracy and loss per depth, and the expected accepted length.
 
-        `accepted_length` is 1 + sum over depths of P(all drafts up to there are right): the mean number of tokens per
-        target pass if the text were the target's own greedy text and every anchor were visited alike.
+        `accepted_length` is 1 + sum over depths of P(all draft tokens up to there are correct): the mean number of
+        tokens per target pass if the text were the target's own greedy text and every anchor equally frequent.
         """
         slots = self.slots.clamp(min=1)
         accuracy, loss = (self.correct / slots).tolist(), (self.loss / slots).tolist()
@@ -175,13 +175,13 @@ def _is_accepted(layout: SlotLayout, is_correct: Tensor, num_draft_tokens: int) 
 
 
 class PackLoss:
-    """The loss of one pack, and what it tells about the draft model.
+    """The loss of one pack, and its statistics per depth.
 
     Args:
-        model: before anything wraps it.
+        model: before it is wrapped (DDP, DeepSpeed, torch.compile).
         attention: dense | split | flex.
         num_draft_tokens: K.
-        objective: terms and weights; None takes cross entropy alone.
+        objective: terms and weights; None is plain cross entropy.
     """
 
     def __init__(
@@ -196,16 +196,16 @@ class PackLoss:
     def __call__(
         self, model: nn.Module, inputs: dict[str, Tensor], scale: Tensor | float
     ) -> tuple[Tensor, DepthStatistics]:
-        """Sum of weight * terms times `scale`, over supervised slots only, and their statistics.
+        """Sum of weight * terms times `scale` over supervised slots, and their statistics.
 
         Args:
-            model: the model as it is wrapped for training.
-            inputs: of PardCollator, on the model's device.
+            model: wrapped for training.
+            inputs: from PardCollator, on the model's device.
             scale: factor of the loss, a constant.
         """
         layout = SlotLayout(*(inputs[name][0] for name in ("document", "anchor", "depth")))
         supervised = torch.nonzero(inputs["labels"][0] != IGNORE_INDEX).squeeze(1)  # [S]
-        torch._dynamo.maybe_mark_dynamic(supervised, 0)  # else `torch.compile` compiles the first pack for its S alone
+        torch._dynamo.maybe_mark_dynamic(supervised, 0)  # else `torch.compile` specializes on the first S
         forward = partial(
             model,
             input_ids=inputs["input_ids"],
@@ -235,14 +235,14 @@ class PackLoss:
     def _scores(
         self, forward: Callable[[], Any], targets: SlotTargets, reweigh: Reweigh | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted loss with its gradient; cross entropy [S] and whether the arg max is the label [S], without."""
+        """Weighted loss (differentiable); cross entropy [S] and whether the arg max is the label [S] (constants)."""
         if self.head is None:
             return _scores_of_logits(forward().logits[0].float(), targets, self.objective, reweigh)
         with self.head.scoring(targets, self.objective, reweigh):
-            loss = forward().logits  # the head's answer
+            loss = forward().logits  # the head returned the loss
         scores = self.head.scores
         assert scores is not None
-        if not self.is_checked:  # once: it waits for the device
+        if not self.is_checked:  # once, because it synchronizes with the device
             assert torch.equal(loss.detach(), scores.loss.detach()), "the model changes what its head returns"
             self.is_checked = True
         return loss, scores.losses, scores.is_correct
@@ -251,7 +251,7 @@ class PackLoss:
 def _scores_of_logits(
     logits: Tensor, targets: SlotTargets, objective: ObjectiveConfig, reweigh: Reweigh | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of all logits at once, float32 [S, V], for models that change them after the head."""
+    """The same from all logits, float32 [S, V], for models that change them after the head."""
     logprobs = logits.gather(1, targets.known_tokens()) - logits.logsumexp(dim=1, keepdim=True)  # [S, 1 + k]
     losses = -logprobs[:, 0].detach()
     weight = targets.weight if reweigh is None else targets.weight * reweigh(-losses)

@@ -1,14 +1,14 @@
-"""What one slot's loss is made of: the terms, and what they compare the draft with.
+"""The terms of the loss at one slot, and the targets they compare the draft with.
 
-A term looks at the draft's log-probabilities of a few tokens only: the label, and the k tokens that a target's cached
-scores name. So its gradient by the logits z is, with q = softmax(z) and pull_v = -d loss / d log q_v,
+A term reads the draft's log-probabilities of a few tokens only: the label, and the k tokens of the target's cached
+scores. With q = softmax(z) and g_v = -d loss / d log q_v, its gradient by the logits z is
 
-    d loss / d z = sum(pull) * q - pull
+    d loss / d z = sum(g) * q - g
 
-for every term, and a head that works on a chunk of slots at a time needs no second tensor of the size of the logits.
+for every term, so a head that works on a chunk of slots at a time needs no second tensor of the size of the logits.
 
-Outside of the top k nothing is known of the target's distribution p. `kl_term` compares with p divided by its sum over
-the k tokens; `acceptance_term` counts nothing outside. Each says what that does to it.
+The target's distribution p is unknown outside of its top k. `kl_term` normalizes p over the k tokens;
+`acceptance_term` counts nothing outside. Each docstring states the consequence.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from pard_train.config import ObjectiveConfig
 
 @dataclass(frozen=True)
 class SlotTargets:
-    """What S supervised slots are taught.
+    """Training targets of S supervised slots.
 
     Attributes:
         labels: int64 [S].
         weight: float32 [S], a constant.
-        teacher_ids: the k tokens that the target finds most likely in the label's place, int [S, k]; None if no term
-            asks.
+        teacher_ids: the target's top k tokens at the label's position, int [S, k]; None if no term needs them.
         teacher_logprobs: their log-probabilities in nats at the true context, float [S, k].
     """
 
@@ -51,7 +50,7 @@ class SlotTargets:
         return SlotTargets(self.labels[where], self.weight[where], ids[where], logprobs[where])
 
     def known_tokens(self) -> Tensor:
-        """Tokens whose log-probabilities the terms look at, int64 [S, 1 + k]: the label, then the target's top k."""
+        """Tokens whose log-probabilities the terms read, int64 [S, 1 + k]: the label, then the target's top k."""
         labels = self.labels[:, None]
         return labels if self.teacher_ids is None else torch.cat([labels, self.teacher_ids.long()], dim=1)
 
@@ -61,11 +60,11 @@ class Term(NamedTuple):
 
     Attributes:
         loss: in nats, float32 [S].
-        pull: minus its derivative by each log-probability that the term was given, float32 [S, n]; a constant.
+        neg_grad: minus its derivative by each log-probability that it reads, float32 [S, n]; a constant.
     """
 
     loss: Tensor
-    pull: Tensor
+    neg_grad: Tensor
 
 
 def ce_term(logprobs: Tensor) -> Term:
@@ -80,9 +79,9 @@ def ce_term(logprobs: Tensor) -> Term:
 def kl_term(logprobs: Tensor, teacher_logprobs: Tensor) -> Term:
     """Forward KL divergence sum_v p log(p / q) from the target to the draft (PARD-2, arXiv 2605.08632).
 
-    p is divided by its sum over the k known tokens. So it is a distribution, the loss is 0 where the draft has learnt
-    it, and the gradient is q - p as for a label. The price: the draft is taught that nothing lies outside of the top k.
-    A bucket for the rest would say how much does but not where, and needs q outside as a difference of near numbers.
+    p is normalized over the k known tokens. So it is a distribution, the minimum is 0, and the gradient is q - p as for
+    a label. The cost: the draft learns that nothing lies outside of the top k. A bucket for the rest would need q
+    outside as a difference of close numbers.
 
     Args:
         logprobs: the draft's of the k tokens, float32 [S, k].
@@ -100,8 +99,8 @@ def kl_term(logprobs: Tensor, teacher_logprobs: Tensor) -> Term:
 def acceptance_term(logprobs: Tensor, teacher_logprobs: Tensor) -> Term:
     """-log of the probability that speculative sampling accepts a draft token, -log sum_v min(p, q) (arXiv 2602.23881).
 
-    The sum runs over the k known tokens, with p as it is: what is accepted outside is not counted, so that the loss is
-    at most too high, and cannot fall below -log of p's sum over the k.
+    The sum runs over the k known tokens with p as it is. Acceptance outside is not counted, so the loss is an upper
+    bound and at least -log of p's sum over the k.
 
     Args:
         logprobs: the draft's of the k tokens, float32 [S, k].
@@ -114,7 +113,7 @@ def acceptance_term(logprobs: Tensor, teacher_logprobs: Tensor) -> Term:
     """
     teacher = teacher_logprobs.float()
     log_rate = torch.minimum(logprobs, teacher).logsumexp(dim=1)  # finite where q itself would underflow
-    share = (logprobs.detach() - log_rate.detach()[:, None]).exp()  # of each token in what is accepted, if q < p
+    share = (logprobs.detach() - log_rate.detach()[:, None]).exp()  # of each token in the acceptance rate, if q < p
     return Term(-log_rate, torch.where(logprobs < teacher, share, 0.0))
 
 
@@ -123,14 +122,14 @@ def mix_terms(logprobs: Tensor, teacher_logprobs: Tensor | None, objective: Obje
 
     Args:
         logprobs: the draft's of `SlotTargets.known_tokens`, float32 [S, 1 + k].
-        teacher_logprobs: float [S, k]; None if no term asks.
+        teacher_logprobs: float [S, k]; None if no term needs them.
         objective: factors ce, kd and lk.
     """
-    loss, pull = ce_term(logprobs[:, :1])
+    loss, neg_grad = ce_term(logprobs[:, :1])
     if teacher_logprobs is None:
-        return Term(objective.ce * loss, objective.ce * pull)
+        return Term(objective.ce * loss, objective.ce * neg_grad)
     kd, lk = (term(logprobs[:, 1:], teacher_logprobs) for term in (kl_term, acceptance_term))
     return Term(
         objective.ce * loss + objective.kd * kd.loss + objective.lk * lk.loss,
-        torch.cat([objective.ce * pull, objective.kd * kd.pull + objective.lk * lk.pull], dim=1),
+        torch.cat([objective.ce * neg_grad, objective.kd * kd.neg_grad + objective.lk * lk.neg_grad], dim=1),
     )

@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run: epochs, checkpoints and how often, and the bar."""
+"""Trainer callbacks: data epochs, logging and saving intervals, sealed checkpoints, progress, and a profiler trace."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from transformers.trainer_callback import ProgressCallback
 
 from pard_train.runs import prune_checkpoints, seal_checkpoint
 
-WARM_UP_LOGS = 2  # the first pack is compiled for, and the second, whose number of supervised slots is another one
+WARM_UP_LOGS = 2  # compilation happens for the first pack, and for the second with another number of supervised slots
+WARM_UP_STEPS = 5  # before a profile
 
 
 class DataEpoch(TrainerCallback):
-    """Shows epochs over the data: to Trainer, the packs of all epochs are one epoch."""
+    """Logs epochs over the data: for Trainer, the packs of all epochs are one epoch."""
 
     def __init__(self, num_epochs: int):
         self.num_epochs = num_epochs
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stretch Trainer's 0..1 to 0..num_epochs."""
+        """Scale Trainer's 0..1 to 0..num_epochs."""
         state.epoch = (state.epoch or 0.0) * self.num_epochs
 
 
-class OwnSteps(TrainerCallback):
-    """Logs and saves as often as this run was told to: a resumed Trainer would take the steps of the run before."""
+class CurrentIntervals(TrainerCallback):
+    """Logs and saves at the intervals of the current settings; a resumed Trainer would use those of the checkpoint."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Overwrite what the checkpoint brought."""
+        """Overwrite the intervals that the checkpoint brought."""
         state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
 
 
 class SealCheckpoint(TrainerCallback):
-    """Marks a checkpoint as whole, once every rank has written its part, and only then deletes older ones.
+    """Seals a checkpoint once every rank has written its part, and only then deletes older ones.
 
-    Trainer would delete them before, and a run that is killed in between would have nothing to go on from.
+    Trainer would delete them first, and a run that is killed in between would have no checkpoint to resume from.
 
     Args:
-        limit: checkpoints that are kept.
+        limit: checkpoints to keep.
     """
 
     def __init__(self, limit: int):
@@ -54,6 +55,33 @@ class SealCheckpoint(TrainerCallback):
         if state.is_world_process_zero:
             seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             prune_checkpoints(Path(args.output_dir), self.limit)
+
+
+class ProfileSteps(TrainerCallback):
+    """Writes a `torch.profiler` trace of some steps after the warm-up, one file per rank (for Perfetto).
+
+    Args:
+        folder: of the traces.
+        num_steps: to record.
+    """
+
+    def __init__(self, folder: Path, num_steps: int):
+        self.profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=WARM_UP_STEPS, warmup=1, active=num_steps, repeat=1),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)),
+        )
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start before the first step."""
+        self.profiler.start()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Advance the schedule."""
+        self.profiler.step()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Write what has been recorded, if the run was shorter than the schedule."""
+        self.profiler.stop()
 
 
 class ShortProgress(ProgressCallback):
@@ -71,7 +99,7 @@ class ShortProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Print loss, expected accepted length and speed above the bar, and once that something was compiled again."""
+        """Print loss, expected accepted length and speed above the bar; warn once about recompilation."""
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.write(
                 f"step {state.global_step:>6}  loss {float(logs['loss']):.3f}  expected accepted length "
@@ -85,4 +113,4 @@ class ShortProgress(ProgressCallback):
         if self.num_logs <= WARM_UP_LOGS or self.has_warned or not num_graphs:
             return ""
         self.has_warned = True
-        return f"  ({num_graphs} graphs were compiled again, which takes time; TORCH_LOGS=recompiles tells why)"
+        return f"  (recompiled {num_graphs} graphs, which takes time; TORCH_LOGS=recompiles shows why)"

@@ -1,7 +1,7 @@
-"""Checkpoints: where the weights of a draft model are, and which draft of a run to take.
+"""Checkpoints: where the weights of a draft model are, and which draft of a run to use.
 
-Understood are a run folder, a draft folder, a hub name, and a checkpoint-N folder of Trainer. Every run gathers its
-weights into safetensors, under DeepSpeed too.
+A draft is given as a run folder, a draft folder, a checkpoint-N folder of Trainer, or a hub name. Every run gathers its
+weights into safetensors, also under DeepSpeed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ BEST_FILE = "best.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the parts of a draft model are.
+    """Location of a draft model.
 
     Attributes:
         path: folder or hub name of the weights.
-        home: folder or hub name of the config, generation config and tokenizer that belong to them. Trainer changes all
-            three in its checkpoints, so those of a run come from its untrained draft model.
-        run: output folder of the training run, None for a model from elsewhere.
-        choice: why this draft of the run was taken; empty if the user named it.
+        home: folder or hub name of their config, generation config and tokenizer. Trainer changes all three in its
+            checkpoints, so those of a run come from its untrained draft model.
+        run: output folder of the training run; None for other models.
+        choice: why this draft of the run was chosen; empty if the user named it.
     """
 
     path: str
@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int | None:
-        """Optimizer step of the weights, None if unknown."""
+        """Optimizer step of the weights; None if unknown."""
         folder = Path(self.path)
         if self.run is None:
             return None
@@ -52,10 +52,10 @@ class Checkpoint:
 
 
 def find_checkpoint(path: str) -> Checkpoint:
-    """Find the weights of a draft, without reading any.
+    """Locate the weights of a draft without loading them.
 
     Raises:
-        UserError: if the folder is a run without a draft, incomplete or damaged, or holds no safetensors.
+        UserError: if the folder is a run without a draft, is incomplete or truncated, or holds no safetensors.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -66,7 +66,7 @@ def find_checkpoint(path: str) -> Checkpoint:
     _check_weights(folder)
     is_numbered = folder.name.removeprefix("checkpoint-").isdecimal()
     if run is not None and is_numbered and not (folder / SEAL_FILE).exists():
-        raise UserError(f"{path} is incomplete: give an earlier checkpoint")
+        raise UserError(f"{path} is incomplete: use an earlier checkpoint")
     if (folder / SEAL_FILE).exists():
         check_checkpoint(folder)
     home = run / INITIAL_FOLDER if run is not None and is_numbered else folder
@@ -76,7 +76,7 @@ def find_checkpoint(path: str) -> Checkpoint:
 def choose_draft(run: Path) -> Checkpoint:
     """The better of a run's draft/ (last step) and best/ (kept by the monitor).
 
-    best/ is taken if its tau is above that of the last measured step, by the rule that chose it (mean or worst target).
+    best/ is chosen if its tau is above that of the last measured step, by monitor.keep_best (mean or worst target).
 
     Raises:
         UserError: if the run has not finished.
@@ -98,7 +98,7 @@ def choose_draft(run: Path) -> Checkpoint:
 
 
 def resolve_draft(path: str) -> str:
-    """Folder or hub name of a draft; of a run folder, the draft that `choose_draft` takes. Prints the choice.
+    """Folder or hub name of a draft; for a run folder, the choice of `choose_draft`, which is printed.
 
     Raises:
         UserError: as for `choose_draft`.
@@ -120,14 +120,15 @@ def _check_weights(folder: Path) -> None:
         return
     if (folder / "latest").is_file():
         raise UserError(
-            f"{folder} holds DeepSpeed shards only: merge them with DeepSpeed's zero_to_fp32.py --safe_serialization"
+            f"{folder} holds DeepSpeed shards only: merge them with DeepSpeed's own tool, "
+            f"python zero_to_fp32.py {folder} OUTPUT --safe_serialization, and give OUTPUT"
         )
     if others := [path.name for path in sorted(folder.glob("pytorch_model*.bin"))]:
-        raise UserError(f"{folder}: {', '.join(others)} can carry code and is not read: convert it to safetensors")
+        raise UserError(f"{folder}: {', '.join(others)} can contain code and is not loaded: convert it to safetensors")
     raise UserError(f"{folder} holds no weights: give a run, a draft folder or a checkpoint")
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether recipes/train.py wrote here."""
+    """Whether this is the output folder of a training run."""
     has_files = (folder / RUN_FILE).is_file() and (folder / CONFIG_FILE).is_file()
     return has_files and "trainer" in read_json(folder / CONFIG_FILE)

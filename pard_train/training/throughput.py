@@ -1,9 +1,8 @@
-"""What a training step costs in operations and bytes, and what the device could do.
+"""Model FLOPs of a training step, peak rates of devices, and the throughput metrics of the log.
 
-Model FLOPs are those of the mathematics, forward and backward, a multiplication with its addition counted as two:
-matrix products of the layers for every slot, of the head for supervised slots, and attention for the pairs that see
-each other. What a program does besides (recomputation under gradient checkpointing, masked pairs, padding) is no part
-of them, so that their rate compares programs that learn the same.
+Model FLOPs count the forward and backward pass, a multiply-add as two: matrix products of the layers for every slot,
+of the head for supervised slots, and attention for visible pairs. Recomputation (gradient checkpointing), masked pairs
+and padding are left out, so the rate compares programs that train on the same data.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters  # the only count of compilations that PyTorch keeps
 from transformers import PretrainedConfig
 
 from pard_train.layout import IGNORE_INDEX, SlotLayout
 
 # Legend: T slots, S supervised slots, V vocabulary.
 
-BACKWARD = 2  # the backward pass of a product is two products of its size
-ADAM_VALUES = 7  # read weight, gradient and two moments, write weight and two moments
+PASSES = 3  # the forward pass of a product, and two products of its size in the backward pass
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> ModelShape | None:
-        """Shape from a model's config, None for another kind of model (experts, MLPs without a gate)."""
+        """Shape from a model's config; None for other architectures (mixture of experts, MLPs without a gate)."""
         if config.model_type not in ("llama", "qwen2", "qwen3"):
             return None
         heads = config.num_attention_heads
@@ -71,12 +70,12 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do in some packs.
+    """Size of some packs.
 
     Attributes:
         slots: real tokens and mask slots, without padding.
         supervised: slots with a label.
-        pairs: (slot, slot) pairs that see each other.
+        pairs: visible (query slot, key slot) pairs.
     """
 
     slots: int
@@ -87,7 +86,7 @@ class Work:
 def count_work(layout: SlotLayout, labels: Tensor) -> Tensor:
     """Slots, supervised slots and visible pairs of a pack as float64 [3], on its device.
 
-    A slot sees position + 1 slots: the text up to its anchor, and its chain up to its depth.
+    A slot attends to position + 1 slots: the text up to its anchor, and its chain up to its depth.
     """
     is_real = layout.document >= 0
     pairs = ((layout.position + 1) * is_real).sum()
@@ -95,70 +94,48 @@ def count_work(layout: SlotLayout, labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """Model FLOPs of a step, forward and backward, by stage; and bytes that at least move.
+class StepFlops:
+    """Model FLOPs of a step, forward and backward, by stage.
 
     Attributes:
-        layers: FLOPs of the layers' matrix products.
-        head: FLOPs of the output head.
-        attention: FLOPs of scores and weighted sums.
-        matrix_bytes: operands and results of all matrix products, each read or written once in each product.
-        attention_bytes: queries, keys, values and outputs, and their gradients.
-        optimizer_bytes: Adam in float32.
+        layers: matrix products of the layers.
+        head: the output head.
+        attention: scores and weighted sums.
     """
 
     layers: float
     head: float
     attention: float
-    matrix_bytes: float
-    attention_bytes: float
-    optimizer_bytes: float
 
     @property
-    def flops(self) -> float:
+    def total(self) -> float:
         """All stages."""
         return self.layers + self.head + self.attention
 
-    @property
-    def bytes(self) -> float:
-        """All of them. Norms, activations and residual sums are not counted: a compiler may fuse them away."""
-        return self.matrix_bytes + self.attention_bytes + self.optimizer_bytes
 
-
-def step_cost(shape: ModelShape, work: Work, bytes_per_value: int = 2) -> StepCost:
-    """Cost of one optimizer step over some packs.
-
-    Args:
-        shape: of the model.
-        work: of the packs.
-        bytes_per_value: 2 in bfloat16, 4 in float32.
-    """
-    passes = 1 + BACKWARD
-    queries, keys = shape.num_heads * shape.head_size, shape.num_key_value_heads * shape.head_size
-
-    def traffic(rows: int, inputs: int, outputs: int) -> int:  # every product touches all three once
-        return passes * (rows * inputs + rows * outputs + inputs * outputs)
-
-    layer_values = sum(traffic(work.slots, *matrix) for matrix in shape.layer_matrices)
-    values = shape.num_layers * layer_values + traffic(work.supervised, shape.hidden, shape.vocabulary)
-    return StepCost(
-        layers=2.0 * passes * work.slots * shape.layer_weights,
-        head=2.0 * passes * work.supervised * shape.head_weights,
-        attention=4.0 * passes * shape.num_layers * queries * work.pairs,  # 2 for scores, 2 for the weighted sum
-        matrix_bytes=float(bytes_per_value * values),
-        attention_bytes=float(bytes_per_value * passes * shape.num_layers * work.slots * 2 * (queries + keys)),
-        optimizer_bytes=4.0 * ADAM_VALUES * (shape.layer_weights + shape.head_weights),
+def step_flops(shape: ModelShape, work: Work) -> StepFlops:
+    """Model FLOPs of one optimizer step over some packs."""
+    queries = shape.num_heads * shape.head_size
+    return StepFlops(
+        layers=2.0 * PASSES * work.slots * shape.layer_weights,
+        head=2.0 * PASSES * work.supervised * shape.head_weights,
+        attention=4.0 * PASSES * shape.num_layers * queries * work.pairs,  # 2 for scores, 2 for the weighted sum
     )
 
 
+def num_compilations() -> int:
+    """Graphs that `torch.compile` has made in this process so far, for the model or for FlexAttention."""
+    return counters["stats"]["unique_graphs"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# What devices can do
+# Devices
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak rate of dense bfloat16 matrix products, in FLOP/s, of one device as PyTorch counts devices."""
+    """Peak rate of dense bfloat16 matrix products in FLOP/s, per device as PyTorch counts devices."""
 
     pattern: str  # of the device's name
     peak: float
@@ -185,7 +162,7 @@ CHIPS = (
 
 
 def chip_of(device_name: str) -> Chip | None:
-    """The chip that a device's name tells, None if it is not in the list. Rates of partitions are not in the list.
+    """The chip with this device name; None for unknown devices and for partitions (MIG).
 
     >>> chip_of("NVIDIA H100 80GB HBM3").peak, chip_of("NVIDIA GH200 480GB")
     (989500000000000.0, None)
@@ -196,26 +173,26 @@ def chip_of(device_name: str) -> Chip | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that tensors took on an accelerator since the program began, None on the CPU."""
+    """Peak bytes of tensors on an accelerator since the program started; None on the CPU."""
     return None if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
 
 
 def throughput_metrics(
     work: Work, num_tokens: float, seconds: float, shape: ModelShape | None, chip: Chip | None, num_devices: int
 ) -> dict[str, float]:
-    """Rates of a window of steps over all devices, for the log.
+    """Rates of a window of steps over all devices.
 
     Args:
         work: of all devices.
-        num_tokens: supervised tokens: supervised slots of depth 0.
+        num_tokens: supervised tokens, which are the supervised slots of depth 0.
         seconds: of the window.
-        shape: None leaves FLOPs out.
-        chip: None leaves the share of its peak out.
+        shape: None omits FLOPs.
+        chip: None omits MFU (model FLOPs utilization), the share of the devices' peak rate.
         num_devices: that shared the work.
     """
     metrics = {"slots_per_second": work.slots / seconds, "supervised_tokens_per_second": num_tokens / seconds}
     if shape is not None:
-        metrics["model_flops_per_second"] = step_cost(shape, work).flops / seconds
+        metrics["model_flops_per_second"] = step_flops(shape, work).total / seconds
         if chip is not None:
-            metrics["share_of_peak"] = metrics["model_flops_per_second"] / num_devices / chip.peak
+            metrics["mfu"] = metrics["model_flops_per_second"] / num_devices / chip.peak
     return metrics

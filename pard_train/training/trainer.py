@@ -1,4 +1,4 @@
-"""Training: `transformers.Trainer` with our batch, our loss and our log. DeepSpeed, resume and trackers are its own."""
+"""Training: `transformers.Trainer` with our batch, loss and log. DeepSpeed, resume and trackers are Trainer's own."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from pard_train.config import Config, ObjectiveConfig
+from pard_train.config import Config, ObjectiveConfig, decisive
 from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.core.objectives import DepthStatistics, PackLoss
 from pard_train.data.chat import ChatEncoder
@@ -34,15 +33,15 @@ from pard_train.model import (
     write_initial_draft,
     write_model_folder,
 )
-from pard_train.runs import check_run, claim_run, newest_checkpoint, read_json, write_json
+from pard_train.runs import check_run, claim_run, newest_checkpoint, read_json, require_same, write_json
 from pard_train.training.arguments import training_settings
-from pard_train.training.callbacks import DataEpoch, OwnSteps, SealCheckpoint, ShortProgress
-from pard_train.training.clock import StepClock, device_mark, num_compilations
+from pard_train.training.callbacks import CurrentIntervals, DataEpoch, ProfileSteps, SealCheckpoint, ShortProgress
 from pard_train.training.throughput import (
     ModelShape,
     Work,
     chip_of,
     count_work,
+    num_compilations,
     peak_memory,
     throughput_metrics,
 )
@@ -52,41 +51,41 @@ INITIAL_FOLDER = "init"  # the untrained draft model
 DRAFT_FOLDER = "draft"  # the trained one
 TEACHER_FILE = "teacher.json"  # manifest of the target's scores that the objective used
 TOKENS_FILE = "tokens.json"  # manifest of the tokens
+PROFILE_FOLDER = "profile"  # traces of trainer.profile_steps
 
 
 def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
-    """Train a draft model: the whole of `recipes/train.py`.
+    """Train a draft model, from the configuration to the finished draft folder.
 
     Args:
         config: validated.
-        callbacks: added to our own.
+        callbacks: in addition to our own.
 
     Returns:
         Folder of the trained draft model, output_dir/draft.
 
     Raises:
-        UserError: for bad data, a base that cannot draft, or an output folder that is taken.
+        UserError: for bad data, a base that cannot draft, or an output folder that holds something else.
     """
     output_dir, settings = Path(config.output_dir), training_settings(config)
     check_output(config)
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
-    check_tokens(output_dir, store)
+    _require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
     scores = teacher_of(config, store)
-    if _is_first():  # the other ranks wait below for this one to join them
-        claim_run(output_dir, _identity(config))
+    if _is_first():  # the other ranks wait at the barrier below
+        claim_run(output_dir, _identity(config), dataclasses.asdict(config))
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
-    # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), which takes all ranks.
+    # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), so all ranks must take part.
     arguments = TrainingArguments(**settings)
     if arguments.n_gpu > 1:
-        print(f"no launcher: training on one of {arguments.n_gpu} GPUs (torchrun or deepspeed uses them all)")
-        arguments._n_gpu = 1  # else Trainer would wrap the model in DataParallel, which splits packs
+        print(f"no launcher: training on one of {arguments.n_gpu} GPUs (torchrun or deepspeed use all)")
+        arguments._n_gpu = 1  # else Trainer wraps the model in DataParallel, which splits packs
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     if not (output_dir / INITIAL_FOLDER).is_dir():
         raise UserError(
-            f"output_dir={output_dir} was made by the first process, and this one does not see it: choose a folder "
-            "on a disk that all nodes share"
+            f"output_dir={output_dir} exists for the first process only: choose a folder on a disk that all nodes share"
         )
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
@@ -99,27 +98,16 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
 
 
 def check_output(config: Config) -> None:
-    """Check that the run may write to its output folder. Raises UserError if another run stands there."""
+    """Check that the run may write to its output folder. Raises UserError if it holds another run or other files."""
     if _is_first():
         check_run(Path(config.output_dir), _identity(config), resume=config.resume)
 
 
-def check_tokens(folder: Path, store: TokenStore) -> None:
-    """Check that a run goes on with the tokens it began with: others have other packs, of which it would skip some.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    record = folder / TOKENS_FILE
-    if not record.exists():
-        return
-    before, now = read_json(record)["identity"], store.manifest["identity"]
-    changed = ", ".join(name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
-    if changed:
-        raise UserError(
-            f"the chats are not those that the run in {folder} began with ({changed} differs; see {record}): give it "
-            "those, or choose another output_dir"
-        )
+def _require_recorded(record: Path, manifest: dict[str, Any], what: str) -> None:
+    """Check that a resumed run has the same inputs: other inputs give other packs, some of which it would skip."""
+    if record.exists():
+        old, run = read_json(record)["identity"], record.parent
+        require_same(old, manifest["identity"], what=f"the run in {run} was started with other {what} (see {record})")
 
 
 def _is_first() -> bool:
@@ -127,15 +115,15 @@ def _is_first() -> bool:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    """What a run is made with. The number of processes decides what a step is made of, so a resumed run has as many."""
-    return dataclasses.asdict(config) | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    """The settings that decide a run, the number of processes included: it decides the packs of a step."""
+    return {**decisive(config), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
 
 
 def teacher_of(config: Config, store: TokenStore) -> Scores | None:
-    """The target's scores that the objective needs, None if it needs none.
+    """The target's scores that the objective needs; None if it needs none.
 
     Raises:
-        UserError: if they are missing, unfinished or those of other tokens, or if the run went so far with others.
+        UserError: if they are missing, unfinished or those of other tokens, or if the run was started with others.
     """
     folder = config.data.scores
     if not config.objective.needs_scores or folder is None:
@@ -143,12 +131,7 @@ def teacher_of(config: Config, store: TokenStore) -> Scores | None:
             print(f"data.scores={folder} is not used: objective.kd, objective.lk and objective.cat are off")
         return None
     scores = open_teacher(Path(folder), store)
-    record = Path(config.output_dir) / TEACHER_FILE
-    if record.exists() and read_json(record)["identity"] != scores.manifest["identity"]:
-        raise UserError(
-            f"data.scores={folder} is of another target than the run in {config.output_dir} has learnt from (see "
-            f"{record}): resume with the scores it began with, or choose another output_dir"
-        )
+    _require_recorded(Path(config.output_dir) / TEACHER_FILE, scores.manifest, "data.scores")
     return scores
 
 
@@ -161,10 +144,47 @@ def build_trainer(
         config: validated.
         arguments: of Trainer.
         store: the tokens.
-        scores: as `teacher_of` gives them.
+        scores: from `teacher_of`.
     """
-    initial = str(Path(config.output_dir) / INITIAL_FOLDER)
-    tokenizer = load_tokenizer(initial)
+    output_dir = Path(config.output_dir)
+    initial = str(output_dir / INITIAL_FOLDER)
+    dataset = _build_dataset(config, arguments, store, scores)
+    attention = resolve_attention(config.model.attention, arguments.device.type)
+    model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
+    if model.config.tie_word_embeddings:  # a checkpoint has no tied head, and Trainer would warn about it
+        model._keys_to_ignore_on_save = list(model._tied_weights_keys)
+    mask_token_id = required_mask_token_of(model.config)
+    callbacks = [
+        DataEpoch(dataset.num_epochs),
+        CurrentIntervals(),
+        SealCheckpoint(config.trainer.save_total_limit),
+        MetricsFile(output_dir),
+        ConfigToWandb(config),
+    ]
+    if config.trainer.profile_steps:
+        callbacks.append(ProfileSteps(output_dir / PROFILE_FOLDER, config.trainer.profile_steps))
+    trainer = PardTrainer(
+        initial=initial,
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=PardCollator(config.draft, config.objective, mask_token_id, config.data.slot_budget),
+        processing_class=load_tokenizer(initial),
+        callbacks=callbacks,
+        attention=attention,
+        num_draft_tokens=config.draft.num_draft_tokens,
+        objective=config.objective,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ShortProgress)
+    return trainer
+
+
+def _build_dataset(
+    config: Config, arguments: TrainingArguments, store: TokenStore, scores: Scores | None
+) -> PackedDataset:
+    """The packs of all epochs; records and prints what they are made of, and limits the steps to them."""
     packs_per_step = arguments.world_size * arguments.gradient_accumulation_steps
     dataset = PackedDataset(
         store,
@@ -175,43 +195,18 @@ def build_trainer(
         packs_per_step=packs_per_step,
         scores=scores,
     )
+    num_steps, max_steps = len(dataset) // packs_per_step, arguments.max_steps
+    if max_steps > num_steps:  # Trainer would train on the same packs again
+        arguments.max_steps = -1
     if arguments.process_index == 0:
         write_json(Path(config.output_dir) / TOKENS_FILE, store.manifest)
         print(f"{store.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots")
         if scores is not None:
             write_json(Path(config.output_dir) / TEACHER_FILE, scores.manifest)
             print(scores.summary())
-    num_steps = len(dataset) // packs_per_step
-    if arguments.max_steps > num_steps:  # Trainer would go over the very same packs again
-        if arguments.process_index == 0:
-            print(f"trainer.max_steps={arguments.max_steps}: trainer.num_train_epochs ends after {num_steps} steps")
-        arguments.max_steps = -1
-    attention = resolve_attention(config.model.attention, arguments.device.type)
-    model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
-    mask_token_id = required_mask_token_of(model.config)
-    collator = PardCollator(config.draft, config.objective, mask_token_id, config.data.slot_budget)
-    trainer = PardTrainer(
-        initial=initial,
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=collator,
-        processing_class=tokenizer,
-        callbacks=[
-            DataEpoch(dataset.num_epochs),
-            OwnSteps(),
-            SealCheckpoint(config.trainer.save_total_limit),
-            MetricsFile(Path(config.output_dir)),
-            ConfigToWandb(config),
-        ],
-        attention=attention,
-        num_draft_tokens=config.draft.num_draft_tokens,
-        objective=config.objective,
-    )
-    trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ShortProgress)
-    return trainer
+        if max_steps > num_steps:
+            print(f"trainer.max_steps={max_steps}: trainer.num_train_epochs ends after {num_steps} steps")
+    return dataset
 
 
 class PardTrainer(Trainer):
@@ -224,45 +219,35 @@ class PardTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is normalized here: no division by accumulation steps
         self.initial = initial  # folder of the untrained draft model, whose tokenizer the trained one keeps
         self.pack_loss = PackLoss(self.model, attention, num_draft_tokens, objective)
+        self.shape = ModelShape.of(self.model.config)
+        self.chip = chip_of(device_name()) if self.args.bf16 else None  # its peak rate is that of bfloat16
+        self.is_compiled = self.args.torch_compile or attention == "flex"
+        # Of the steps since the last log:
         self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
         self.work = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
-        self.shape = ModelShape.of(self.model.config)
-        self.chip = chip_of(device_name()) if self.args.bf16 else None  # its peak is that of bfloat16
-        self.clock = StepClock(device_mark(self.args.device))
-        self.is_watched = False  # DDP, whose reductions the clock tells from the backward pass
-        self.add_callback(self.clock)
-        self.is_compiled = self.args.torch_compile or attention == "flex"
-        self.compiled_before = num_compilations()  # this window
-        self.window_start, self.has_begun = time.perf_counter(), False
+        self.window_start, self.window_step = time.perf_counter(), -1  # -1 until the first step
+        self.seconds_waiting = 0.0
+        self.num_compiled_before = num_compilations()
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
-        return SequentialSampler(cast(PackedDataset, self.train_dataset))  # the packs already stand in training order
+        return SequentialSampler(cast(PackedDataset, self.train_dataset))  # packs are already in training order
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """Micro-batches of one optimizer step, and the sum of their weights over all ranks (a float32 scalar)."""
-        if self.state.global_step >= self.state.max_steps:  # a checkpoint of the last step: Trainer would add one more
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: Trainer would add one more
             self.control.should_training_stop = True
             return [], torch.zeros((), device=device)
-        if not self.has_begun:  # loading a checkpoint is no part of the first window
-            self.window_start, self.has_begun = time.perf_counter(), True
-        with self.clock.phase("data"):
-            batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        started = time.perf_counter()
+        if self.window_step < 0:  # exclude the loading of a checkpoint
+            self.window_start, self.window_step = started, self.state.global_step
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self.seconds_waiting += time.perf_counter() - started
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
-        with self.clock.phase("communication"):
-            return batches, self.accelerator.reduce(weight, reduction="sum")
+        return batches, self.accelerator.reduce(weight, reduction="sum")
 
     def _prepare_input(self, data: Any) -> Any:
-        """A batch on the device, in its own dtypes: under DeepSpeed, Trainer would round its weights to the model's."""
+        """Move to the device and keep dtypes: under DeepSpeed, Trainer would round the weights to the model's dtype."""
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
-
-    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one pack."""
-        wrapped = getattr(model, "_orig_mod", model)  # inside of what `torch.compile` makes of it
-        if not self.is_watched and isinstance(wrapped, DistributedDataParallel):
-            self.clock.watch_reductions(wrapped)
-            self.is_watched = True
-        with self.clock.phase("backward"):  # `compute_loss` takes its own time out of it
-            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -275,45 +260,42 @@ class PardTrainer(Trainer):
 
         Data-parallel engines average gradients over ranks, so the sum is scaled by their number.
         """
-        with self.clock.phase("forward"):
-            loss, statistics = self.pack_loss(model, inputs, self.args.world_size / cast(Tensor, num_items_in_batch))
+        loss, statistics = self.pack_loss(model, inputs, self.args.world_size / cast(Tensor, num_items_in_batch))
         self.statistics.add(statistics)
         layout = SlotLayout(*(inputs[name] for name in ("document", "anchor", "depth")))
         self.work += count_work(layout, inputs["labels"])
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log a window of steps, with accuracy per depth, expected accepted length and throughput over all ranks."""
+        """Log the loss with accuracy per depth, expected accepted length and throughput over all ranks."""
         if "loss" in logs:
-            sums = (*self.statistics.tensors(), self.work)
-            for tensor in sums:
-                tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
-            logs |= self.statistics.metrics()
-            now = time.perf_counter()
-            seconds, self.window_start = now - self.window_start, now
-            logs["supervised_slots_per_second"] = logs["supervised_slots"] / seconds
-            logs |= {f"throughput/{name}": value for name, value in self._throughput(seconds).items()}
-            spent = self.clock.report()
-            if not self.is_watched:  # one process, or an engine that reduces gradients where the clock cannot see it
-                del spent["communication"]
-            logs |= {f"throughput/share_{name}": value / seconds for name, value in spent.items()}
-            logs |= self._count_compilations()
-            for tensor in sums:
-                tensor.zero_()
+            logs |= self._end_window()
         super().log(logs, *args, **kwargs)
 
-    def _count_compilations(self) -> dict[str, float]:
-        before, self.compiled_before = self.compiled_before, num_compilations()
-        return {"throughput/compilations": self.compiled_before - before} if self.is_compiled else {}
-
-    def _throughput(self, seconds: float) -> dict[str, float]:
+    def _end_window(self) -> dict[str, float]:
+        """Metrics of the steps since the last log; starts the next window."""
+        sums = (*self.statistics.tensors(), self.work)
+        for tensor in sums:
+            tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
+        now, step, num_compiled = time.perf_counter(), self.state.global_step, num_compilations()
+        seconds, metrics = now - self.window_start, self.statistics.metrics()
+        metrics["supervised_slots_per_second"] = metrics["supervised_slots"] / seconds
         work, num_tokens = Work(*map(int, self.work.tolist())), float(self.statistics.slots[0])
-        metrics = throughput_metrics(work, num_tokens, seconds, self.shape, self.chip, self.args.world_size)
-        memory = peak_memory(self.args.device)
-        return metrics if memory is None else metrics | {"peak_memory_gb": memory / 1e9}
+        rates = throughput_metrics(work, num_tokens, seconds, self.shape, self.chip, self.args.world_size)
+        rates["seconds_per_step"] = seconds / max(1, step - self.window_step)
+        rates["data_wait_share"] = self.seconds_waiting / seconds
+        if (memory := peak_memory(self.args.device)) is not None:
+            rates["peak_memory_gb"] = memory / 1e9
+        if self.is_compiled:
+            rates["compilations"] = num_compiled - self.num_compiled_before
+        for tensor in sums:
+            tensor.zero_()
+        self.window_start, self.window_step, self.num_compiled_before = now, step, num_compiled
+        self.seconds_waiting = 0.0
+        return metrics | {f"throughput/{name}": value for name, value in rates.items()}
 
     def write_draft(self, folder: Path) -> Path:
-        """Write the trained model as a draft folder, whole or not at all, from whatever shards the ranks hold."""
+        """Write the trained model as a draft folder, atomically, from whatever shards the ranks hold."""
         state = self.accelerator.get_state_dict(self.model_wrapped)
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state or {}).items()}  # of torch.compile
         if self.args.should_save and not folder.exists():
@@ -324,6 +306,6 @@ class PardTrainer(Trainer):
 
 
 class UsesTrainer(TrainerCallback):
-    """A callback that works with the trainer itself, which `train` gives it."""
+    """A callback with access to the trainer, which `train` sets."""
 
     trainer: PardTrainer

@@ -1,8 +1,7 @@
-"""Attention of blocks of slots by plain matrix products, with a backward pass that keeps no weights.
+"""Block attention by matrix products, with a backward pass that recomputes the attention weights.
 
-PyTorch's fused kernel for a CPU takes its float32 products from MKL (see `products`). Here a block's scores are one
-product through oneDNN, small enough to stay in the cache while they become weights and output. The backward pass
-computes them again, as the fused kernel does.
+PyTorch's fused CPU kernel takes its float32 products from MKL (see `products`). Here the scores of a block are one
+product through oneDNN, small enough to stay in the CPU cache until they become output.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from pard_train.core.cpu.products import float32_onednn
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Slots that attend together: to a run of slots before them, and to themselves.
+    """Slots that attend to a run of slots before them and to themselves.
 
     Attributes:
         queries: the slots.
-        text: the run of slots before them; where it ends with the queries themselves, they are in it.
-        bias: 0 for keys that a query sees and -inf for others, float32 [Q, 1, B]: of the last B keys, since each
-            query sees all keys before those.
+        text: the run of slots before them; it may end with the queries themselves.
+        bias: 0 for visible keys and -inf for others, float32 [Q, 1, B]: of the last B keys, since every earlier key
+            is visible.
     """
 
     queries: slice
@@ -37,16 +36,16 @@ class QueryBlock:
 
     @property
     def is_in_text(self) -> bool:
-        """Whether the queries are themselves the end of the text."""
+        """Whether the queries are the end of the text."""
         return self.queries.stop == self.text.stop
 
     def keys_of(self, slots: Tensor) -> Tensor:
-        """[J, T, D] to [J, N, D]: of the text and then, unless they are in it, of the queries."""
+        """[J, T, D] to [J, N, D]: the text, then the queries unless they are in it."""
         text = slots[:, self.text]
         return text if self.is_in_text else torch.cat([text, slots[:, self.queries]], dim=1)
 
     def add_to(self, slots: Tensor, keys: Tensor) -> None:
-        """Add what belongs to this block's keys, [J, N, D], to their slots in [J, T, D]."""
+        """Add gradients of this block's keys, [J, N, D], to their slots in [J, T, D]."""
         num_text = self.text.stop - self.text.start
         slots[:, self.text] += keys[:, :num_text]
         if not self.is_in_text:
@@ -59,7 +58,7 @@ def attend_blocks(
     """Softmax attention of every block's queries over its keys.
 
     Args:
-        query: float32 [H, T, D] on a CPU that `products.takes_onednn`.
+        query: float32 [H, T, D] that `products.takes_onednn` accepts.
         key: [J, T, D] likewise; J divides H.
         value: [J, T, D].
         blocks: cover each of the T slots once.
@@ -72,12 +71,13 @@ def attend_blocks(
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Queries lie as [J, T * G, D] inside: the rows of a block are a slice, for all heads that share keys."""
+    """Queries are laid out as [J, T * G, D]: the rows of a block are a slice, for all heads that share keys."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[QueryBlock], scaling: float
     ) -> Tensor:
+        """Output [T, H, D]."""
         groups = query.shape[0] // key.shape[0]
         rows = _rows_by_slot(query * scaling, groups)
         key, value = key.contiguous(), value.contiguous()
@@ -92,20 +92,21 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key and value."""
         rows, key, value = ctx.saved_tensors
-        slopes = _rows_by_slot(upstream.transpose(0, 1), ctx.groups)  # of the loss, by output
-        row_slopes, key_slopes, value_slopes = torch.empty_like(rows), torch.zeros_like(key), torch.zeros_like(value)
+        out_grad = _rows_by_slot(upstream.transpose(0, 1), ctx.groups)
+        row_grad, key_grad, value_grad = torch.empty_like(rows), torch.zeros_like(key), torch.zeros_like(value)
         with float32_onednn():
             for block in ctx.blocks:
-                block_rows, block_slopes, out = (_rows_of(x, block, ctx.groups) for x in (rows, slopes, row_slopes))
+                block_rows, block_grad, out = (_rows_of(x, block, ctx.groups) for x in (rows, out_grad, row_grad))
                 keys, values = block.keys_of(key), block.keys_of(value)
                 weights = _weights(rows, keys, block, ctx.groups)
-                block.add_to(value_slopes, weights.transpose(1, 2) @ block_slopes)
-                weight_slopes = block_slopes @ values.transpose(1, 2)
-                score_slopes = torch.ops.aten._softmax_backward_data(weight_slopes, weights, -1, weights.dtype)
-                torch.bmm(score_slopes, keys, out=out)
-                block.add_to(key_slopes, score_slopes.transpose(1, 2) @ block_rows)
-        return _heads_apart(row_slopes.mul_(ctx.scaling), ctx.groups), key_slopes, value_slopes, None, None
+                block.add_to(value_grad, weights.transpose(1, 2) @ block_grad)
+                weight_grad = block_grad @ values.transpose(1, 2)
+                score_grad = torch.ops.aten._softmax_backward_data(weight_grad, weights, -1, weights.dtype)
+                torch.bmm(score_grad, keys, out=out)
+                block.add_to(key_grad, score_grad.transpose(1, 2) @ block_rows)
+        return _heads_apart(row_grad.mul_(ctx.scaling), ctx.groups), key_grad, value_grad, None, None
 
 
 def _weights(rows: Tensor, keys: Tensor, block: QueryBlock, groups: int) -> Tensor:

@@ -1,12 +1,12 @@
-"""Matrix products on a CPU, in float32 through oneDNN where PyTorch would take MKL.
+"""Matrix products on a CPU: float32 through oneDNN where PyTorch would use MKL.
 
-MKL gives processors other than Intel's its AVX2 kernels: on an AMD EPYC with AVX-512, PyTorch's float32 products run at
-less than half of the rate that oneDNN reaches (docs/speed.md). Both libraries come with PyTorch, which takes oneDNN for
-float32 only where it may round to bfloat16. `float32_onednn` allows that on processors where oneDNN makes no use of it,
-which a product shows first. Products in bfloat16 go through oneDNN anyway, and on a GPU nothing here differs.
+MKL runs its AVX2 kernels on processors of other makers than Intel: on an AMD EPYC with AVX-512, PyTorch's float32
+products reach less than half of oneDNN's rate (docs/speed.md). PyTorch ships both libraries but uses oneDNN for float32
+only where rounding to bfloat16 is allowed. `float32_onednn` allows it on processors where oneDNN does not round, which
+a probe product verifies first. bfloat16 products use oneDNN anyway; on a GPU nothing changes.
 
-`OneDnnLinear` serves weights that change. `PackedLinear` keeps a copy that is arranged once, for weights that do not:
-worth it where a step has few rows.
+`OneDnnLinear` is for weights that change. `PackedLinear` keeps a packed copy of constant weights, which pays off where
+a step has few rows.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _float32_setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 # Legend: M rows, I inputs, O outputs.
 
-ONE_ROW_WEIGHTS = 2**22  # with one row and no more weights than this, MKL is the faster one
-PACKED_ROWS = 8  # rows that the arrangement of packed weights is chosen for; it serves any number
+ONE_ROW_WEIGHTS = 2**22  # with one row and at most this many weights, MKL is faster
+PACKED_ROWS = 8  # rows that the packing is optimized for; any number works
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
-OUTPUTS_PER_TILE = 4096  # of a weight's gradient: the product of a tile is still in the cache when it is added
-PROBE_SIZE = 256  # rows and columns of the product that shows whether float32 stays float32
+OUTPUTS_PER_TILE = 4096  # of a weight's gradient: a tile's product is still in the CPU cache when it is added
+PROBE_SIZE = 256  # rows and columns of the probe product
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` to float32 rounding, with its gradients.
+    """`torch.nn.functional.linear` up to float32 rounding, differentiable.
 
     Args:
         rows: [..., I].
@@ -68,14 +68,14 @@ def add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Send the products of a model's linear layers through `linear`. Weights and their names stay as they are."""
+    """Make a model's linear layers use `linear`. Weights and their names stay the same."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDnnLinear
 
 
 class OneDnnLinear(nn.Linear):
-    """An `nn.Linear` that takes its products from `linear`."""
+    """An `nn.Linear` that uses `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
@@ -83,7 +83,7 @@ class OneDnnLinear(nn.Linear):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights oneDNN has arranged once; the same operator that `torch.compile` freezes into."""
+    """A linear layer with weights packed once by oneDNN, as `torch.compile` packs constants."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -96,7 +96,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN can arrange these weights: on an x86 CPU, in float32 or bfloat16."""
+    """Whether oneDNN can pack these weights: on an x86 CPU, in float32 or bfloat16."""
     has_onednn = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
     if not has_onednn or weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES:
         return False
@@ -104,9 +104,9 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def takes_onednn(left: Tensor, right: Tensor) -> bool:
-    """Whether their product is in float32 on a CPU, and oneDNN has it so. A compiler is left to choose for itself."""
+    """Whether their product is float32 on a CPU where oneDNN keeps float32. Never under `torch.compile`."""
     return (
-        not torch.compiler.is_compiling()  # first: a compiler would stumble over the rest
+        not torch.compiler.is_compiling()  # first: the rest cannot be compiled
         and left.device.type == right.device.type == "cpu"
         and left.dtype == right.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
@@ -116,7 +116,7 @@ def takes_onednn(left: Tensor, right: Tensor) -> bool:
 
 @contextmanager
 def float32_onednn() -> Iterator[None]:
-    """Sends float32 products on a CPU through oneDNN while it lasts; for operands that `takes_onednn` has agreed to."""
+    """Send float32 products on a CPU through oneDNN; for operands that `takes_onednn` accepts."""
     before = _float32_setting.fp32_precision
     _float32_setting.fp32_precision = "bf16"
     try:
@@ -127,7 +127,7 @@ def float32_onednn() -> Iterator[None]:
 
 @functools.cache
 def _keeps_float32() -> bool:
-    """Whether oneDNN computes in float32 where bfloat16 is allowed: not with AMX, for one."""
+    """Whether oneDNN computes in float32 where bfloat16 is allowed: not on processors with AMX."""
     if not torch.backends.mkldnn.is_available():
         return False
     # Each is 1 in bfloat16 and in TF32.
@@ -149,12 +149,14 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., I] to [..., O]."""
         ctx.save_for_backward(rows, weight)
         with float32_onednn():
             return F.linear(rows, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of rows, weight and bias, where needed."""
         rows, weight = ctx.saved_tensors
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
         flat = gradient.flatten(0, -2).contiguous()
