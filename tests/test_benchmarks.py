@@ -19,17 +19,8 @@ from typing import Any
 import pytest
 
 from pard_train.data.benchmarks import NAMED, Benchmark, Prompt, check_benchmark, load_benchmark
-from pard_train.downloads import (
-    GSM8K_SAMPLE,
-    HUMAN_EVAL,
-    MT_BENCH,
-    OnHub,
-    OnWeb,
-    fetch_from_hub,
-    fetch_from_web,
-    read_packaged,
-    read_packaged_rows,
-)
+from pard_train.data.sources import GSM8K_SAMPLE, HUMAN_EVAL, MT_BENCH, OnHub, OnWeb, read_packaged_rows
+from pard_train.downloads import fetch_from_hub, fetch_from_web, read_packaged
 from pard_train.errors import UserError
 
 OUT_OF_REACH = [name for name, recipe in NAMED.items() if isinstance(recipe.source, OnHub)]
@@ -56,7 +47,7 @@ def write(path: Path, *rows: Any) -> str:
 @pytest.mark.parametrize("name", OFFLINE)
 def test_a_named_benchmark_holds_as_many_prompts_as_it_says_and_nothing_twice(name: str) -> None:
     benchmark, recipe = load_benchmark(name), NAMED[name]
-    assert (benchmark.name, benchmark.licence, benchmark.source) == (name, recipe.licence, str(recipe.source))
+    assert (benchmark.name, benchmark.license, benchmark.source) == (name, recipe.license, str(recipe.source))
     assert len(benchmark.prompts) == recipe.num_prompts
     assert len({prompt.id for prompt in benchmark.prompts}) == recipe.num_prompts
     assert len({prompt.turns for prompt in map(_hashable, benchmark.prompts)}) == recipe.num_prompts
@@ -164,12 +155,12 @@ def test_the_named_benchmarks_are_the_ones_whose_results_are_published() -> None
     }
 
 
-def test_the_docs_name_every_benchmark_with_its_size_licence_and_exact_instruction() -> None:
+def test_the_docs_name_every_benchmark_with_its_size_license_and_exact_instruction() -> None:
     page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
     cells = [[cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| `")]
     rows = {row[0].strip("| `"): row[1:] for row in cells if len(row) == 6}
     assert {name: (row[0], row[3]) for name, row in rows.items()} == {
-        name: (str(recipe.num_prompts), recipe.licence) for name, recipe in NAMED.items()
+        name: (str(recipe.num_prompts), recipe.license) for name, recipe in NAMED.items()
     }
     assert [row[2].startswith(("package", "generated")) for row in rows.values()] == [
         recipe.source.is_offline for recipe in NAMED.values()

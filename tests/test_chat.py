@@ -605,17 +605,3 @@ def test_turns_may_be_long_or_blank(template: str) -> None:
     (document,) = encoder.encode(chat("", "the cat", " \n", long + "end", long, "it runs"), origin="here")
     answers = [answer + END_OF_TURN[template] for answer in ("the cat", long + "end", "it runs")]
     assert supervised_texts(document, encoder.tokenizer) == answers
-
-
-def test_the_first_token_that_other_trainers_would_have_otherwise_is_found() -> None:
-    encoder = encoder_of(CHATML)
-    for messages in conversations(5, seed=2):
-        assert encoder.first_difference([*messages, {"role": "user", "content": "?"}], origin="here") is None
-    messages = chat("Hi", "the cat", "why", "\n\nit runs")
-    pieces = encoder.encode(messages, origin="here")[0].input_ids.tolist()
-    whole = encoder.tokenizer(encoder.render(messages))["input_ids"]
-    index = encoder.first_difference(messages, origin="here")
-    assert index is not None
-    assert whole[:index] == pieces[:index]
-    assert whole[index] != pieces[index]
-    assert encoder_of(LLAMA3).first_difference(chat("Hi", "the cat"), origin="here") is None

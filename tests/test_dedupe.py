@@ -27,7 +27,7 @@ from pard_train.data.dedupe import (
     first_of_each,
     is_held_out,
     near_duplicates,
-    questions,
+    question_text,
     shuffled,
     signature,
 )
@@ -84,8 +84,8 @@ def edited(text: str, num_edits: int, draw: random.Random) -> str:
 def test_a_chat_is_identified_by_what_is_asked_and_not_by_its_answers() -> None:
     chat = ask("What is up?", "And down?", system="Be brief.")
     answered = [{**m, "content": "other"} if m["role"] == "assistant" else m for m in chat]
-    assert questions(chat) == questions(answered)
-    assert content_key(questions(chat[:-1])) == content_key(questions(chat))
+    assert question_text(chat) == question_text(answered)
+    assert content_key(question_text(chat[:-1])) == content_key(question_text(chat))
 
 
 def test_equal_words_in_other_roles_or_turns_are_other_questions() -> None:
@@ -99,7 +99,7 @@ def test_equal_words_in_other_roles_or_turns_are_other_questions() -> None:
         [*ask("a")[:1], {"role": "tool", "content": "b"}],
         ask("a \x02 b"),
     ]
-    found = [content_key(questions(chat)) for chat in chats]
+    found = [content_key(question_text(chat)) for chat in chats]
     assert len(set(found[:-1])) == len(found) - 1
     assert found[-1] == found[0]  # a control character of the data is no turn
 
@@ -352,11 +352,11 @@ def test_contamination_is_what_a_search_of_all_runs_finds(
 
 
 def test_a_benchmark_is_found_whatever_surrounds_its_words() -> None:
-    prompts = [questions(chat) for chat in conversations(50, seed=5) if len(questions(chat).split()) > 20]
+    prompts = [question_text(chat) for chat in conversations(50, seed=5) if len(question_text(chat).split()) > 20]
     contamination = Contamination({"tiny": prompts}, 8)
     for prompt in prompts:
         assert contamination.find(f"Please: <<{prompt.upper().replace(' ', '; ')}>> Thanks!") == "tiny"
-    clean = [questions(chat) for chat in conversations(50, seed=6)]
+    clean = [question_text(chat) for chat in conversations(50, seed=6)]
     assert sum(contamination.find(text) is not None for text in clean) == 0
 
 
@@ -400,7 +400,7 @@ draw = random.Random(0)
 texts = [" ".join(map(str, draw.choices(range(50), k=10 + i // 2))) for i in range(60)]
 texts += [text + " 1" for text in texts[::2]]
 chats = [[{"role": "user", "content": text}] for text in texts]
-keys = np.array([content_key(questions(chat)) for chat in chats], dtype=np.uint64)
+keys = np.array([content_key(question_text(chat)) for chat in chats], dtype=np.uint64)
 signatures = np.stack([signature(chat) for chat in chats])
 contamination = Contamination({"a": texts[:30], "b": texts[20:40]}, 8)
 print(shuffled(keys, 1), is_held_out(keys, 0.5), signatures.sum(axis=0))

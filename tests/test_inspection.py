@@ -17,22 +17,22 @@ from tiny import CHATML, VOCABULARY, build_tokenizer, conversations, experiment
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data_scripts.show import run
 from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig, ShowConfig
 from pard_train.data.chat import ChatEncoder, Document
 from pard_train.data.encoding import encode_corpus
+from pard_train.data.examples import show_examples as run
 from pard_train.data.inspection import (
     STYLES,
     TABLE_SLOTS,
     Slots,
-    check_taught,
-    count_taught,
+    check_examples,
+    count_supervised,
     lay_out_slots,
     render_text,
     slot_table,
     visible,
 )
-from pard_train.data.pattern import HIDDEN, OWN_CHAIN, PATTERN_COLOURS, PATTERN_SLOTS, SELF, TEXT, draw_pattern, shorten
+from pard_train.data.pattern import HIDDEN, OWN_CHAIN, PATTERN_COLORS, PATTERN_SLOTS, SELF, TEXT, draw_pattern, shorten
 from pard_train.errors import RowError, UserError
 from pard_train.layout import DrawKey, is_visible, sample_chain_lengths
 from pard_train.model import load_tokenizer
@@ -79,7 +79,7 @@ def styled(document: Document, encoder: ChatEncoder) -> list[tuple[str, str]]:
 
 
 def test_every_token_has_the_style_of_its_part(encoder: ChatEncoder) -> None:
-    prompt, special, taught, end = (STYLES[kind] for kind in ("prompt", "special", "taught", "end of turn"))
+    prompt, special, taught, end = (STYLES[kind] for kind in ("prompt", "special", "supervised", "end of turn"))
     assert styled(encode(encoder, "the cat", "a dog<|unused|>"), encoder) == [
         ("<|im_start|>", special),
         *[(token, prompt) for token in ("us", "er", "↵\n", "the", " ", "cat")],
@@ -88,7 +88,7 @@ def test_every_token_has_the_style_of_its_part(encoder: ChatEncoder) -> None:
         ("<|im_start|>", special),
         *[(token, prompt) for token in ("a", "s", "s", "i", "s", "t", "a", "n", "t", "↵\n")],
         *[(token, taught) for token in ("a", " ", "dog")],
-        ("<|unused|>", STYLES["taught special"]),
+        ("<|unused|>", STYLES["supervised special"]),
         ("<|im_end|>", end),
     ]
 
@@ -97,7 +97,7 @@ def test_an_answer_that_was_cut_ends_with_a_mark_and_no_other_does(encoder: Chat
     shown = styled(encode(encoder, "a", "the", "a", "the dog", is_cut=True), encoder)
     ends = [text for text, style in shown if style in (STYLES["end of turn"], STYLES["end missing"])]
     assert ends == ["<|im_end|>", "[end missing]"]
-    assert shown[-2:] == [("dog", STYLES["taught"]), ("[end missing]", STYLES["end missing"])]
+    assert shown[-2:] == [("dog", STYLES["supervised"]), ("[end missing]", STYLES["end missing"])]
 
 
 def test_characters_of_several_tokens_are_shown_whole(encoder: ChatEncoder) -> None:
@@ -138,7 +138,7 @@ def test_the_counts_are_those_of_the_documents(encoder: ChatEncoder) -> None:
     cut_off = encode(encoder, "a", "the", "a", "the dog", is_cut=True)  # 2 + 3 labels, the second turn does not end
     ended = encode(encoder, "cat", "dog cat")  # 4 labels
     length = len(ended.input_ids)
-    counts = check_taught([cut_off, ended], encoder, replace(DATA, max_length=length, overlong="drop"))
+    counts = check_examples([cut_off, ended], encoder, replace(DATA, max_length=length, overlong="drop"))
     assert counts == {
         "documents": 2,
         "overlong": 1,
@@ -152,17 +152,17 @@ def test_the_counts_are_those_of_the_documents(encoder: ChatEncoder) -> None:
 def test_what_truncation_leaves_is_what_counts(encoder: ChatEncoder) -> None:
     document = encode(encoder, "cat", "dog cat")
     data = replace(DATA, max_length=len(document.input_ids) - 1, overlong="truncate")
-    counts = count_taught(document, encoder, data)
+    counts = count_supervised(document, encoder, data)
     assert [counts[name] for name in ("overlong", "supervised", "ended")] == [1, 3, 0]
     with pytest.raises(UserError, match="all 1 answers are cut"):
-        check_taught([document], encoder, data)
+        check_examples([document], encoder, data)
 
 
 def test_data_in_which_every_end_of_turn_is_lost_are_refused(encoder: ChatEncoder) -> None:
     cut = [encode(encoder, "a", "the dog", is_cut=True), encode(encoder, "a", "a", is_cut=True)]
     with pytest.raises(UserError, match="all 2 answers are cut"):
-        check_taught(cut, encoder, DATA)
-    check_taught([*cut, encode(encoder, "a", "a")], encoder, DATA)
+        check_examples(cut, encoder, DATA)
+    check_examples([*cut, encode(encoder, "a", "a")], encoder, DATA)
 
 
 def test_data_without_a_label_are_refused(encoder: ChatEncoder) -> None:
@@ -170,7 +170,7 @@ def test_data_without_a_label_are_refused(encoder: ChatEncoder) -> None:
     nothing = replace(document, loss_mask=np.zeros_like(document.loss_mask))
     for documents in ([], [nothing]):
         with pytest.raises(UserError, match=f"no supervised token in {len(documents)} documents"):
-            check_taught(documents, encoder, DATA)
+            check_examples(documents, encoder, DATA)
 
 
 def merging_line_ends() -> PreTrainedTokenizerFast:
@@ -190,16 +190,16 @@ def merging_line_ends() -> PreTrainedTokenizerFast:
 def test_a_row_whose_text_has_other_tokens_when_tokenized_whole_is_refused_by_name() -> None:
     encoder = ChatEncoder(merging_line_ends())
     good = encode(encoder, "the cat\n\n", "a\n\ndog")
-    check_taught([good], encoder, DATA)
+    check_examples([good], encoder, DATA)
     bad = replace(encode(encoder, "the cat", "\na dog"), origin="chats.jsonl:7")
     with pytest.raises(RowError) as caught:
-        check_taught([good, bad], encoder, DATA)
+        check_examples([good, bad], encoder, DATA)
     (place,) = np.flatnonzero(np.diff(bad.loss_mask.astype(int)) == 1)  # the line end before the answer
     assert str(caught.value).startswith(
-        f"chats.jsonl:7: token {place} differs when the text is tokenized whole: taught is 'n' 't' '\\n' '\\n' 'a', an "
+        f"chats.jsonl:7: token {place} differs when the text is tokenized whole: it is 'n' 't' '\\n' '\\n' 'a', an "
         "engine reads 'n' 't' '\\n\\n' 'a' ' '; strip"
     )
-    check_taught([good, bad], encoder, replace(DATA, max_length=len(bad.input_ids)))  # it may be cut within a word
+    check_examples([good, bad], encoder, replace(DATA, max_length=len(bad.input_ids)))  # it may be cut within a word
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_the_cells_of_the_picture_are_what_each_slot_sees() -> None:
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())
     axis = figure.axes[0]
-    codes = {colour: code for code, colour in PATTERN_COLOURS.items()}
+    codes = {colour: code for code, colour in PATTERN_COLORS.items()}
     layout, seen = slots.layout, is_visible(slots.layout, slots.layout)
     found = set()
     for query in range(len(slots)):
@@ -343,7 +343,7 @@ def test_a_row_that_training_sets_aside_keeps_its_number_and_is_passed_over(
         assert "checked: documents 3 " in shown
     for row in (0, 2, 3, 6, 7):
         with pytest.raises(
-            UserError, match=rf"^show.row={row}: \S+ has no such row \(the first is 0\), or it is a bad"
+            UserError, match=rf"^show.row={row}: \S+ has no such row \(the first is 0\), or it is unusable"
         ):
             run(replace(config, show=ShowConfig(row=row)))
     capsys.readouterr()

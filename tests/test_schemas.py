@@ -284,7 +284,7 @@ def test_a_preset_names_a_source_by_settings_that_exist(path: Path) -> None:
     source = SourceConfig(**yaml.safe_load(text))
     assert source.path
     assert source.schema in {"auto", *SCHEMAS}
-    assert source.licence
+    assert source.license
     default = SourceConfig(path=source.path)
     given = {name for name in yaml.safe_load(text) if name != "path"}
     assert given == {f.name for f in dataclasses.fields(source) if getattr(source, f.name) != getattr(default, f.name)}

@@ -236,7 +236,7 @@ def test_a_folder_of_tokens_trains_only_the_model_it_was_made_for(tmp_path: Path
     encode(path, encoder)
     config = DataConfig(source=str(tmp_path / "chats-tokens"))
     assert len(open_store(config, encoder)) == 1
-    with pytest.raises(UserError, match=r"was encoded with another chat_template"):
+    with pytest.raises(UserError, match=r"was encoded with other settings .chat_template"):
         open_store(config, ChatEncoder(build_tokenizer(CHATML + "{# other #}")))
     with pytest.raises(UserError, match=r"was encoded with another max_length \(512\)"):
         open_store(replace(config, max_length=64), encoder)
@@ -263,7 +263,7 @@ def test_the_command_lets_the_same_tokens_stand_and_refuses_to_replace_others(
     encode_program(config)
     assert capsys.readouterr().out == made
     assert (tmp_path / "tokens" / "manifest.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"tokens holds other tokens \(max_length differs\)"):
+    with pytest.raises(UserError, match=r"tokens holds other tokens \(max_length: 512 -> 300\)"):
         encode_program(replace(config, data=replace(data, max_length=300)))
 
 

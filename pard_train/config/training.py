@@ -26,9 +26,6 @@ class ModelConfig:
 class DraftConfig:
     """The draft model: chain depth and COD (PARD, arXiv 2504.18583, section 3), and where a trained one is."""
 
-    path: Optional[str] = setting(
-        None, "Folder or hub name of a trained draft, for evaluate, export, verify and generate.", free=True
-    )
     num_draft_tokens: int = setting(
         8, "Draft tokens per forward pass in training (K_train); depths run from 0 to K-1.", low=1
     )
@@ -44,6 +41,9 @@ class DraftConfig:
     )
     mask_token: Optional[str] = setting(
         None, "Or the name of a reserved special token, for models without a spare row (Llama 3, SmolLM2)."
+    )
+    path: Optional[str] = setting(
+        None, "Folder or hub name of a trained draft, for evaluate, export, verify and generate.", free=True
     )
 
 

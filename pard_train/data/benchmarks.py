@@ -65,14 +65,14 @@ class Benchmark:
         name: short, for tables and file names.
         prompts: in the order of their source.
         source: where they come from, to the version.
-        licence: of the prompts; `unknown` for a file.
+        license: of the prompts; `unknown` for a file.
         instruction: the exact words of a prompt around the source's {question}.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     source: str
-    licence: str
+    license: str
     instruction: str
 
     @property
@@ -87,7 +87,7 @@ class Recipe:
 
     Attributes:
         source: of the rows.
-        licence: of the prompts.
+        license: of the prompts.
         num_prompts: the first so many rows are asked.
         columns: the question: texts that are joined by blank lines, or one list of texts, each asked in its turn.
         id: column of the id; the number of the row if empty.
@@ -98,7 +98,7 @@ class Recipe:
     """
 
     source: RowSource
-    licence: str
+    license: str
     num_prompts: int
     columns: tuple[str, ...]
     id: str = ""
@@ -196,13 +196,13 @@ def load_benchmark(source: str, max_prompts: int = 0) -> Benchmark:
     if source in NAMED:
         recipe = NAMED[source]
         prompts = _distinct(_named_prompts(source, recipe))
-        where, licence, instruction = str(recipe.source), recipe.licence, recipe.instruction
+        where, license, instruction = str(recipe.source), recipe.license, recipe.instruction
     else:
         prompts = _distinct((file_prompt(row, origin), origin) for row, origin in read_jsonl(source))
-        where, licence, instruction = source, "unknown", "{question}"
+        where, license, instruction = source, "unknown", "{question}"
     if not prompts:
         raise UserError(f"benchmark {source}: no prompts")
-    return Benchmark(benchmark_name(source), _share(prompts, max_prompts), where, licence, instruction)
+    return Benchmark(benchmark_name(source), _share(prompts, max_prompts), where, license, instruction)
 
 
 def _distinct(prompts: Iterable[tuple[Prompt, str]]) -> list[Prompt]:

@@ -134,17 +134,6 @@ class ChatEncoder:
         ids = iter(self._ids([text for document in pieces for text in document.texts]))
         return [_document([next(ids) for _ in document.texts], document.origin) for document in pieces]
 
-    def first_difference(self, messages: Messages, *, origin: str, tools: Tools = None) -> int | None:
-        """Where tokenizing the rendered conversation in one go, as other trainers do, gives other ids than its pieces.
-
-        Returns:
-            Index of the first token that differs in the last document of `encode`, None if there is none.
-        """
-        pieces = self.encode(messages, origin=origin, tools=tools)[-1].input_ids.tolist()
-        stop = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-        whole = self._ids([self.render(messages[: stop + 1], tools=tools)])[0]
-        return next((i for i, token in enumerate(pieces) if whole[i : i + 1] != [token]), None)
-
     def _render_all(self, chats: Sequence[Messages], generation_prompt: bool, tools: Tools) -> list[str]:
         template_kwargs = dict(self.template_kwargs)
         given = list(tools) if tools else None

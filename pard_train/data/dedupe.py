@@ -1,8 +1,8 @@
-"""No question twice, and nothing of the benchmarks: how chats are compared by what they ask.
+"""Deduplication and decontamination of chats by their questions.
 
-From strict to loose: are two chats the same but for case, spaces and Unicode form (`content_key`), do nearly all of
-their words agree (`signature`, `near_duplicates`), does one carry a piece of a benchmark (`Contamination`)? Answers
-never count, because a target writes them anew.
+From strict to loose: equal but for case, spaces and Unicode form (`content_key`), nearly all words equal (`signature`,
+`near_duplicates`), a run of words in common with a benchmark (`Contamination`). Answers do not count, because targets
+write them anew.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PERMUTATIONS = MinHash(NUM_HASHES, seed=1).permutations
 _BAND_WEIGHTS = np.random.RandomState(1).randint(1 << 62, size=NUM_HASHES, dtype=np.uint64) * 2 + 1
 
 
-def questions(messages: Sequence[Mapping[str, str]]) -> str:
+def question_text(messages: Sequence[Mapping[str, str]]) -> str:
     """The text that identifies a chat: all turns but the assistant's, each after a control character for its role."""
     asked = [m for m in messages if m["role"] != "assistant"]
     return "\n".join(f"{_MARKS[m['role']]}\n{m['content'].translate(_NO_MARKS)}" for m in asked)
@@ -75,11 +75,11 @@ def signature(messages: Sequence[Mapping[str, str]]) -> np.ndarray:
     prompts share no hash, and the prompt itself does not count: a long one would make all short questions under it near
     duplicates. (A long instruction that users repeat before short questions still does.)
     """
-    words = _WORD_OR_SYMBOL.findall(_plain(_said(messages, "user")))
+    words = _WORD_OR_SYMBOL.findall(_plain(_text_of(messages, "user")))
     shingles = [" ".join(gram) for gram in _grams(words, SHINGLE_WORDS)] or [" ".join(words)]
     sketch = MinHash(NUM_HASHES, scheme="affine32", permutations=_PERMUTATIONS, hashfunc=zlib.crc32)
     sketch.update_batch([shingle.encode() for shingle in shingles])
-    return sketch.hashvalues ^ np.uint32(content_key(_said(messages, "system")) >> 32)
+    return sketch.hashvalues ^ np.uint32(content_key(_text_of(messages, "system")) >> 32)
 
 
 def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
@@ -104,7 +104,7 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
         waiting = np.flatnonzero(~is_dropped)
         waiting = waiting[np.argsort(keys[waiting], kind="stable")]  # bucket by bucket, each in the order of rows
         for _ in range(MAX_COMPARISONS):
-            waiting, first = _with_company(waiting, keys[waiting])
+            waiting, first = _with_duplicates(waiting, keys[waiting])
             if not len(waiting):
                 break
             is_near = _agreement(signatures, waiting, first) >= threshold
@@ -128,8 +128,8 @@ def band_width(threshold: float, num_hashes: int = NUM_HASHES) -> int:
 class Contamination:
     """Finds pieces of benchmarks in other texts: runs of words (letters and digits, whatever the case) in common.
 
-    A run that several prompts of one benchmark share is its template and tells nothing. A prompt without a run of its
-    own, such as one shorter than a run, counts as a whole.
+    A run that several prompts of one benchmark share is a template and does not count. A prompt without a distinctive
+    run, such as one shorter than a run, counts as a whole.
 
     Args:
         prompts: texts per benchmark.
@@ -139,7 +139,7 @@ class Contamination:
     def __init__(self, prompts: Mapping[str, Sequence[str]], overlap_words: int):
         self._benchmark_of: dict[tuple[str, ...], str] = {}
         for name, texts in prompts.items():
-            self._benchmark_of |= dict.fromkeys(_telling_runs(texts, overlap_words), name)
+            self._benchmark_of |= dict.fromkeys(_distinctive_runs(texts, overlap_words), name)
         self._lengths = sorted({len(run) for run in self._benchmark_of})
 
     def find(self, text: str) -> str | None:
@@ -149,7 +149,7 @@ class Contamination:
         return next(filter(None, map(self._benchmark_of.get, runs)), None)
 
 
-def _telling_runs(prompts: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
+def _distinctive_runs(prompts: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
     """Runs of words that stand in one prompt alone."""
     distinct = {tuple(_WORD.findall(_plain(prompt))) for prompt in prompts}
     count = Counter(chain.from_iterable(set(_grams(words, length)) for words in distinct))
@@ -167,7 +167,7 @@ def _band_keys(band: np.ndarray) -> np.ndarray:
     return keys
 
 
-def _with_company(rows: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _with_duplicates(rows: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of rows sorted by key: those whose key another has too, and for each of them the first row with it."""
     is_first = np.ones(len(rows), dtype=bool)
     is_first[1:] = keys[1:] != keys[:-1]
@@ -189,7 +189,7 @@ def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _said(messages: Sequence[Mapping[str, str]], role: str) -> str:
+def _text_of(messages: Sequence[Mapping[str, str]], role: str) -> str:
     return "\n".join(m["content"] for m in messages if m["role"] == role)
 
 

@@ -1,7 +1,7 @@
-"""Chats become tokens on disk: read, rendered and tokenized by many processes, each row with one fate.
+"""Chats become tokens on disk: read, rendered and tokenized by many processes, each row with one outcome.
 
-A folder of tokens holds an Arrow data set of documents and a `manifest.json` that names what it was made of; rows that
-could not be taught stand in `rejects.jsonl`. Reading it is the business of `store.py`.
+A folder of tokens holds an Arrow data set of documents, a `manifest.json` of its inputs, and `rejects.jsonl` with the
+unusable rows. `store.py` reads it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ DOCUMENTS = datasets.Features(
         "input_ids": datasets.List(datasets.Value("int32")),
         "runs": datasets.List(datasets.Value("int32")),  # first and past-the-last token of every supervised run
         "origin": datasets.Value("string"),
-        "fate": datasets.Value("string"),  # kept | truncated | dropped | rejected
+        "outcome": datasets.Value("string"),  # kept | truncated | dropped | rejected
         "note": datasets.Value("string"),  # of a rejected row: the reason and the row
     }
 )
 
 
 def encode_corpus(config: DataConfig, encoder: ChatEncoder, folder: Path) -> None:
-    """Read, render and tokenize a source into a store, written whole or not at all.
+    """Read, render and tokenize a source into a store, written atomically.
 
     Args:
         config: the source and its options.
@@ -62,7 +62,7 @@ def encode_corpus(config: DataConfig, encoder: ChatEncoder, folder: Path) -> Non
         num_workers = min(config.num_workers or num_cores(), max(1, len(rows) // ROWS_PER_WORKER))
         encoded = _encode_rows(rows, config, encoder, partial / "encoded.arrow", num_workers)
         _list_rejected(encoded, rejects)
-        counts = {"rows": num_rows, "rejected": rejects.num_rows, **_count_fates(encoded)}
+        counts = {"rows": num_rows, "rejected": rejects.num_rows, **_count_outcomes(encoded)}
         if not counts["documents"]:
             raise UserError(
                 f"data.source={config.source}: nothing to train on in {num_rows} rows ({counts['dropped']} documents "
@@ -95,7 +95,7 @@ def _write_rows(config: DataConfig, path: Path, on_bad_row: OnBadRow) -> dataset
 
 
 def _as_text(row: Row, source: SourceConfig, origin: str) -> str:
-    """A row as JSON. Raises RowError if its chat has a value that is none: as text it would be taught."""
+    """A row as JSON. Raises RowError if its chat holds a value that is not JSON: it would become text."""
     try:
         return json.dumps(row)
     except TypeError:  # a time or bytes of a columnar file
@@ -155,35 +155,37 @@ def _fit(document: Document, config: DataConfig) -> dict[str, Any]:
     return _result(ids, supervised_runs(mask), document.origin, "truncated")
 
 
-def _result(ids: Any, runs: Any, origin: str, fate: str, note: str = "") -> dict[str, Any]:
+def _result(ids: Any, runs: Any, origin: str, outcome: str, note: str = "") -> dict[str, Any]:
     return {
         "input_ids": np.asarray(ids, dtype=np.int32),
         "runs": np.asarray(runs, dtype=np.int32).ravel(),
         "origin": origin,
-        "fate": fate,
+        "outcome": outcome,
         "note": note,
     }
 
 
-def _count_fates(encoded: datasets.Dataset) -> dict[str, int]:
-    fates = {count["values"]: count["counts"] for count in pc.value_counts(encoded.data.column("fate")).to_pylist()}
-    truncated = fates.get("truncated", 0)
-    documents, dropped = fates.get("kept", 0) + truncated, fates.get("dropped", 0)
+def _count_outcomes(encoded: datasets.Dataset) -> dict[str, int]:
+    outcomes = {
+        count["values"]: count["counts"] for count in pc.value_counts(encoded.data.column("outcome")).to_pylist()
+    }
+    truncated = outcomes.get("truncated", 0)
+    documents, dropped = outcomes.get("kept", 0) + truncated, outcomes.get("dropped", 0)
     # A row may be several documents (templates that drop earlier thoughts): rendered = documents + dropped.
     return {"rendered": documents + dropped, "documents": documents, "truncated": truncated, "dropped": dropped}
 
 
 def _list_rejected(encoded: datasets.Dataset, rejects: Rejects) -> None:
-    for index in np.flatnonzero(pc.equal(encoded.data.column("fate"), "rejected").to_numpy()):
+    for index in np.flatnonzero(pc.equal(encoded.data.column("outcome"), "rejected").to_numpy()):
         row = encoded[int(index)]
         reason, text = json.loads(row["note"])
         rejects(RowError(row["origin"], reason), text)
 
 
 def _save_documents(encoded: datasets.Dataset, folder: Path) -> datasets.Dataset:
-    is_document = pc.is_in(encoded.data.column("fate"), pa.array(["kept", "truncated"])).to_numpy()
+    is_document = pc.is_in(encoded.data.column("outcome"), pa.array(["kept", "truncated"])).to_numpy()
     documents = encoded if is_document.all() else encoded.select(np.flatnonzero(is_document))
-    documents.remove_columns(["fate", "note"]).save_to_disk(str(folder))
+    documents.remove_columns(["outcome", "note"]).save_to_disk(str(folder))
     return datasets.load_from_disk(str(folder))
 
 

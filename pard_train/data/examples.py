@@ -8,22 +8,28 @@ from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from pard_train.config import Config, DataConfig
 from pard_train.data.chat import ChatEncoder, Document
 from pard_train.data.encoding import source_of
 from pard_train.data.inspection import (
+    check_examples,
+    count_supervised,
+    cut,
     lay_out_slots,
+    legend,
     render_text,
     slot_table,
+    summary,
 )
 from pard_train.data.pattern import draw_pattern, shorten
 from pard_train.data.rows import Row, read_rows, stop
 from pard_train.data.schemas import to_chat
 from pard_train.data.store import is_store, open_store
-from pard_train.errors import RowError
+from pard_train.errors import RowError, UserError
 from pard_train.layout import DrawKey
-from pard_train.model import Base
+from pard_train.model import Base, inspect_base
 
 
 def read_documents(data: DataConfig, encoder: ChatEncoder, first: int, end: int | None) -> Iterator[Document]:
@@ -56,8 +62,29 @@ def _read_rows(data: DataConfig) -> Iterator[tuple[Row | None, str]]:
         yield row, origin
 
 
-def show(document: Document, config: Config, base: Base, encoder: ChatEncoder, console: Console) -> None:
-    """Print the text and the slots of a document, and draw who sees whom where its first answer begins."""
+def show_examples(config: Config, console: Console | None = None) -> None:
+    """Check rows, then print one: its loss mask, its slots and, on request, a picture of its attention pattern.
+
+    Raises:
+        UserError: if the row does not exist or is unusable, or the checks fail.
+    """
+    data, number = config.data, config.show.row
+    base = inspect_base(config.model, config.draft)
+    encoder = ChatEncoder(base.tokenizer, data.template_kwargs)
+    counts = check_examples(read_documents(data, encoder, 0, config.show.num_checked or None), encoder, data)
+    documents = list(read_documents(data, encoder, number, number + 1))
+    if not documents:
+        raise UserError(f"show.row={number}: {data.source} has no such row (the first is 0), or it is unusable")
+    console = console or Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.print(f"checked: {summary(counts, data)}", legend(), sep="\n")
+    for document in documents:
+        console.print(Text(f"\n{document.origin}", "bold"))
+        console.print(summary(count_supervised(document, encoder, data), data))
+        _show(cut(document, data), config, base, encoder, console)
+
+
+def _show(document: Document, config: Config, base: Base, encoder: ChatEncoder, console: Console) -> None:
+    """Print the text and the slots of a document, and draw the attention pattern where its first answer begins."""
     key = DrawKey(config.seed, 0, config.show.row)
     lay_out = partial(
         lay_out_slots, draft=config.draft, objective=config.objective, mask_token_id=base.mask_token_id, key=key
@@ -68,6 +95,6 @@ def show(document: Document, config: Config, base: Base, encoder: ChatEncoder, c
     if config.show.picture:
         path = Path(config.show.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
-        title = f"who sees whom where the first answer of {Path(document.origin).name} begins"
+        title = f"attention pattern where the first answer of {Path(document.origin).name} begins"
         draw_pattern(lay_out(shorten(document, config.draft, key)), base.tokenizer, title).savefig(path, dpi=120)
         console.print(path)

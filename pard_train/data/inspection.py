@@ -1,4 +1,4 @@
-"""Seeing what a draft model would be taught: counts, coloured text, a table of slots."""
+"""Inspect training examples: counts, colored text with the loss mask, a table of slots."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from pard_train.layout import (
 STYLES = {
     "prompt": "dim",
     "special": "dim cyan",
-    "taught": "green",
-    "taught special": "bold cyan",
+    "supervised": "green",
+    "supervised special": "bold cyan",
     "end of turn": "bold white on magenta",
     "end missing": "bold white on red",
 }
@@ -51,22 +51,22 @@ _BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byt
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def count_taught(document: Document, encoder: ChatEncoder, data: DataConfig) -> Counter[str]:
-    """What a document teaches, in counts that add up: see `summary`."""
-    taught, end_ids = cut(document, data), _end_ids(encoder)
-    runs = supervised_runs(taught.loss_mask)
+def count_supervised(document: Document, encoder: ChatEncoder, data: DataConfig) -> Counter[str]:
+    """Counts of one document that add up: see `summary`."""
+    kept, end_ids = cut(document, data), _end_ids(encoder)
+    runs = supervised_runs(kept.loss_mask)
     return Counter(
         documents=1,
         overlong=int(len(document.input_ids) > data.max_length),
-        tokens=len(taught.input_ids),
-        supervised=int(taught.loss_mask.sum()),
+        tokens=len(kept.input_ids),
+        supervised=int(kept.loss_mask.sum()),
         turns=len(runs),
-        ended=sum(_is_ended(taught, run, end_ids) for run in runs),
+        ended=sum(_is_ended(kept, run, end_ids) for run in runs),
     )
 
 
 def summary(counts: Counter[str], data: DataConfig) -> str:
-    """One line of what `count_taught` counted."""
+    """One line of the counts of `count_supervised`."""
     return (
         f"documents {counts['documents']:,} ({counts['overlong']:,} longer than data.max_length={data.max_length}, "
         f"data.overlong={data.overlong})   tokens {counts['tokens']:,}   supervised {counts['supervised']:,}   "
@@ -86,8 +86,8 @@ def part_of(document: Document, tokens: slice) -> Document:
     return replace(document, input_ids=document.input_ids[tokens], loss_mask=document.loss_mask[tokens])
 
 
-def check_taught(documents: Iterable[Document], encoder: ChatEncoder, data: DataConfig) -> Counter[str]:
-    """Check that documents teach something, where a turn ends, and tokens that their text has when tokenized whole.
+def check_examples(documents: Iterable[Document], encoder: ChatEncoder, data: DataConfig) -> Counter[str]:
+    """Check that documents have supervised tokens, ends of turns, and the tokens of their text tokenized whole.
 
     Args:
         documents: of a data set or its first rows.
@@ -95,7 +95,7 @@ def check_taught(documents: Iterable[Document], encoder: ChatEncoder, data: Data
         data: says what becomes of overlong documents.
 
     Returns:
-        The sum of `count_taught`.
+        The sum of `count_supervised`.
 
     Raises:
         UserError: if no token is supervised, or no end of a turn.
@@ -105,16 +105,16 @@ def check_taught(documents: Iterable[Document], encoder: ChatEncoder, data: Data
     for document in documents:
         if len(document.input_ids) != data.max_length:  # else it may have been cut within a word
             check_pieces(document, encoder)
-        counts.update(count_taught(document, encoder, data))
+        counts.update(count_supervised(document, encoder, data))
     if not counts["supervised"]:
         raise UserError(
-            f"data.source: no supervised token in {counts['documents']:,} documents, so nothing would be learnt: "
+            f"data.source: no supervised token in {counts['documents']:,} documents, so there is no loss: "
             "rows need answers (assistant turns)"
         )
     if not counts["ended"]:
         raise UserError(
-            f"data.source: all {counts['turns']:,} answers are cut, so a draft would never learn where a turn ends: "
-            "have answers written to their end with a larger regenerate.max_new_tokens, or raise data.max_length"
+            f"data.source: all {counts['turns']:,} answers are cut, so a draft cannot learn where a turn ends: "
+            "regenerate with a larger regenerate.max_new_tokens, or raise data.max_length"
         )
     return counts
 
@@ -130,11 +130,11 @@ def check_pieces(document: Document, encoder: ChatEncoder) -> None:
     if ids == whole:
         return
     place = next((i for i, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
-    taught, engine = (_around(tokens, place, encoder.tokenizer) for tokens in (ids, whole))
+    label, engine = (_around(tokens, place, encoder.tokenizer) for tokens in (ids, whole))
     raise RowError(
         document.origin,
-        f"token {place} differs when the text is tokenized whole: taught is {taught}, an engine reads {engine}; strip "
-        "line ends and blanks from both ends of the row's answers",
+        f"token {place} differs when the text is tokenized whole: it is {label}, an engine reads {engine}; strip "
+        "line ends and spaces from both ends of the row's answers",
     )
 
 
@@ -157,7 +157,7 @@ def _end_ids(encoder: ChatEncoder) -> list[int]:
 
 
 def render_text(document: Document, encoder: ChatEncoder) -> Text:
-    """A document as coloured text (see STYLES): every second token is underlined, and what has no look gets one.
+    """A document as colored text (see STYLES): every second token is underlined, and invisible characters are shown.
 
     Tokens that hold parts of one character are shown together. A supervised turn without its end is marked.
     """
@@ -202,8 +202,8 @@ def _kinds(document: Document, encoder: ChatEncoder) -> tuple[list[str], set[int
     """The kind of every token [L], and the last tokens of turns that do not end."""
     end_ids = _end_ids(encoder)
     special = np.isin(document.input_ids, list(encoder.tokenizer.added_tokens_decoder))
-    kinds = np.where(document.loss_mask, "taught", "prompt").astype(object)
-    kinds[special] = np.where(document.loss_mask[special], "taught special", "special")
+    kinds = np.where(document.loss_mask, "supervised", "prompt").astype(object)
+    kinds[special] = np.where(document.loss_mask[special], "supervised special", "special")
     without_end = set()
     for run in supervised_runs(document.loss_mask):
         if _is_ended(document, run, end_ids):
@@ -292,12 +292,12 @@ def slot_table(slots: Slots, tokenizer: PreTrainedTokenizerBase) -> Table:
 
 def _cells(slots: Slots, slot: int, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     layout, token, label = slots.layout, int(slots.tokens[slot]), int(slots.labels[slot])
-    is_mask, is_taught = layout.depth[slot] > 0, label != IGNORE_INDEX
+    is_mask, is_supervised = layout.depth[slot] > 0, label != IGNORE_INDEX
     numbers = [Text(str(int(part[slot]))) for part in (layout.anchor, layout.depth, layout.position)]
     return [
         Text(str(slot), "dim"),
         Text(_decode([token], tokenizer), "yellow") if is_mask else Text(quoted(token, tokenizer)),
         *numbers,
-        Text(quoted(label, tokenizer), "green") if is_taught else Text("-", "dim"),
+        Text(quoted(label, tokenizer), "green") if is_supervised else Text("-", "dim"),
         Text(f"{slots.weights[slot]:.3g}"),
     ]

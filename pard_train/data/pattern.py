@@ -1,4 +1,4 @@
-"""A picture of who sees whom among the slots where an answer begins: text, chains of masks, what each may look at."""
+"""A picture of the attention pattern of the slots where an answer begins: real text and chains of mask tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PATTERN_SLOTS = 64  # cells along a picture's edge that can still be told apart
 PATTERN_PROMPT = 6  # tokens of the prompt in a picture
 HIDDEN, TEXT, OWN_CHAIN, SELF = range(4)
-PATTERN_COLOURS = {HIDDEN: "#f1f1ee", TEXT: "#8fb8de", OWN_CHAIN: "#f2a65a", SELF: "#2f3e4e"}
+PATTERN_COLORS = {HIDDEN: "#f1f1ee", TEXT: "#8fb8de", OWN_CHAIN: "#f2a65a", SELF: "#2f3e4e"}
 
 
 def shorten(document: Document, draft: DraftConfig, key: DrawKey) -> Document:
@@ -38,7 +38,7 @@ def shorten(document: Document, draft: DraftConfig, key: DrawKey) -> Document:
 
 
 def attention_pattern(layout: SlotLayout) -> np.ndarray:
-    """What each slot sees of each other, int [T, T]: HIDDEN, TEXT, OWN_CHAIN or SELF."""
+    """What each slot attends to of each other, int [T, T]: HIDDEN, TEXT, OWN_CHAIN or SELF."""
     seen = np.where(layout.depth[None, :] == 0, TEXT, OWN_CHAIN)
     pattern = np.where(is_visible(layout, layout), seen, HIDDEN)
     np.fill_diagonal(pattern, SELF)
@@ -46,7 +46,7 @@ def attention_pattern(layout: SlotLayout) -> np.ndarray:
 
 
 def draw_pattern(slots: Slots, tokenizer: PreTrainedTokenizerBase, title: str) -> Figure:
-    """Picture of who sees whom among the slots of a short document: one cell per pair, rows see columns."""
+    """Picture of the attention pattern of a short document: one cell per pair, rows see columns."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -55,10 +55,10 @@ def draw_pattern(slots: Slots, tokenizer: PreTrainedTokenizerBase, title: str) -
     figure = Figure(figsize=(side, side), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    axis.imshow(attention_pattern(slots.layout), cmap=ListedColormap(list(PATTERN_COLOURS.values())), vmin=0, vmax=3)
+    axis.imshow(attention_pattern(slots.layout), cmap=ListedColormap(list(PATTERN_COLORS.values())), vmin=0, vmax=3)
     _name_cells(axis, slots, tokenizer)
     _frame_blocks(axis, slots.layout)
-    _explain_colours(axis)
+    _explain_colors(axis)
     figure.suptitle(title)
     return figure
 
@@ -77,7 +77,7 @@ def _name_cells(axis: Axes, slots: Slots, tokenizer: PreTrainedTokenizerBase) ->
     right.set_ylabel("label", color="#2e7d32")
     for side in (axis, right):
         side.tick_params(length=0)
-    axis.set(xlabel="slot that is seen", ylabel="slot that sees")
+    axis.set(xlabel="key slot", ylabel="query slot")
 
 
 def _label(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -100,16 +100,16 @@ def _frame_blocks(axis: Axes, layout: SlotLayout) -> None:
     num_text = int((layout.depth == 0).sum())
     for place in np.flatnonzero(layout.depth == 1):  # where a chain begins
         for line in (axis.axhline, axis.axvline):
-            line(place - 0.5, color=PATTERN_COLOURS[SELF], linewidth=1.6 if place == num_text else 0.5)
+            line(place - 0.5, color=PATTERN_COLORS[SELF], linewidth=1.6 if place == num_text else 0.5)
     blocks = {"text": (0, num_text), "chains of masks": (num_text, len(layout))}
     for name, (start, stop) in blocks.items():
         if stop > start:
             axis.text((start + stop - 1) / 2, -1.2, name, ha="center", va="bottom", fontsize=9)
 
 
-def _explain_colours(axis: Axes) -> None:
+def _explain_colors(axis: Axes) -> None:
     from matplotlib.patches import Patch
 
-    names = {TEXT: "sees real text", OWN_CHAIN: "sees its own chain", SELF: "itself", HIDDEN: "hidden"}
-    patches = [Patch(facecolor=PATTERN_COLOURS[code], label=name) for code, name in names.items()]
+    names = {TEXT: "real text", OWN_CHAIN: "own chain", SELF: "itself", HIDDEN: "not visible"}
+    patches = [Patch(facecolor=PATTERN_COLORS[code], label=name) for code, name in names.items()]
     axis.legend(handles=patches, loc="lower left", bbox_to_anchor=(0, 1.04), ncols=4, frameon=False, fontsize=8)

@@ -24,7 +24,7 @@ from pard_train.data.dedupe import (
     first_of_each,
     is_held_out,
     near_duplicates,
-    questions,
+    question_text,
     shuffled,
     signature,
 )
@@ -32,7 +32,16 @@ from pard_train.data.rows import OnBadRow, Rejects, read_rows, source_version, s
 from pard_train.data.schemas import to_chat
 from pard_train.data.store import new_array
 from pard_train.errors import RowError, UserError
-from pard_train.runs import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, read_json, write_json
+from pard_train.runs import (
+    MANIFEST_FILE,
+    fingerprint,
+    new_folder,
+    num_cores,
+    provenance,
+    read_json,
+    require_same,
+    write_json,
+)
 
 PROMPTS_FOLDER = "prompts"
 TRAIN_FILE = "train.jsonl"
@@ -41,10 +50,10 @@ REJECTS_FILE = "rejects.jsonl"
 BENCHMARK_PREFIX = "benchmark:"
 ROWS_PER_WORKER = 2000  # fewer are not worth a process
 
-# Fates of a row, in the order in which they are decided; the first that applies counts.
+# Outcomes of a row, in the order in which they are decided; the first that applies counts.
 DUPLICATE, NEAR_DUPLICATE, CONTAMINATED = "duplicate", "near_duplicate", "contaminated"
 HELD_OUT, NOT_DRAWN, TRAIN = "held_out", "not_drawn", "train"
-FATES = (DUPLICATE, NEAR_DUPLICATE, CONTAMINATED, HELD_OUT, NOT_DRAWN, TRAIN)
+OUTCOMES = (DUPLICATE, NEAR_DUPLICATE, CONTAMINATED, HELD_OUT, NOT_DRAWN, TRAIN)
 
 _CHATS = datasets.Features({"chat": datasets.Value("string"), "source": datasets.Value("string")})
 _MEASURES = datasets.Features(
@@ -62,7 +71,7 @@ def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, li
 
     Args:
         config: sources and rules.
-        folder: where they go; if it was made with the same sources and rules, it stands as it is.
+        folder: where they go; skipped if it was made with the same sources and rules.
         seed: of the order.
 
     Returns:
@@ -73,15 +82,18 @@ def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, li
     """
     rules = {name: value for name, value in asdict(config).items() if name != "num_workers"}
     identity = {"seed": seed, "config": rules, "versions": _versions(config)}
-    if not _is_made(folder, identity):
+    if (folder / MANIFEST_FILE).exists():
+        made = read_json(folder / MANIFEST_FILE)["identity"]
+        require_same(made, identity, what=f"{folder} holds prompts of other sources or settings")
+    else:
         with new_folder(folder) as partial:
             chats, rejected = _read_sources(config, partial)
             benchmarks = [load_benchmark(source) for source in config.decontaminate]
             contamination = contamination_by(benchmarks, config.overlap_words)
             measured = _measure(chats, config, contamination, partial / "measured.arrow")
             order = shuffled(_column(measured, "key"), seed)
-            fates = _decide(measured, order, config, partial)
-            counts = _write_chats(measured, fates, order, partial)
+            outcomes = _decide(measured, order, config, partial)
+            counts = _write_chats(measured, outcomes, order, partial)
             for scratch in [*partial.glob("*.arrow"), *partial.glob("*.npy")]:
                 scratch.unlink()
             counts = {name: _with_rejected(counts.get(name, {}), rejected[name]) for name in config.sources}
@@ -104,9 +116,9 @@ def _versions(config: PrepareConfig) -> dict[str, str]:
     }
 
 
-def _with_rejected(fates: dict[str, int], rejected: int) -> dict[str, int]:
+def _with_rejected(outcomes: dict[str, int], rejected: int) -> dict[str, int]:
     """All counts of a source: `read` is the sum of the others."""
-    return {"read": rejected + sum(fates.values()), "rejected": rejected, **fates}
+    return {"read": rejected + sum(outcomes.values()), "rejected": rejected, **outcomes}
 
 
 def _file_versions(folder: Path) -> dict[str, str]:
@@ -120,17 +132,9 @@ def _is_benchmark(source: SourceConfig) -> bool:
 
 
 def _benchmark_rows(source: SourceConfig) -> list[dict[str, Any]]:
-    """The first question of every prompt: a follow-up can be asked only when the one before is answered."""
+    """The first turn of every prompt: a follow-up needs the answer before it."""
     prompts = load_benchmark(source.path.removeprefix(BENCHMARK_PREFIX), source.max_rows).prompts
     return [{"messages": list(prompt.turns[0])} for prompt in prompts]
-
-
-def _is_made(folder: Path, identity: dict[str, Any]) -> bool:
-    if not (folder / MANIFEST_FILE).exists():
-        return False
-    if read_json(folder / MANIFEST_FILE)["identity"] != identity:
-        raise UserError(f"{folder} holds prompts of other sources or settings: choose another output_dir, or delete it")
-    return True
 
 
 def _read_sources(config: PrepareConfig, folder: Path) -> tuple[datasets.Dataset, dict[str, int]]:
@@ -156,8 +160,7 @@ def _read_sources(config: PrepareConfig, folder: Path) -> tuple[datasets.Dataset
 
 def _no_share(name: str, reason: str) -> str:
     return (
-        f"prepare.sources.{name} has a weight but no row to train on ({reason}), and shares of nothing are nothing: "
-        "the others would be left out, too; take this source out or mend it"
+        f"prepare.sources.{name} has a weight but no row to train on ({reason}): remove the source, or correct its rows"
     )
 
 
@@ -179,9 +182,9 @@ def _read_chats(source: SourceConfig, on_bad_row: OnBadRow) -> Iterator[dict[str
 
 
 def contamination_by(benchmarks: Sequence[Benchmark], overlap_words: int) -> Contamination:
-    """Finds pieces of the prompts of benchmarks: of all their turns."""
+    """A finder of overlaps with all turns of the benchmarks' prompts."""
     prompts = {
-        benchmark.name: [questions(list(chain.from_iterable(prompt.turns))) for prompt in benchmark.prompts]
+        benchmark.name: [question_text(list(chain.from_iterable(prompt.turns))) for prompt in benchmark.prompts]
         for benchmark in benchmarks
     }
     return Contamination(prompts, overlap_words)
@@ -190,7 +193,7 @@ def contamination_by(benchmarks: Sequence[Benchmark], overlap_words: int) -> Con
 def _measure(
     chats: datasets.Dataset, config: PrepareConfig, contamination: Contamination, path: Path
 ) -> datasets.Dataset:
-    """What decides about a chat: its content key, its signature, and the benchmark it overlaps with."""
+    """Content key and signature of every chat, and the benchmark it overlaps with."""
     num_workers = min(config.num_workers or num_cores(), max(1, len(chats) // ROWS_PER_WORKER))
     return chats.map(
         _measure_batch,
@@ -209,7 +212,7 @@ def _measure(
 
 def _measure_batch(batch: dict[str, list], contamination: Contamination, has_signature: bool) -> dict[str, Any]:
     chats = [json.loads(chat)["messages"] for chat in batch["chat"]]
-    texts = [questions(messages) for messages in chats]
+    texts = [question_text(messages) for messages in chats]
     return {
         "key": np.array([content_key(text) for text in texts], dtype=np.uint64),
         "signature": [signature(messages) if has_signature else [] for messages in chats],
@@ -218,21 +221,21 @@ def _measure_batch(batch: dict[str, list], contamination: Contamination, has_sig
 
 
 def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig, folder: Path) -> np.ndarray:
-    """Fate of every row, an array of str [N]. `order` is a permutation of the rows."""
+    """Outcome of every row, an array of str [N]. `order` is a permutation of the rows."""
     keys = _column(measured, "key")
-    fates = np.full(len(measured), TRAIN, dtype=object)
+    outcomes = np.full(len(measured), TRAIN, dtype=object)
     is_left = first_of_each(keys)
-    fates[~is_left] = DUPLICATE
+    outcomes[~is_left] = DUPLICATE
     if config.near_duplicates < 1:
         left = np.flatnonzero(is_left)
         signatures = _signatures(measured, is_left, folder / "signatures.npy")
-        fates[left[near_duplicates(signatures, config.near_duplicates)]] = NEAR_DUPLICATE
+        outcomes[left[near_duplicates(signatures, config.near_duplicates)]] = NEAR_DUPLICATE
     benchmark = _names(measured, "benchmark")
-    is_contaminated = (fates == TRAIN) & (benchmark != "")
-    fates[is_contaminated] = f"{CONTAMINATED}:" + benchmark[is_contaminated]
-    fates[(fates == TRAIN) & is_held_out(keys, config.held_out_fraction)] = HELD_OUT
-    fates[_not_drawn(fates, _names(measured, "source"), order, config)] = NOT_DRAWN
-    return fates
+    is_contaminated = (outcomes == TRAIN) & (benchmark != "")
+    outcomes[is_contaminated] = f"{CONTAMINATED}:" + benchmark[is_contaminated]
+    outcomes[(outcomes == TRAIN) & is_held_out(keys, config.held_out_fraction)] = HELD_OUT
+    outcomes[_not_drawn(outcomes, _names(measured, "source"), order, config)] = NOT_DRAWN
+    return outcomes
 
 
 def _signatures(measured: datasets.Dataset, is_wanted: np.ndarray, path: Path) -> np.ndarray:
@@ -246,13 +249,13 @@ def _signatures(measured: datasets.Dataset, is_wanted: np.ndarray, path: Path) -
     return signatures
 
 
-def _not_drawn(fates: np.ndarray, sources: np.ndarray, order: np.ndarray, config: PrepareConfig) -> np.ndarray:
+def _not_drawn(outcomes: np.ndarray, sources: np.ndarray, order: np.ndarray, config: PrepareConfig) -> np.ndarray:
     """Rows that the mix leaves out, int [M]: of each source the last in order."""
-    candidates = {name: order[((fates == TRAIN) & (sources == name))[order]] for name in config.sources}
+    candidates = {name: order[((outcomes == TRAIN) & (sources == name))[order]] for name in config.sources}
     available = {name: len(rows) for name, rows in candidates.items()}
     for name, source in config.sources.items():
         if source.weight is not None and not available[name]:
-            raise UserError(_no_share(name, json.dumps(Counter(fates[sources == name].tolist()))))
+            raise UserError(_no_share(name, json.dumps(Counter(outcomes[sources == name].tolist()))))
     wanted = mix({name: source.weight for name, source in config.sources.items()}, available, config.num_rows)
     return np.concatenate([rows[wanted[name] :] for name, rows in candidates.items()])
 
@@ -281,19 +284,19 @@ def mix(weights: dict[str, float | None], available: dict[str, int], num_rows: i
 
 
 def _write_chats(
-    measured: datasets.Dataset, fates: np.ndarray, order: np.ndarray, folder: Path
+    measured: datasets.Dataset, outcomes: np.ndarray, order: np.ndarray, folder: Path
 ) -> dict[str, dict[str, int]]:
-    """Write the files; count rows by source and fate."""
+    """Write the files; count rows by source and outcome."""
     sources = _names(measured, "source")
     counts = {}
     (folder / HELD_OUT_FOLDER).mkdir()
     for name in sorted(set(sources)):
-        number_of = Counter(fates[sources == name].tolist())
-        by_step = sorted(number_of.items(), key=lambda item: FATES.index(item[0].split(":")[0]))
+        number_of = Counter(outcomes[sources == name].tolist())
+        by_step = sorted(number_of.items(), key=lambda item: OUTCOMES.index(item[0].split(":")[0]))
         counts[name] = dict(by_step)
-        held_out = order[((sources == name) & (fates == HELD_OUT))[order]]
+        held_out = order[((sources == name) & (outcomes == HELD_OUT))[order]]
         _write_rows(measured, held_out, folder / HELD_OUT_FOLDER / f"{name}.jsonl")
-    train = order[(fates == TRAIN)[order]]
+    train = order[(outcomes == TRAIN)[order]]
     if not len(train):
         raise UserError(f"nothing is left to train on: {json.dumps(counts)}")
     _write_rows(measured, train, folder / TRAIN_FILE)

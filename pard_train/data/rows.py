@@ -1,4 +1,4 @@
-"""Rows of files and data sets, each with the place it came from. A bad row stops the program or is set aside.
+"""Rows of files and data sets with their origins. A bad row stops the program or is set aside.
 
 Columnar files give every struct the fields of all rows: those that a row did not have are null, as in a tool's
 arguments those of other tools. Such nulls are left out below the columns; text that is JSON keeps its own.
@@ -24,18 +24,16 @@ FILE_SUFFIXES = (".jsonl", ".json", ".parquet")  # each also with .gz
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
 
 Row = dict[str, Any]
-OnBadRow = Callable[
-    [RowError, str], None
-]  # told the error and the row as text; to return is to go on with the next row
+OnBadRow = Callable[[RowError, str], None]  # error callback: the error, and the row as text; returning skips the row
 
 
 def stop(error: RowError, raw: str) -> None:
-    """End the program at a bad row."""
+    """Error callback that raises: the program stops at a bad row."""
     raise error
 
 
 class Rejects:
-    """Sets bad rows aside: one {"origin", "reason", "row"} a line at the end of a file.
+    """Error callback that appends bad rows to a file, one {"origin", "reason", "row"} per line.
 
     The file appears with the first bad row. Every line is one write, so that processes can share the file.
 
@@ -59,7 +57,7 @@ class Rejects:
         self.last = error
 
     def summary(self) -> str:
-        """How many rows were set aside, and why the last one was: enough where the file goes away with a failure."""
+        """Number of rejected rows, and why the last one was."""
         return f"{self.num_rows} rejected" + (f", the last at {self.last}" if self.last else "")
 
 

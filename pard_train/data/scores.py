@@ -30,7 +30,7 @@ from pard_train.core.head import gives_plain_logits
 from pard_train.data.chat import Document
 from pard_train.data.store import TokenStore, new_array
 from pard_train.errors import UserError
-from pard_train.runs import MANIFEST_FILE, read_json, unfinished
+from pard_train.runs import MANIFEST_FILE, new_file, read_json
 
 # Legend: D documents, B of a batch, L tokens of the longest, S supervised tokens, C of a chunk, H hidden size,
 # V vocabulary, k top_k.
@@ -75,10 +75,8 @@ class Scores:
         for name, shape in shapes.items():
             path = folder / f"{name}.npy"
             if create and not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                partial = unfinished(path)
-                new_array(partial, _FILES[name], shape)
-                partial.rename(path)
+                with new_file(path) as partial:
+                    new_array(partial, _FILES[name], shape)
             if not path.exists():
                 raise UserError(f"{path} is missing: make it with data_scripts/score.py")
             found = np.load(path, mmap_mode="r").shape

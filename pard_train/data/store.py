@@ -1,7 +1,6 @@
-"""The training corpus as tokens on disk: memory-mapped by all processes that train on it.
+"""The training corpus as tokens on disk, memory-mapped by all processes that train on it.
 
-Stores made on the way to a training run lie in the cache under a fingerprint of tokenizer, chat template, data and
-options, so that a changed template never meets old tokens.
+Stores that a training run encodes itself are cached by a fingerprint of tokenizer, chat template, data and options.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from pard_train.commands import command
 from pard_train.config import DataConfig, DraftConfig
 from pard_train.data.chat import ChatEncoder, Document
 from pard_train.data.encoding import (
@@ -29,7 +29,7 @@ from pard_train.data.encoding import (
 from pard_train.downloads import cache_folder
 from pard_train.errors import UserError
 from pard_train.layout import slot_bounds
-from pard_train.runs import MANIFEST_FILE, fingerprint, read_json
+from pard_train.runs import MANIFEST_FILE, fingerprint, read_json, require_same
 
 TOKENS_FOLDER = "tokens"  # of an output folder, where data_scripts/encode.py writes
 
@@ -37,9 +37,7 @@ TOKENS_FOLDER = "tokens"  # of an output folder, where data_scripts/encode.py wr
 
 
 class TokenStore(Sequence[Document]):
-    """D documents, memory-mapped: reading one touches only its own pages.
-
-    A copy in another process maps the same files: pickling takes the folder's name along and no token.
+    """D documents, memory-mapped. Pickling sends the folder's name and no tokens.
 
     Attributes:
         folder: that `encode_corpus` wrote.
@@ -55,7 +53,7 @@ class TokenStore(Sequence[Document]):
     def open(cls, folder: Path) -> TokenStore:
         """The store of a folder. Raises UserError if it is none."""
         if not is_store(folder):
-            raise UserError(f"{folder}: no {MANIFEST_FILE}, so not a folder that data_scripts/encode.py wrote")
+            raise UserError(f"{folder}: no {MANIFEST_FILE}, so not a folder of {command('encode')}")
         return cls(folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -101,7 +99,7 @@ class TokenStore(Sequence[Document]):
 
 
 class ListColumn(Sequence[np.ndarray]):
-    """The lists of an Arrow column, found by their offsets: 2 us a list. (Rows of `datasets` take 80 us.)"""
+    """The lists of an Arrow column by their offsets: 2 us per list, against 80 us for a row of `datasets`."""
 
     def __init__(self, column: pa.ChunkedArray):
         chunks = [chunk for chunk in column.chunks if len(chunk)]
@@ -120,10 +118,10 @@ class ListColumn(Sequence[np.ndarray]):
 def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     """A memory-mapped array in a new file.
 
-    Its room on the disk is taken at once, because a process that writes to a map on a full disk is killed (SIGBUS).
+    Disk space is allocated at once: writing to a map on a full disk kills the process (SIGBUS).
 
     Raises:
-        OSError: if there is no room; then there is no file either.
+        OSError: if there is no space; the file is removed.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
@@ -149,9 +147,9 @@ def _mask_of(runs: np.ndarray, length: int) -> np.ndarray:
 
 
 def open_store(config: DataConfig, encoder: ChatEncoder) -> TokenStore:
-    """The tokens of `data.source`: a folder of data_scripts/encode.py, or chats that are encoded into the cache once.
+    """The tokens of `data.source`: a folder of data_scripts/encode.py, or chats, encoded once into the cache.
 
-    Of several processes the first encodes and the others wait for it, whatever launched them.
+    Of several processes the first encodes and the others wait.
 
     Args:
         config: the source and its options.
@@ -162,7 +160,13 @@ def open_store(config: DataConfig, encoder: ChatEncoder) -> TokenStore:
     """
     if is_store(config.source):
         store = TokenStore.open(Path(config.source))
-        _check_same_settings(store, config, encoder)
+        wanted = {"max_length": config.max_length, **encoder_identity(encoder)}
+        require_same(
+            {name: store.manifest["identity"][name] for name in wanted},
+            wanted,
+            what=f"data.source={config.source} was encoded with other settings",
+            fix=f"use the same ones, or encode the chats again with {command('encode')}",
+        )
         return store
     cache = Path(config.cache_dir) if config.cache_dir else cache_folder() / "tokens"
     folder = cache / fingerprint(corpus_identity(config, encoder))
@@ -173,22 +177,10 @@ def open_store(config: DataConfig, encoder: ChatEncoder) -> TokenStore:
     return TokenStore.open(folder)
 
 
-def _check_same_settings(store: TokenStore, config: DataConfig, encoder: ChatEncoder) -> None:
-    for name, value in {"max_length": config.max_length, **encoder_identity(encoder)}.items():
-        found = store.manifest["identity"][name]
-        if found != value:
-            raise UserError(
-                f"data.source={config.source} was encoded with another {name} ({found}) than this run has ({value}): "
-                "encode the chats again with data_scripts/encode.py, or give the run the same settings"
-            )
-
-
-def is_encoded(data: DataConfig, encoder: ChatEncoder, folder: Path) -> bool:
-    """Whether a folder holds these very tokens. Raises UserError if it holds others."""
+def encode_once(data: DataConfig, encoder: ChatEncoder, folder: Path) -> TokenStore:
+    """The store of a folder, encoded if it does not exist. Raises UserError if the folder holds other tokens."""
     if not is_store(folder):
-        return False
-    found, wanted = TokenStore.open(folder).manifest["identity"], corpus_identity(data, encoder)
-    changed = ", ".join(name for name in wanted if found.get(name) != wanted[name])
-    if changed:
-        raise UserError(f"{folder} holds other tokens ({changed} differs): choose another output_dir, or delete it")
-    return True
+        encode_corpus(data, encoder, folder)
+    store = TokenStore.open(folder)
+    require_same(store.manifest["identity"], corpus_identity(data, encoder), what=f"{folder} holds other tokens")
+    return store
