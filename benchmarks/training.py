@@ -467,7 +467,8 @@ def cost_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
         "",
         "Model FLOPs: forward and backward of the layers for every slot, of the head for supervised slots, of "
         "attention for pairs that see each other. The reference does more than that for its slots: masked pairs, the "
-        "head for every slot, and the forward pass twice. Bytes are the least that moves (see docs/speed.md).",
+        "head for every slot, and the forward pass twice. Bytes are the least that moves "
+        "(see docs/explanation/speed.md).",
         "" if chip is None else f"Peak {chip.peak / 1e12:,.1f} TFLOP/s: {chip.source}.",
     ]
 

@@ -1,9 +1,9 @@
 """Matrix products on a CPU: float32 through oneDNN where PyTorch would use MKL.
 
 MKL runs its AVX2 kernels on processors of other makers than Intel: on an AMD EPYC with AVX-512, PyTorch's float32
-products reach less than half of oneDNN's rate (docs/speed.md). PyTorch ships both libraries but uses oneDNN for float32
-only where rounding to bfloat16 is allowed. `float32_onednn` allows it on processors where oneDNN does not round, which
-a probe product verifies first. bfloat16 products use oneDNN anyway; on a GPU nothing changes.
+products reach less than half of oneDNN's rate (docs/explanation/speed.md). PyTorch ships both libraries but uses oneDNN
+for float32 only where rounding to bfloat16 is allowed. `float32_onednn` allows it on processors where oneDNN does not
+round, which a probe product verifies first. bfloat16 products use oneDNN anyway; on a GPU nothing changes.
 
 `OneDnnLinear` is for weights that change. `PackedLinear` keeps a packed copy of constant weights, which pays off where
 a step has few rows.
