@@ -294,7 +294,7 @@ def test_a_file_of_the_web_is_fetched_once(web: tuple[str, Path]) -> None:
     (folder / "a.jsonl").write_text("second")
     assert fetch_from_web(f"{address}/a.jsonl").read_text() == "first"
     assert fetch_from_web(f"{address}/sub/a.jsonl").read_text() == "other"
-    with pytest.raises(UserError, match=r"http://127.0.0.1:\d+/b.jsonl cannot be had: HTTP Error 404"):
+    with pytest.raises(UserError, match=r"http://127.0.0.1:\d+/b.jsonl could not be downloaded: HTTP Error 404"):
         fetch_from_web(f"{address}/b.jsonl")
     assert len(list(path.parent.iterdir())) == 2
 
@@ -303,7 +303,7 @@ def test_a_benchmark_of_the_web_without_it_names_it_and_what_there_is_instead(mo
     source = OnWeb("http://127.0.0.1:1/question.jsonl")  # nobody listens there
     monkeypatch.setitem(NAMED, "alpaca", replace(NAMED["alpaca"], source=source))
     with pytest.raises(
-        UserError, match=r"^benchmark alpaca: http.* cannot be had: .*; without a network there are human"
+        UserError, match=r"^benchmark alpaca: http.* could not be downloaded: .*; without a network there are human"
     ):
         load_benchmark("alpaca")
 

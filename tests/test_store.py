@@ -238,7 +238,7 @@ def test_a_folder_of_tokens_trains_only_the_model_it_was_made_for(tmp_path: Path
     assert len(open_store(config, encoder)) == 1
     with pytest.raises(UserError, match=r"was encoded with other settings .chat_template"):
         open_store(config, ChatEncoder(build_tokenizer(CHATML + "{# other #}")))
-    with pytest.raises(UserError, match=r"was encoded with another max_length \(512\)"):
+    with pytest.raises(UserError, match=r"was encoded with other settings .max_length: 512"):
         open_store(replace(config, max_length=64), encoder)
 
 
