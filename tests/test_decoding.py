@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import build_model, conversations
+from tiny import build_model, conversations, prefer_mask_token
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.acceptance.counting import count_as_vllm, walk
@@ -20,7 +20,7 @@ from pard_train.data.chat import ChatEncoder
 from pard_train.generation.decoding import Limits, Step, decode, decode_batch, end_ids_of
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter, Task
 from pard_train.generation.runner import Runner
-from pard_train.generation.sampling import GREEDY, Dice, Sampling, probabilities
+from pard_train.generation.sampling import GREEDY, Sampling, SequenceRandom, probabilities
 from pard_train.model import add_mask_token, set_draft_keys
 
 MAX_K = 6
@@ -29,7 +29,7 @@ MAX_K = 6
 def build_drafter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Drafter:
     """A draft model of given weights, with a fresh mask token."""
     add_mask_token(model, 300)
-    set_draft_keys(model, 300, 4)
+    set_draft_keys(model.config, 300, 4)
     return Drafter(model, tokenizer)
 
 
@@ -126,6 +126,27 @@ def test_a_drafter_never_proposes_its_mask_token_or_a_padded_row(tokenizer: PreT
     logits[:, 300:] = 9.0
     logits[torch.arange(5), torch.arange(5) + 10] = 1.0
     assert drafter.choose(logits).tolist() == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, seed=1)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("is_sequential", [False, True])
+def test_a_mask_token_among_the_tokenizers_entries_is_never_drafted(
+    is_sequential: bool, sampling: Sampling, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """As Llama's, which is a reserved special token. The draft's logits prefer it everywhere."""
+    model, mask_token_id = prefer_mask_token(build_model("llama", seed=0))
+    drafter = Drafter(model, tokenizer, is_sampled=not sampling.is_greedy)
+    assert drafter.mask_token_id == mask_token_id < len(tokenizer)
+    proposer = SequentialDrafter(drafter) if is_sequential else drafter
+    asked = prompts(tokenizer, 3)
+    random = None if sampling.is_greedy else SequenceRandom(asked, sampling)
+    drafted = proposer.start(Task(3, 200, MAX_K, sampling, random)).propose([0, 1, 2], asked).tokens
+    assert [len(tokens) for tokens in drafted] == [MAX_K] * 3
+    assert not any(mask_token_id in tokens for tokens in drafted)
+    target = build_model("llama", seed=0)  # the same weights, so that at K 1 a greedy draft is always accepted
+    if sampling.is_greedy:
+        steps = list(decode(target, asked[0], Limits(21, frozenset()), drafter=proposer, num_draft_tokens=1))
+        assert all(step.num_accepted == 1 for step in steps[:-1])
 
 
 def test_a_model_without_a_mask_token_is_no_drafter(base_folder: Path) -> None:
@@ -260,7 +281,7 @@ def kept_share(way: str, target: PreTrainedModel, drafter: Drafter, prompt: list
     """How often the first draft token is kept: min(p, q) summed, or p of the one token that is proposed."""
     p = next_probs(target, prompt, sampling)
     with torch.inference_mode():
-        logits = drafter.sayable(drafter.model(torch.tensor([prompt]), use_cache=False).logits[0, -1])
+        logits = drafter.mask_non_tokens(drafter.model(torch.tensor([prompt]), use_cache=False).logits[0, -1])
     if drafter.is_sampled:
         return sum(min(p.get(token, 0.0), q) for token, q in enumerate(probabilities(logits, sampling).tolist()))
     return p.get(prompt[1] if way == "look-up" else logits.argmax().item(), 0.0)
@@ -319,7 +340,7 @@ def test_a_sampled_draft_is_drawn_as_the_answers_are_and_a_likely_one_is_not_dra
 ) -> None:
     drafter, asked = build_drafter(build_model("llama", seed=0), tokenizer), prompts(tokenizer, 2)
     logits = torch.randn(2, 3, 320, generator=torch.Generator().manual_seed(0))
-    task = Task(2, 100, 3, sampling, Dice(asked, sampling))
+    task = Task(2, 100, 3, sampling, SequenceRandom(asked, sampling))
     likely = logits[..., :300].argmax(-1)  # the 300 tokens of the tokenizer; its mask token lies behind
     assert torch.equal(drafter.pick(logits, [0, 1], task)[0], likely)
     drafter.is_sampled = True
@@ -356,18 +377,18 @@ def test_a_turn_ends_at_every_id_of_the_generation_config_else_of_the_config_and
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_reader(runner: Runner, model: PreTrainedModel, *, seed: int) -> None:
-    """Read texts as they grow, with extra tokens that come true in part; compare with passes without a cache."""
+def check_extending(runner: Runner, model: PreTrainedModel, *, seed: int) -> None:
+    """Extend growing texts with extra tokens, some of which are accepted; compare with passes without a cache."""
     draw = random.Random(seed)
 
     def tokens(least: int, most: int) -> list[int]:
         return draw.choices(range(300), k=draw.randint(least, most))
 
     number = draw.randint(1, 4)
-    reader = runner.start(number, 120, width=6, num_logits=4)
+    batch = runner.start(number, 120, width=6, num_logits=4)
     grown, extras = [tokens(1, 12) for _ in range(number)], [tokens(0, 3) for _ in range(number)]
     for _ in range(8):
-        logits = reader.read(grown, extras)
+        logits = batch.extend(grown, extras)
         for row, text, extra in zip(logits, grown, extras, strict=True):
             with torch.inference_mode():
                 expected = model(torch.tensor([text + extra]), use_cache=False).logits[0]
@@ -375,21 +396,21 @@ def check_reader(runner: Runner, model: PreTrainedModel, *, seed: int) -> None:
             assert torch.allclose(row[-wanted:], expected[-wanted:], atol=1e-4, rtol=1e-4)
         if len(grown) > 1 and draw.random() < 0.3:
             which = sorted(draw.sample(range(len(grown)), len(grown) - 1))
-            reader.keep(which)
+            batch.keep(which)
             grown, extras = [grown[i] for i in which], [extras[i] for i in which]
         grown = [text + extra[: draw.randint(0, 3)] + tokens(1, 2) for text, extra in zip(grown, extras, strict=True)]
         extras = [tokens(0, 3) for _ in grown]
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_reading_what_is_new_gives_the_logits_of_reading_everything(family: str, is_packed: bool) -> None:
+def test_extending_a_cached_text_gives_the_logits_of_the_whole_text(family: str, is_packed: bool) -> None:
     model = build_model(family, seed=0)
     if is_packed and not can_pack(model.lm_head.weight):
         pytest.skip("no oneDNN on this machine")
     runner = Runner(model, is_packed=is_packed)
     assert is_packed == any(isinstance(module, PackedLinear) for module in runner.model.modules())
     for seed in range(8):
-        check_reader(runner, model, seed=seed)
+        check_extending(runner, model, seed=seed)
 
 
 def test_a_runner_leaves_the_model_as_it_was_and_shares_its_weights() -> None:
@@ -403,7 +424,7 @@ def test_a_runner_leaves_the_model_as_it_was_and_shares_its_weights() -> None:
 @pytest.mark.parametrize(
     "is_captured", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["static shapes", "compiled"]
 )
-def test_a_compiled_runner_reads_and_decodes_the_same(is_captured: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_compiled_runner_decodes_the_same(is_captured: bool, tokenizer: PreTrainedTokenizerBase) -> None:
     target = build_model("llama", seed=0)
     drafter = build_drafter(perturbed(target, "llama", noise=0.02), tokenizer)
     limits = Limits(25, frozenset(range(40, 50)))
@@ -412,8 +433,8 @@ def test_a_compiled_runner_reads_and_decodes_the_same(is_captured: bool, tokeniz
     drafter.runner = Runner(drafter.model, is_compiled=True)
     with torch.compiler.set_stance("default" if is_captured else "force_eager"):
         runner = Runner(target, is_compiled=True)
-        for _ in range(2):  # what the first time left in the slots is not seen the second time
+        for _ in range(2):  # what the first time left in the cache is masked
             assert decode_batch(runner, asked, limits, drafter=drafter, num_draft_tokens=3) == expected
         if not is_captured:
             for seed in range(8):
-                check_reader(runner, target, seed=seed)
+                check_extending(runner, target, seed=seed)

@@ -51,7 +51,7 @@ def target_probs(target: PreTrainedModel, text: list[int], sampling: Sampling) -
 def draft_probs(drafter: Drafter, text: list[int], sampling: Sampling) -> Tensor:
     """What the draft's tokens are drawn from, [K, WORDS]."""
     logits = drafter.model(torch.tensor([text + [MASK] * (K - 1)])).logits[0, -K:]
-    return probabilities(drafter.sayable(logits), sampling if drafter.is_sampled else Sampling()).double()
+    return probabilities(drafter.mask_non_tokens(logits), sampling if drafter.is_sampled else Sampling()).double()
 
 
 def enumerated_steps(target: PreTrainedModel, drafter: Drafter, sampling: Sampling) -> float:

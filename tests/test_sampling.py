@@ -8,10 +8,11 @@ from fractions import Fraction
 import pytest
 import torch
 
-from pard_train.generation.sampling import GREEDY, NO_TOKEN, Dice, Sampling, draw, probabilities, verify
+from pard_train.generation.sampling import GREEDY, NO_TOKEN, Sampling, SequenceRandom, draw, probabilities, verify
 
-# Probabilities are quarters, so that every bound on a roll (p / q, and the shares of max(p - q, 0)) is a multiple of a
-# 12th. The mean over the middles of 12 cells is then the integral over all rolls: an exact distribution, not a sample.
+# Probabilities are quarters, so that every bound on a uniform number (p / q, and the shares of max(p - q, 0)) is a
+# multiple of a 12th. The mean over the middles of 12 cells is then the integral over all uniform numbers: an exact
+# distribution, not a sample.
 PARTS, CELLS = 4, 12
 MIDDLES = (torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS
 VOCABULARY = 3
@@ -28,13 +29,13 @@ def every_outcome(
     draft: tuple[int, ...], draft_probs: torch.Tensor | None, target_probs: torch.Tensor
 ) -> dict[tuple[int, ...], Fraction]:
     """Exact probability of everything that one step may emit after this draft."""
-    rolls = torch.tensor(list(itertools.product(MIDDLES.tolist(), repeat=len(draft) + 1)), dtype=torch.float64)
-    number = len(rolls)
+    uniforms = torch.tensor(list(itertools.product(MIDDLES.tolist(), repeat=len(draft) + 1)), dtype=torch.float64)
+    number = len(uniforms)
     kept, own = verify(
         torch.tensor([draft]).expand(number, -1),
         None if draft_probs is None else draft_probs[None].expand(number, -1, -1),
         target_probs[None].expand(number, -1, -1),
-        rolls,
+        uniforms,
     )
     pairs, counts = torch.unique(torch.stack([kept, own]), dim=1, return_counts=True)
     return {
@@ -99,8 +100,8 @@ def test_at_temperature_zero_the_rule_is_the_greedy_one() -> None:
     for draft, num_kept in (([best[0], best[1], best[2]], 3), ([best[0], wrong, best[2]], 1), ([wrong], 0)):
         if draft == [wrong] and wrong == best[0]:
             continue
-        rolls = torch.rand(1, len(draft) + 1, dtype=torch.float64)
-        kept, own = verify(torch.tensor([draft]), None, probs[:, : len(draft) + 1], rolls)
+        uniforms = torch.rand(1, len(draft) + 1, dtype=torch.float64)
+        kept, own = verify(torch.tensor([draft]), None, probs[:, : len(draft) + 1], uniforms)
         assert kept.item() == num_kept
         assert own.item() == best[num_kept]
 
@@ -109,16 +110,16 @@ def test_at_temperature_zero_the_rule_is_the_greedy_one() -> None:
 def test_rows_with_fewer_draft_tokens_fare_as_they_would_alone(is_sampled: bool) -> None:
     torch.manual_seed(3)
     target_probs, draft_probs = random_probs((200, 4), 1), random_probs((200, 3), 2)
-    drafts, rolls = torch.randint(VOCABULARY, (200, 3)), torch.rand(200, 4, dtype=torch.float64)
+    drafts, uniforms = torch.randint(VOCABULARY, (200, 3)), torch.rand(200, 4, dtype=torch.float64)
     lengths = torch.randint(4, (200,))
     padded = drafts.masked_fill(torch.arange(3) >= lengths[:, None], NO_TOKEN)
-    kept, own = verify(padded, draft_probs if is_sampled else None, target_probs, rolls)
+    kept, own = verify(padded, draft_probs if is_sampled else None, target_probs, uniforms)
     for row, length in enumerate(lengths.tolist()):
         alone_kept, alone_own = verify(
             drafts[row : row + 1, :length],
             draft_probs[row : row + 1, :length] if is_sampled else None,
             target_probs[row : row + 1, : length + 1],
-            torch.cat([rolls[row, :length], rolls[row, -1:]])[None],
+            torch.cat([uniforms[row, :length], uniforms[row, -1:]])[None],
         )
         assert (kept[row], own[row]) == (alone_kept[0], alone_own[0])
 
@@ -151,15 +152,15 @@ def test_temperature_and_top_p_are_what_their_definitions_say(temperature: float
 
 def test_a_draw_inverts_the_cumulated_weights_and_never_takes_what_has_none() -> None:
     weights = torch.tensor([0.0, 2.0, 0.0, 6.0, 0.0])
-    rolls = torch.tensor([0.0, 0.24, 0.25, 0.99, 1 - 2**-53], dtype=torch.float64)
-    assert draw(weights.expand(5, -1), rolls).tolist() == [1, 1, 3, 3, 3]
+    uniforms = torch.tensor([0.0, 0.24, 0.25, 0.99, 1 - 2**-53], dtype=torch.float64)
+    assert draw(weights.expand(5, -1), uniforms).tolist() == [1, 1, 3, 3, 3]
 
 
-def test_an_answers_rolls_are_its_own_in_any_company() -> None:
+def test_the_random_numbers_of_an_answer_do_not_depend_on_the_batch() -> None:
     sampling = Sampling(1.0, seed=4)
-    alone = Dice([[1, 2]], sampling).roll([0], 6)[0]
-    together = Dice([[9], [1, 2], [1, 2]], sampling)
-    first, second = together.roll([1], 2)[0], together.roll([0, 1], 4)[1]
+    alone = SequenceRandom([[1, 2]], sampling).uniform([0], 6)[0]
+    together = SequenceRandom([[9], [1, 2], [1, 2]], sampling)
+    first, second = together.uniform([1], 2)[0], together.uniform([0, 1], 4)[1]
     assert torch.equal(torch.cat([first, second]), alone)
-    assert not torch.equal(together.roll([2], 6)[0], alone)  # the same question, asked again
-    assert not torch.equal(Dice([[1, 2]], Sampling(1.0, seed=5)).roll([0], 6)[0], alone)
+    assert not torch.equal(together.uniform([2], 6)[0], alone)  # the same question, asked again
+    assert not torch.equal(SequenceRandom([[1, 2]], Sampling(1.0, seed=5)).uniform([0], 6)[0], alone)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from pard_train.config import Config, DataConfig, DraftConfig, ModelConfig, TrainerConfig
-from pard_train.model import inspect_base, write_initial_draft
+from pard_train.model import inspect_base, set_draft_keys, write_initial_draft
 
 NUM_ROWS = 320  # of the embedding; the tokenizer uses 300, so ids 300..319 are spare
 VOCABULARY = 300
@@ -74,6 +74,22 @@ def build_model(
         "pad_token_id": 0,
     }
     return AutoModelForCausalLM.from_config(FAMILIES[family](**settings | shape), dtype=torch.float32).eval()
+
+
+def prefer_mask_token(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
+    """A draft model whose mask token is an entry of the tokenizer, and by its logits the most likely token everywhere.
+
+    Returns:
+        The model, which is changed in place, and the mask token's id.
+    """
+    head, mask_token_id = model.get_output_embeddings(), 3  # <|unused|>
+    model.lm_head = torch.nn.Linear(head.in_features, head.out_features, bias=True)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(head.weight)
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[mask_token_id] = 1e4
+    set_draft_keys(model.config, mask_token_id, 4)
+    return model, mask_token_id
 
 
 def conversations(number: int, *, seed: int) -> list[list[dict[str, str]]]:

@@ -143,11 +143,6 @@ def expected_steps(kept: np.ndarray) -> np.ndarray:
     return histogram
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Probabilities of target and draft
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _label_probabilities(
     texts: Sequence[ScoredText], sampling: Sampling, num_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -211,6 +206,6 @@ def _draft_probabilities(chains: PackedChains, hidden: Tensor, sampling: Samplin
     head = drafter.runner.model.get_output_embeddings()
     own = sampling if drafter.is_sampled else Sampling()
     for chunk, label in zip(hidden.split(LOGIT_CHUNK), labels.split(LOGIT_CHUNK), strict=True):
-        probs = probabilities(drafter.sayable(head(chunk)), own)
+        probs = probabilities(drafter.mask_non_tokens(head(chunk)), own)
         probs = torch.nn.functional.pad(probs, (0, drafter.model.config.vocab_size - probs.shape[1]))
         yield probs.gather(1, label[:, None])[:, 0].double().cpu().numpy()

@@ -1,9 +1,8 @@
-"""Live speculative decoding: one draft, one target forward pass per step, with keys and values of both models kept.
+"""Live speculative decoding: one draft and one target forward pass per step, with KV caches for both models.
 
 Greedy output equals the target's own greedy text for any draft; sampled output has the target's distribution for any
-draft (`sampling.verify`). Texts that are decoded together advance at their own pace, and an answer that has ended is no
-longer read. Greedy means the arg max of the target's logits: a repetition penalty or a forced token in the target's
-generation config plays no part.
+draft (`sampling.verify`). Texts of a batch advance independently, and finished answers leave it. Greedy means the arg
+max of the target's logits: penalties and forced tokens of the target's generation config are ignored.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from pard_train.downloads import local_model
 from pard_train.generation.proposers import Drafter, DraftStream, Proposal, Proposer, Task
 from pard_train.generation.runner import Runner
-from pard_train.generation.sampling import GREEDY, NO_TOKEN, Dice, Sampling, probabilities, verify
+from pard_train.generation.sampling import GREEDY, NO_TOKEN, Sampling, SequenceRandom, probabilities, verify
 from pard_train.model import load_config
 
 __all__ = ["Decoded", "Drafter", "Limits", "Step", "decode", "decode_batch", "end_ids_of", "num_leading_matches"]
 
-# Legend: B answers under way, K draft tokens, V vocabulary of the target.
+# Legend: B unfinished answers, K draft tokens, V vocabulary of the target.
 
 
 @dataclass(frozen=True)
 class Step:
-    """One target forward pass, as one answer sees it.
+    """What one target forward pass adds to one answer.
 
     Attributes:
-        tokens: what it emitted, up to the end of the turn or the length limit.
+        tokens: emitted, up to the end of the turn or the length limit.
         num_accepted: how many of them are accepted draft tokens; the rest, at most one, is the target's own.
     """
 
@@ -47,7 +46,7 @@ class Decoded:
 
     @property
     def tokens(self) -> list[int]:
-        """All that was emitted."""
+        """All emitted tokens."""
         return [token for step in self.steps for token in step.tokens]
 
     @property
@@ -64,17 +63,17 @@ class Limits:
     end_ids: frozenset[int]
 
     def cut(self, tokens: list[int], num_so_far: int) -> list[int]:
-        """What counts of `tokens` after `num_so_far` tokens: up to the first end-of-turn id and the limit."""
+        """Cut `tokens`, which follow `num_so_far` others, after the first end-of-turn id and at the limit."""
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.end_ids), len(tokens))
         return tokens[: min(end, self.max_new_tokens - num_so_far)]
 
     def is_over(self, tokens: list[int]) -> bool:
-        """Whether an answer ends here."""
+        """Whether an answer is finished."""
         return len(tokens) >= self.max_new_tokens or (bool(tokens) and tokens[-1] in self.end_ids)
 
 
 def end_ids_of(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every id that ends a turn of this model: all of its generation config's, and the tokenizer's."""
+    """Ids that end a turn of this model: those of its generation config and of the tokenizer."""
     try:
         configured = GenerationConfig.from_pretrained(local_model(path)).eos_token_id
     except OSError:  # older folders keep it in config.json
@@ -97,7 +96,7 @@ def decode(
     The first step prefills the prompt and verifies the first draft in the same pass.
 
     Args:
-        target: model whose text comes out. Give a Runner if there are several prompts: making one takes time.
+        target: target model. Pass a Runner for several prompts, because building one takes time.
         prompt_ids: the rendered prompt, at least one token.
         limits: when the answer ends.
         drafter: proposes up to K tokens per step; None decodes one token at a time.
@@ -120,17 +119,17 @@ def decode_batch(
     num_draft_tokens: int = 0,
     sampling: Sampling = GREEDY,
 ) -> list[Decoded]:
-    """Decode several answers side by side, as `decode` would decode each.
+    """Decode a batch of answers, each as `decode` would.
 
-    Each answer advances by what it accepts. Memory holds the keys and values of the longest text for every prompt.
+    Each answer advances by what it accepts. The KV cache has the length of the longest text for every prompt.
 
     Args:
-        target: model whose text comes out.
-        prompts: rendered prompts, all under way at once.
+        target: target model.
+        prompts: rendered prompts, decoded as one batch.
         limits: when an answer ends.
         drafter: proposes up to K tokens per step; None decodes one token at a time.
         num_draft_tokens: K.
-        sampling: how tokens are chosen. A prompt's draws are its own, whatever is decoded beside it.
+        sampling: how tokens are chosen; the answer to a prompt does not depend on the rest of the batch.
 
     Returns:
         Answers in the order of `prompts`.
@@ -153,13 +152,13 @@ def _decode(
     num_draft_tokens: int,
     sampling: Sampling,
 ) -> Iterator[dict[int, Step]]:
-    """One step of every answer under way, by number of the prompt, per target forward pass."""
-    runner = target if isinstance(target, Runner) else Runner(target, is_packed=False)  # one answer repays no packing
-    dice = None if sampling.is_greedy else Dice(prompts, sampling)
-    num_slots = max(map(len, prompts)) + limits.max_new_tokens + num_draft_tokens
+    """One step of every unfinished answer, by index of its prompt, per target forward pass."""
+    runner = target if isinstance(target, Runner) else Runner(target, is_packed=False)  # packing takes longer than that
+    random = None if sampling.is_greedy else SequenceRandom(prompts, sampling)
+    max_length = max(map(len, prompts)) + limits.max_new_tokens + num_draft_tokens
     width = 1 + num_draft_tokens if drafter is not None else 1
-    reader = runner.start(len(prompts), num_slots, width=width, num_logits=width)
-    task = Task(len(prompts), num_slots, num_draft_tokens, sampling, dice)
+    batch = runner.start(len(prompts), max_length, width=width, num_logits=width)
+    task = Task(len(prompts), max_length, num_draft_tokens, sampling, random)
     stream: DraftStream = drafter.start(task) if drafter is not None else _NoDraft()
     texts = [list(prompt) for prompt in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -167,49 +166,51 @@ def _decode(
     while rows:
         running = [texts[row] for row in rows]
         proposal = stream.propose(rows, running)
-        logits = reader.read(running, proposal.tokens)
-        emitted = _verify(logits, proposal, sampling, None if dice is None else dice.roll(rows, 1 + num_draft_tokens))
+        logits = batch.extend(running, proposal.tokens)
+        uniforms = None if random is None else random.uniform(rows, 1 + num_draft_tokens)
+        emitted = _verify(logits, proposal, sampling, uniforms)
         steps = {}
-        for row, (num_kept, tokens) in zip(rows, emitted, strict=True):
+        for row, (num_accepted, tokens) in zip(rows, emitted, strict=True):
             tokens = limits.cut(tokens, len(outputs[row]))
-            steps[row] = Step(tokens, min(num_kept, len(tokens)))
+            steps[row] = Step(tokens, min(num_accepted, len(tokens)))
             texts[row] += tokens
             outputs[row] += tokens
         yield steps
-        going_on = [i for i, row in enumerate(rows) if not limits.is_over(outputs[row])]
-        if going_on and len(going_on) < len(rows):
-            reader.keep(going_on)
-            stream.keep(going_on)
-        rows = [rows[i] for i in going_on]
+        unfinished = [i for i, row in enumerate(rows) if not limits.is_over(outputs[row])]
+        if unfinished and len(unfinished) < len(rows):
+            batch.keep(unfinished)
+            stream.keep(unfinished)
+        rows = [rows[i] for i in unfinished]
 
 
 class _NoDraft:
-    """Plain decoding: the draft of no tokens."""
+    """Plain decoding: an empty draft."""
 
     def propose(self, rows: list[int], texts: list[list[int]]) -> Proposal:
+        """No tokens."""
         return Proposal([[] for _ in rows])
 
     def keep(self, which: list[int]) -> None:
-        pass
+        """Nothing to drop."""
 
 
 def _verify(
-    logits: Tensor, proposal: Proposal, sampling: Sampling, rolls: Tensor | None
+    logits: Tensor, proposal: Proposal, sampling: Sampling, uniforms: Tensor | None
 ) -> list[tuple[int, list[int]]]:
-    """For every answer, the number of draft tokens kept, and these with the target's own token.
+    """For every answer, the number of accepted draft tokens, and these followed by the target's own token.
 
     Args:
         logits: [B, M + 1, V], aligned at the end, where M <= K is the most draft tokens of any answer.
         proposal: draft tokens.
         sampling: how tokens are chosen.
-        rolls: uniform numbers, as many for every step whatever is proposed, float64 [B, K + 1]; None if greedy.
+        uniforms: random numbers, as many for every step whatever is proposed, float64 [B, K + 1]; None if greedy.
     """
     drafts = proposal.tokens
-    if rolls is None:
+    if uniforms is None:
         chosen = logits.argmax(dim=-1).tolist()  # after the text, and after each draft token
         owns = [row[len(row) - len(draft) - 1 :] for row, draft in zip(chosen, drafts, strict=True)]
-        kept = [num_leading_matches(draft, own) for draft, own in zip(drafts, owns, strict=True)]
-        return [(n, [*draft[:n], own[n]]) for n, draft, own in zip(kept, drafts, owns, strict=True)]
+        accepted = [num_leading_matches(draft, own) for draft, own in zip(drafts, owns, strict=True)]
+        return [(n, [*draft[:n], own[n]]) for n, draft, own in zip(accepted, drafts, owns, strict=True)]
     most = max(map(len, drafts))
     device = logits.device
     lengths = torch.tensor([len(draft) for draft in drafts], device=device)
@@ -217,14 +218,14 @@ def _verify(
     probs = probabilities(logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), sampling)
     padded = torch.tensor([draft + [NO_TOKEN] * (most - len(draft)) for draft in drafts], device=device)
     draft_probs = None if proposal.probs is None else proposal.probs.to(device)
-    used = torch.cat([rolls[:, :most], rolls[:, -1:]], dim=1).to(device)
-    num_kept, own_tokens = verify(padded.long(), draft_probs, probs, used)
-    numbered = zip(num_kept.tolist(), drafts, own_tokens.tolist(), strict=True)
+    used = torch.cat([uniforms[:, :most], uniforms[:, -1:]], dim=1).to(device)
+    num_accepted, own_tokens = verify(padded.long(), draft_probs, probs, used)
+    numbered = zip(num_accepted.tolist(), drafts, own_tokens.tolist(), strict=True)
     return [(n, [*draft[:n], own]) for n, draft, own in numbered]
 
 
 def num_leading_matches(draft: list[int], own: list[int]) -> int:
-    """Draft tokens that the target would have chosen itself, counted until the first that it would not.
+    """Leading draft tokens that equal the target's own.
 
     >>> num_leading_matches([5, 6, 7], [5, 6, 9, 1])
     2

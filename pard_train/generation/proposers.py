@@ -1,6 +1,6 @@
-"""What proposes draft tokens: a PARD draft in one forward pass, the same weights one token at a time, or the prompt.
+"""Proposers of draft tokens: a PARD draft in one forward pass, the same weights autoregressively, and prompt lookup.
 
-A proposer serves many texts; `start` begins some, and the stream it returns follows them as they grow.
+`start` begins a batch of texts; the stream it returns drafts for them as they grow.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.generation.runner import Runner
-from pard_train.generation.sampling import Dice, Sampling, draw, probabilities
+from pard_train.generation.sampling import Sampling, SequenceRandom, draw, probabilities
 from pard_train.model import load_causal_lm, load_config, load_tokenizer, required_mask_token_of
 
-# Legend: B texts, K draft tokens, V vocabulary of the draft model, W tokens that its tokenizer can say.
+# Legend: B texts, K draft tokens, V vocabulary rows of the draft model, W entries of its tokenizer.
 
-MAX_NGRAM = 3  # tokens at the end of a text that prompt look-up searches for, at most
+MAX_NGRAM = 3  # tokens at the end of a text that prompt lookup searches for, at most
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Proposal:
 
     Attributes:
         tokens: at most K of each.
-        probs: what they were drawn from, float32 [B, K, W]; None for the most likely ones, or those of a look-up.
+        probs: distributions they were sampled from, float32 [B, K, W]; None if they were not sampled.
     """
 
     tokens: list[list[int]]
@@ -37,59 +37,59 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Task:
-    """What a stream of drafts is for.
+    """A batch of texts to draft for.
 
     Attributes:
         num_rows: B.
-        num_slots: tokens of the longest text that may come, draft tokens included.
+        max_length: tokens of the longest text, draft tokens included.
         num_draft_tokens: K.
         sampling: of the answers.
-        dice: their uniform numbers; None if they are greedy.
+        random: their random numbers; None if they are greedy.
     """
 
     num_rows: int
-    num_slots: int
+    max_length: int
     num_draft_tokens: int
     sampling: Sampling
-    dice: Dice | None
+    random: SequenceRandom | None
 
 
 class DraftStream(Protocol):
-    """A proposer at work on B texts."""
+    """Drafts for B growing texts."""
 
     def propose(self, rows: list[int], texts: list[list[int]]) -> Proposal:
         """Draft tokens after each text.
 
         Args:
-            rows: number of each text among those the task began with.
-            texts: each the one of the call before or longer.
+            rows: index of each text in the task.
+            texts: each that of the previous call or longer.
         """
         ...
 
     def keep(self, which: list[int]) -> None:
-        """Go on with some of the texts only."""
+        """Continue with some of the texts."""
         ...
 
 
 class Proposer(Protocol):
-    """Something that can draft."""
+    """A source of draft tokens."""
 
     def start(self, task: Task) -> DraftStream:
-        """Begin B texts."""
+        """Start B texts."""
         ...
 
 
 class Drafter:
-    """A parallel draft model and what it may propose: K tokens from one forward pass.
+    """A parallel draft model: K draft tokens from one forward pass.
 
     Args:
         model: draft model.
         tokenizer: its tokenizer.
-        is_sampled: with a temperature above 0, draw the tokens from the draft's own distribution. Otherwise they are
-            the most likely ones, as in engines. Both are lossless.
+        is_sampled: at a temperature above 0, sample draft tokens from the draft's own distribution instead of proposing
+            the most likely ones, as engines do. Both are lossless.
 
     Raises:
-        UserError: for a model that is no draft model.
+        UserError: for a model that is not a draft model.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, is_sampled: bool = False):
@@ -108,51 +108,51 @@ class Drafter:
 
     @cached_property
     def runner(self) -> Runner:
-        """The model made ready for live decoding, when that is first asked for."""
+        """The model prepared for live decoding, on first use."""
         return Runner(self.model)
 
-    def sayable(self, logits: Tensor) -> Tensor:
-        """Logits of what a tokenizer can say, never the mask token or a padded row. [..., V] -> [..., W]."""
+    def mask_non_tokens(self, logits: Tensor) -> Tensor:
+        """Logits of the tokenizer's entries without the mask token: drops padded rows. [..., V] -> [..., W]."""
         logits = logits[..., : len(self.tokenizer)]
         if self.mask_token_id < logits.shape[-1]:
             logits = logits.index_fill(-1, torch.tensor([self.mask_token_id], device=logits.device), -torch.inf)
         return logits
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Most likely token that may be said. [..., V] -> int64 [...]."""
-        return self.sayable(logits).argmax(dim=-1)
+        """The most likely token. [..., V] -> int64 [...]."""
+        return self.mask_non_tokens(logits).argmax(dim=-1)
 
     def pick(self, logits: Tensor, rows: list[int], task: Task) -> tuple[Tensor, Tensor | None]:
-        """Draft tokens [B, M] from logits [B, M, V], and the probabilities [B, M, W] that they were drawn from."""
-        if not self.is_sampled or task.dice is None:
+        """Draft tokens [B, M] from logits [B, M, V], and the probabilities [B, M, W] they were sampled from."""
+        if not self.is_sampled or task.random is None:
             return self.choose(logits), None
-        probs = probabilities(self.sayable(logits), task.sampling)
-        return draw(probs, task.dice.roll(rows, logits.shape[1]).to(probs.device)), probs
+        probs = probabilities(self.mask_non_tokens(logits), task.sampling)
+        return draw(probs, task.random.uniform(rows, logits.shape[1]).to(probs.device)), probs
 
     def start(self, task: Task) -> ParallelStream:
-        """Begin B texts."""
+        """Start B texts."""
         return ParallelStream(self, task)
 
 
 class ParallelStream:
-    """Inference is the special case "one anchor, all depths" of the layout: the text, then K - 1 mask tokens."""
+    """Parallel drafting: the text, then K - 1 mask tokens; the case "one anchor, all depths" of the layout."""
 
     def __init__(self, drafter: Drafter, task: Task):
         self.drafter, self.task = drafter, task
         k = task.num_draft_tokens
-        # A step reads at most K + 1 tokens of new text and K - 1 mask tokens.
-        self.reader = drafter.runner.start(task.num_rows, task.num_slots, width=2 * k, num_logits=k)
+        # At most K + 1 new tokens of text and K - 1 mask tokens per step.
+        self.batch = drafter.runner.start(task.num_rows, task.max_length, width=2 * k, num_logits=k)
 
     def propose(self, rows: list[int], texts: list[list[int]]) -> Proposal:
         """K draft tokens after each text, from one forward pass."""
         masks = [self.drafter.mask_token_id] * (self.task.num_draft_tokens - 1)
-        logits = self.reader.read(texts, [masks] * len(texts))  # [B, K, V]
+        logits = self.batch.extend(texts, [masks] * len(texts))  # [B, K, V]
         tokens, probs = self.drafter.pick(logits, rows, self.task)
         return Proposal(tokens.tolist(), probs)
 
     def keep(self, which: list[int]) -> None:
-        """Go on with some of the texts only."""
-        self.reader.keep(which)
+        """Continue with some of the texts."""
+        self.batch.keep(which)
 
 
 class SequentialDrafter:
@@ -162,71 +162,71 @@ class SequentialDrafter:
         self.drafter = drafter
 
     def start(self, task: Task) -> SequentialStream:
-        """Begin B texts."""
+        """Start B texts."""
         return SequentialStream(self.drafter, task)
 
 
 class SequentialStream:
-    """One draft token after the other; those that the target accepts need not be read again."""
+    """One draft token after the other; accepted ones stay in the cache."""
 
     def __init__(self, drafter: Drafter, task: Task):
         self.drafter, self.task = drafter, task
-        # A step reads at most the last accepted draft token and the target's own, then one token at a time.
-        self.reader = drafter.runner.start(task.num_rows, task.num_slots, width=2, num_logits=1)
+        # A step starts with at most the last accepted draft token and the target's own, then one token at a time.
+        self.batch = drafter.runner.start(task.num_rows, task.max_length, width=2, num_logits=1)
 
     def propose(self, rows: list[int], texts: list[list[int]]) -> Proposal:
         """K draft tokens after each text, from K forward passes."""
         tokens: list[list[int]] = [[] for _ in texts]
         all_probs = []
         for _ in range(self.task.num_draft_tokens):
-            logits = self.reader.read(texts, tokens, num_logits=1)
+            logits = self.batch.extend(texts, tokens, num_logits=1)
             chosen, probs = self.drafter.pick(logits, rows, self.task)
             tokens = [[*old, *new] for old, new in zip(tokens, chosen.tolist(), strict=True)]
             all_probs.append(probs)
-        drawn = [probs for probs in all_probs if probs is not None]
-        return Proposal(tokens, torch.cat(drawn, dim=1) if drawn else None)
+        sampled = [probs for probs in all_probs if probs is not None]
+        return Proposal(tokens, torch.cat(sampled, dim=1) if sampled else None)
 
     def keep(self, which: list[int]) -> None:
-        """Go on with some of the texts only."""
-        self.reader.keep(which)
+        """Continue with some of the texts."""
+        self.batch.keep(which)
 
 
 class PromptLookup:
-    """No model: what followed the last tokens where they stood before, in the prompt or the answer so far.
+    """No model: the tokens that followed the latest earlier occurrence of the last n-gram.
 
     Args:
-        max_ngram: tokens at the end of the text that are searched for; fewer, down to one, if they are not found.
+        max_ngram: tokens at the end of the text to search for; fewer, down to one, if they do not occur.
     """
 
     def __init__(self, max_ngram: int = MAX_NGRAM):
         self.max_ngram = max_ngram
 
     def start(self, task: Task) -> LookupStream:
-        """Begin B texts."""
+        """Start B texts."""
         return LookupStream(self.max_ngram, task)
 
 
 class LookupStream:
-    """Remembers where every n-gram of every text ended last."""
+    """Index of where every n-gram of every text ended last."""
 
     def __init__(self, max_ngram: int, task: Task):
         self.max_ngram, self.num_draft_tokens = max_ngram, task.num_draft_tokens
         self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(task.num_rows)]
-        self._num_seen = [0] * task.num_rows
+        self._num_indexed = [0] * task.num_rows
 
     def propose(self, rows: list[int], texts: list[list[int]]) -> Proposal:
-        """At most K tokens after each text; none where its last token never stood before."""
-        return Proposal([self._follow(row, text) for row, text in zip(rows, texts, strict=True)])
+        """At most K tokens after each text; none if its last token did not occur before."""
+        return Proposal([self._look_up(row, text) for row, text in zip(rows, texts, strict=True)])
 
     def keep(self, which: list[int]) -> None:
-        """Nothing to drop: rows are told apart by their number."""
+        """Nothing to drop: texts are identified by their index in the task."""
 
-    def _follow(self, row: int, text: list[int]) -> list[int]:
+    def _look_up(self, row: int, text: list[int]) -> list[int]:
         ends = self._ends[row]
-        for end in range(self._num_seen[row] + 1, len(text)):  # the end of the text itself is what is searched for
+        for end in range(self._num_indexed[row] + 1, len(text)):  # excludes the end of the text, which is searched for
             for size in range(1, min(self.max_ngram, end) + 1):
                 ends[tuple(text[end - size : end])] = end
-        self._num_seen[row] = len(text) - 1
+        self._num_indexed[row] = len(text) - 1
         for size in range(min(self.max_ngram, len(text)), 0, -1):
             place = ends.get(tuple(text[-size:]))
             if place is not None:

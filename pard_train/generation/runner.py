@@ -1,14 +1,13 @@
-"""A model made ready to decode: it reads growing texts row by row, and keeps their keys and values in slots.
+"""Forward passes over growing texts with a KV cache whose rows advance independently.
 
-The token at position p of a text stands in slot p of its row, and a query sees the slots up to its own position. What a
-later slot still holds (a refused draft token, a mask token) is never seen, and is overwritten when the text gets there.
-So nothing is cropped or padded, rows advance at their own pace, and the buffers never move, as graph capture wants it.
+The token at position p of a text is cached in column p of its row, and a query attends to the columns up to its own
+position. Later columns (rejected draft tokens, mask tokens) are masked, and overwritten when the text reaches them. So
+nothing is cropped or padded, and the buffers keep their address, as graph capture requires. Rows with fewer new tokens
+than others recompute some of their last tokens, which writes the same values again.
 
-Rows that have fewer new tokens than others read some of their last tokens again, which writes what is there already.
-
-Two things make it fast on a CPU. PyTorch's matrix product copies float32 weights into blocks at every call if there is
-more than one row, so verifying two tokens costs twice a plain step; a `Runner` arranges them once, through oneDNN. And
-queries that share a key head are folded into one, so that keys and values are never repeated.
+Two optimizations for CPUs: PyTorch repacks float32 weights at every product with more than one row, so verifying two
+tokens costs twice a plain step; a `Runner` packs them once, through oneDNN. And the queries that share a key head are
+folded into one, so that keys and values are not repeated.
 """
 
 from __future__ import annotations
@@ -23,83 +22,83 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from pard_train.core.cpu.products import PackedLinear, can_pack
 
-# Legend: B rows (texts), N tokens read of each, S slots of a row, H heads, G heads per key-value head, D head size,
-#         V vocabulary.
+# Legend: B rows (texts), N new tokens of each, C columns of the cache, H heads, G heads per key-value head, D head
+# size, V vocabulary.
 
-ATTENTION = "pard_slots"
-MAX_SHAPES = 64  # that all compiled runners of a process may have together; one more is an error, not a slow step
+ATTENTION = "pard_cached"
+MAX_SHAPES = 64  # of all compiled runners of a process together; one more is an error instead of a slow step
 
 
-class Slots:
-    """Keys and values of every layer, [B * S, H / G, D] each, and where one forward pass writes and looks.
+class KVCache:
+    """Keys and values of every layer, [B * C, H / G, D] each.
 
     Args:
         num_rows: B.
-        num_slots: S.
-        is_fixed: the buffers will be part of captured graphs, which write to them in place.
+        num_columns: C.
+        is_fixed: the buffers become part of captured graphs, which write to them in place.
     """
 
-    def __init__(self, num_rows: int, num_slots: int, *, is_fixed: bool):
-        self.num_rows, self.num_slots, self.is_fixed = num_rows, num_slots, is_fixed
+    def __init__(self, num_rows: int, num_columns: int, *, is_fixed: bool):
+        self.num_rows, self.num_columns, self.is_fixed = num_rows, num_columns, is_fixed
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def allocate(self, layer: int, like: Tensor) -> None:
-        """Make the buffers of a layer. They are zero: what no text has reached is masked, but must be finite."""
-        shape = (self.num_rows * self.num_slots, like.shape[1], like.shape[3])
+        """Allocate the buffers of a layer. They are zero: masked columns must still be finite."""
+        shape = (self.num_rows * self.num_columns, like.shape[1], like.shape[3])
         self.layers[layer] = like.new_zeros(shape), like.new_zeros(shape)
         for buffer in self.layers[layer] if self.is_fixed else ():
             torch._dynamo.mark_static_address(buffer)
 
     def keep(self, rows: list[int]) -> None:
-        """Move some rows together, and drop the others."""
+        """Keep some rows, in this order, and drop the others."""
         where = torch.tensor(rows)
         for layer, buffers in self.layers.items():
-            keys, values = (b.view(self.num_rows, self.num_slots, *b.shape[1:])[where].flatten(0, 1) for b in buffers)
+            keys, values = (b.view(self.num_rows, self.num_columns, *b.shape[1:])[where].flatten(0, 1) for b in buffers)
             self.layers[layer] = keys, values
         self.num_rows = len(rows)
 
 
-class Reading:
-    """One forward pass over some rows of the slots, handed to the attention function of every layer.
+class CacheView:
+    """The part of the cache that one forward pass writes and attends to, passed to the attention of every layer.
 
     Args:
-        slots: what is written to and looked at.
-        first_row: B rows from this one on are read.
+        cache: keys and values.
+        first_row: the pass covers B rows from here.
         positions: int64 [B, N], consecutive in each row.
-        num_seen: slots of each row that are looked at; all beyond the largest position are masked.
-        is_from_start: whether every row is read from its first token on, so that plain causal attention will do.
+        num_columns: columns to attend to; those beyond a query's position are masked.
+        is_prefill: every row starts at its first token, so plain causal attention is enough.
     """
 
-    def __init__(self, slots: Slots, first_row: int, positions: Tensor, num_seen: int, is_from_start: bool):
-        self.slots, self.first_row, self.positions = slots, first_row, positions
-        self.num_seen, self.is_from_start = num_seen, is_from_start
+    def __init__(self, cache: KVCache, first_row: int, positions: Tensor, num_columns: int, is_prefill: bool):
+        self.cache, self.first_row, self.positions = cache, first_row, positions
+        self.num_columns, self.is_prefill = num_columns, is_prefill
         rows = torch.arange(first_row, first_row + len(positions), device=positions.device)
-        self.places = (rows[:, None] * slots.num_slots + positions).flatten()  # [B * N]
+        self.places = (rows[:, None] * cache.num_columns + positions).flatten()  # [B * N]
         self._mask: Tensor | None = None  # the same in every layer
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put in the new keys and values, [B, H / G, N, D]; all that the rows may look at, [B, H / G, S, D]."""
-        if layer not in self.slots.layers:
-            self.slots.allocate(layer, key)
-        places, seen = self.places.to(key.device), []
-        for buffer, new in zip(self.slots.layers[layer], (key, value), strict=True):
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values, [B, H / G, N, D]. Returns those to attend to, [B, H / G, C, D]."""
+        if layer not in self.cache.layers:
+            self.cache.allocate(layer, key)
+        places, visible = self.places.to(key.device), []
+        for buffer, new in zip(self.cache.layers[layer], (key, value), strict=True):
             buffer.index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
-            rows = buffer.view(self.slots.num_rows, self.slots.num_slots, *buffer.shape[1:])
-            rows = rows[self.first_row : self.first_row + len(key), : self.num_seen]
-            seen.append(rows.transpose(1, 2))
-        return seen[0], seen[1]
+            rows = buffer.view(self.cache.num_rows, self.cache.num_columns, *buffer.shape[1:])
+            rows = rows[self.first_row : self.first_row + len(key), : self.num_columns]
+            visible.append(rows.transpose(1, 2))
+        return visible[0], visible[1]
 
     def mask_for(self, query: Tensor, groups: int) -> Tensor:
-        """Zero where a query sees a key and minus infinity elsewhere, [B, 1, G * N, S], in the type of the queries."""
+        """Additive mask, 0 or -inf, [B, 1, G * N, C] in the dtype of the queries."""
         if self._mask is None or self._mask.device != query.device:
-            seen = torch.arange(self.num_seen, device=query.device)
-            is_hidden = seen > self.positions.to(query.device)[:, :, None]  # [B, N, S]
+            columns = torch.arange(self.num_columns, device=query.device)
+            is_hidden = columns > self.positions.to(query.device)[:, :, None]  # [B, N, C]
             mask = torch.zeros(is_hidden.shape, dtype=query.dtype, device=query.device)
             self._mask = mask.masked_fill_(is_hidden, -torch.inf).repeat(1, groups, 1)[:, None]
         return self._mask
 
 
-def slot_attention(
+def cached_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -107,47 +106,47 @@ def slot_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     *,
-    reading: Reading,
+    cache_view: CacheView,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function of a runner, registered with `transformers` as `pard_slots`.
+    """Attention function of a runner, registered with `transformers` as `pard_cached`.
 
     Args:
-        module: the layer's attention, which knows its number.
+        module: the layer's attention, which has its index.
         query: [B, H, N, D].
         key: of the new tokens, [B, H / G, N, D].
         value: [B, H / G, N, D].
-        reading: where the keys and values go, and what is looked at.
+        cache_view: where keys and values are written and read.
 
     Returns:
         Output [B, N, H, D] and None for the attention weights.
     """
     batch, heads, num_new, size = query.shape
     groups = heads // key.shape[1]
-    key, value = reading.write(module.layer_idx, key, value)  # type: ignore[arg-type]  # an int
-    if reading.is_from_start:
+    key, value = cache_view.update(module.layer_idx, key, value)  # type: ignore[arg-type]  # an int
+    if cache_view.is_prefill:
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=num_new > 1, scale=scaling, enable_gqa=groups > 1
         )
     else:
-        folded = query.reshape(batch, heads // groups, groups * num_new, size)  # heads of one key head, one by one
-        mask = reading.mask_for(query, groups)
+        folded = query.reshape(batch, heads // groups, groups * num_new, size)  # the heads of a key head in sequence
+        mask = cache_view.mask_for(query, groups)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, heads, num_new, size).transpose(1, 2), None
 
 
-AttentionInterface.register(ATTENTION, slot_attention)
+AttentionInterface.register(ATTENTION, cached_attention)
 
 
 class Runner:
-    """A copy of a model's structure over its own weights, with attention over slots. The model itself is not touched.
+    """A copy of a model's structure over the same weights, with cached attention. The model itself does not change.
 
     Args:
         model: Llama, Qwen2 or Qwen3 style causal LM.
-        is_packed: keep a second, arranged copy of the weights of its linear layers; None does so where `can_pack`.
+        is_packed: keep a second, packed copy of the weights of linear layers; None does so where `can_pack`.
         is_compiled: run steps through `torch.compile` with graph capture (mode reduce-overhead). Every batch size, K
-            and power of two of slots compiles once, which takes from seconds to minutes. One reader at a time may be
-            at work, because all of them share the captured buffers.
+            and power of two of columns compiles once, which takes seconds to minutes. Only one `DecodingBatch` at a
+            time may be in use, because all share the captured buffers.
     """
 
     def __init__(self, model: PreTrainedModel, *, is_packed: bool | None = None, is_compiled: bool = False):
@@ -161,118 +160,116 @@ class Runner:
             if isinstance(module, nn.Linear):
                 self.model.set_submodule(name, PackedLinear(module))
         self.is_packed, self.is_compiled = is_packed, is_compiled
-        self._step = self._forward
+        self._step = self._forward_all
         if is_compiled:
-            self._step = torch.compile(self._forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
-        self._slots: Slots | None = None  # of a compiled runner: captured graphs know their address
+            self._step = torch.compile(self._forward_all, mode="reduce-overhead", dynamic=False, fullgraph=True)
+        self._cache: KVCache | None = None  # of a compiled runner, whose captured graphs hold its address
 
-    def start(self, num_rows: int, num_slots: int, *, width: int, num_logits: int) -> Reader:
-        """Begin B texts.
+    def start(self, num_rows: int, max_length: int, *, width: int, num_logits: int) -> DecodingBatch:
+        """Start B texts.
 
         Args:
             num_rows: B.
-            num_slots: tokens of the longest text, its extra tokens included.
-            width: most tokens that a step after the first has to read; a compiled runner always reads that many.
-            num_logits: most logits asked of such a step.
+            max_length: tokens of the longest text, draft or mask tokens included.
+            width: most new tokens of a step after the prefill; a compiled runner always computes that many.
+            num_logits: most logits that such a step returns.
         """
         if not self.is_compiled:
-            return Reader(self, Slots(num_rows, num_slots, is_fixed=False), width=width, num_logits=num_logits)
-        slots = self._slots
-        if slots is None or slots.num_rows != num_rows or slots.num_slots < num_slots:
-            self._slots = slots = Slots(num_rows, 1 << (num_slots - 1).bit_length(), is_fixed=True)
-        return Reader(self, slots, width=width, num_logits=num_logits)
+            return DecodingBatch(self, KVCache(num_rows, max_length, is_fixed=False), width, num_logits)
+        cache = self._cache
+        if cache is None or cache.num_rows != num_rows or cache.num_columns < max_length:
+            self._cache = cache = KVCache(num_rows, 1 << (max_length - 1).bit_length(), is_fixed=True)
+        return DecodingBatch(self, cache, width, num_logits)
 
-    def forward(self, ids: Tensor, positions: Tensor, reading: Reading, num_logits: int) -> Tensor:
-        """Logits of the last places, [B, num_logits, V], of tokens [B, N]."""
+    def forward(self, ids: Tensor, positions: Tensor, cache_view: CacheView, num_logits: int) -> Tensor:
+        """Logits of the last positions, [B, num_logits, V], of tokens [B, N]."""
         return self.model(
-            ids, position_ids=positions, use_cache=False, logits_to_keep=num_logits, reading=reading
+            ids, position_ids=positions, use_cache=False, logits_to_keep=num_logits, cache_view=cache_view
         ).logits
 
-    def _forward(self, slots: Slots, ids: Tensor, positions: Tensor, num_logits: int) -> Tensor:
-        """The same over all rows and all slots: shapes that never change."""
-        return self.forward(ids, positions, Reading(slots, 0, positions, slots.num_slots, False), num_logits)
+    def _forward_all(self, cache: KVCache, ids: Tensor, positions: Tensor, num_logits: int) -> Tensor:
+        """The same over all rows and columns: shapes that never change."""
+        return self.forward(ids, positions, CacheView(cache, 0, positions, cache.num_columns, False), num_logits)
 
-    def step(self, slots: Slots, ids: Tensor, positions: Tensor, num_logits: int) -> Tensor:
+    def step(self, cache: KVCache, ids: Tensor, positions: Tensor, num_logits: int) -> Tensor:
         """One captured forward pass over all rows."""
         torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
-            return self._step(slots, ids, positions, num_logits)
+            return self._step(cache, ids, positions, num_logits)
 
 
-class Reader:
-    """A runner at work on B texts: reads what is new in each, whatever it has read before."""
+class DecodingBatch:
+    """B texts on a runner: each call computes the tokens of each text that are not in the cache yet."""
 
-    def __init__(self, runner: Runner, slots: Slots, *, width: int, num_logits: int):
-        self.runner, self.slots, self.width, self.num_logits = runner, slots, width, num_logits
-        self._held: list[list[int]] = [[] for _ in range(slots.num_rows)]  # what stands in the slots
-        self._num_text = [0] * slots.num_rows  # how much of that is text, and so stays
-        self._rows = list(range(slots.num_rows))  # where the texts stand
+    def __init__(self, runner: Runner, cache: KVCache, width: int, num_logits: int):
+        self.runner, self.cache, self.width, self.num_logits = runner, cache, width, num_logits
+        self._cached: list[list[int]] = [[] for _ in range(cache.num_rows)]  # tokens in the cache
+        self._num_text = [0] * cache.num_rows  # how many of them are text; draft and mask tokens follow
+        self._rows = list(range(cache.num_rows))  # of the texts
 
     @torch.inference_mode()
-    def read(self, texts: list[list[int]], extras: list[list[int]], num_logits: int | None = None) -> Tensor:
+    def extend(self, texts: list[list[int]], extras: list[list[int]], num_logits: int | None = None) -> Tensor:
         """Logits after each text, and after each of its extra tokens.
 
         Args:
-            texts: B texts, each the one of the call before or longer.
-            extras: what may follow each: draft tokens, or mask tokens. They are forgotten afterwards, unless the text
-                turns out to go on with them.
-            num_logits: places at the end that logits are wanted of; None for 1 + the most extra tokens.
+            texts: B texts, each that of the previous call or longer.
+            extras: draft or mask tokens after each. The next call discards them, unless the text continues with them.
+            num_logits: positions at the end to return logits of; None for 1 + the most extra tokens.
 
         Returns:
-            [B, num_logits, V], aligned at the end. The first places of rows that have fewer are meaningless.
+            [B, num_logits, V], aligned at the end. The first entries of rows with fewer are undefined.
         """
         wanted = 1 + max(map(len, extras)) if num_logits is None else num_logits
         whole = [text + extra for text, extra in zip(texts, extras, strict=True)]
-        unread = [len(ids) - self._num_read(row, ids) for row, ids in zip(self._rows, whole, strict=True)]
-        num_new = max(wanted, *unread)
+        missing = [len(ids) - self._num_reusable(row, ids) for row, ids in zip(self._rows, whole, strict=True)]
+        num_new = max(wanted, *missing)
         lengths = set(map(len, whole))
         is_step = num_new <= self.width and num_new <= min(lengths)
-        if self.runner.is_compiled and is_step and min(map(len, self._held)) >= self.width <= min(lengths):
-            logits = self._read_captured(dict(zip(self._rows, whole, strict=True)))[:, -wanted:]
+        if self.runner.is_compiled and is_step and min(map(len, self._cached)) >= self.width <= min(lengths):
+            logits = self._forward_captured(dict(zip(self._rows, whole, strict=True)))[:, -wanted:]
         elif not self.runner.is_compiled and (is_step or lengths == {num_new}):
-            logits = self._read_rows(0, whole, num_new, wanted)
+            logits = self._forward_rows(0, whole, num_new, wanted)
         else:
-            rows = zip(self._rows, whole, unread, strict=True)
-            logits = torch.cat([self._read_row(row, ids, max(wanted, num), wanted) for row, ids, num in rows])
+            rows = zip(self._rows, whole, missing, strict=True)
+            logits = torch.cat([self._prefill_row(row, ids, max(wanted, num), wanted) for row, ids, num in rows])
         for row, text, ids in zip(self._rows, texts, whole, strict=True):
-            self._held[row], self._num_text[row] = ids, len(text)
+            self._cached[row], self._num_text[row] = ids, len(text)
         return logits
 
     def keep(self, which: list[int]) -> None:
-        """Go on with some of the texts only. A compiled runner's shapes stay, so it goes on reading the others too."""
+        """Continue with some of the texts. A compiled runner, whose shapes are fixed, goes on computing the others."""
         self._rows = [self._rows[i] for i in which]
         if not self.runner.is_compiled:
-            self.slots.keep(self._rows)
-            self._held = [self._held[row] for row in self._rows]
+            self.cache.keep(self._rows)
+            self._cached = [self._cached[row] for row in self._rows]
             self._num_text = [self._num_text[row] for row in self._rows]
             self._rows = list(range(len(which)))
 
-    def _num_read(self, row: int, ids: list[int]) -> int:
-        """Tokens at the beginning that stand in the row's slots already."""
-        num, held = self._num_text[row], self._held[row]
-        while num < min(len(held), len(ids)) and held[num] == ids[num]:
+    def _num_reusable(self, row: int, ids: list[int]) -> int:
+        """Leading tokens that are already in the row's cache."""
+        num, cached = self._num_text[row], self._cached[row]
+        while num < min(len(cached), len(ids)) and cached[num] == ids[num]:
             num += 1
         return num
 
-    def _read_row(self, row: int, ids: list[int], num_new: int, num_logits: int) -> Tensor:
-        """One row by itself: a prompt, or a text too short for the others' pace. [1, num_logits, V]"""
+    def _prefill_row(self, row: int, ids: list[int], num_new: int, num_logits: int) -> Tensor:
+        """One row alone: a prompt, or a text shorter than the step of the others. [1, num_logits, V]"""
         num_new = min(num_new, len(ids))
-        logits = self._read_rows(row, [ids], num_new, min(num_logits, num_new))
+        logits = self._forward_rows(row, [ids], num_new, min(num_logits, num_new))
         return F.pad(logits, (0, 0, num_logits - logits.shape[1], 0))
 
-    def _read_rows(self, first_row: int, whole: list[list[int]], num_new: int, num_logits: int) -> Tensor:
-        """The last tokens of neighbouring rows: [B, num_logits, V]."""
+    def _forward_rows(self, first_row: int, whole: list[list[int]], num_new: int, num_logits: int) -> Tensor:
+        """The last tokens of consecutive rows: [B, num_logits, V]."""
         ids, positions = self._tail(whole, num_new)
         lengths = {len(ids) for ids in whole}
-        is_from_start = lengths == {num_new}
-        reading = Reading(self.slots, first_row, positions, max(lengths), is_from_start)
-        return self.runner.forward(ids, positions, reading, num_logits)
+        view = CacheView(self.cache, first_row, positions, max(lengths), is_prefill=lengths == {num_new})
+        return self.runner.forward(ids, positions, view, num_logits)
 
-    def _read_captured(self, whole: dict[int, list[int]]) -> Tensor:
+    def _forward_captured(self, whole: dict[int, list[int]]) -> Tensor:
         """The last `width` tokens of every row, finished ones included: [B, num_logits, V]."""
-        rows = [whole.get(row, held) for row, held in enumerate(self._held)]
+        rows = [whole.get(row, cached) for row, cached in enumerate(self._cached)]
         ids, positions = self._tail(rows, self.width)
-        return self.runner.step(self.slots, ids, positions, self.num_logits)[list(whole)]
+        return self.runner.step(self.cache, ids, positions, self.num_logits)[list(whole)]
 
     def _tail(self, whole: list[list[int]], num_new: int) -> tuple[Tensor, Tensor]:
         """The last tokens of some texts and their positions, int64 [B, N] each."""

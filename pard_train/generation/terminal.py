@@ -1,4 +1,4 @@
-"""A chat in the terminal that shows speculative decoding at work."""
+"""Chat in the terminal with live speculative decoding."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ACCEPTED_STYLE = "bold green"
 
 
 class ChatSession:
-    """One conversation with a target model, drafted by a draft model.
+    """One conversation with a target model, with draft tokens of a draft model.
 
     Raises:
-        UserError: if they do not fit, or the target has layers that live decoding cannot run.
+        UserError: if they do not match, or the target has layers that live decoding does not support.
     """
 
     def __init__(self, config: Config, console: Console | None = None):
@@ -41,7 +41,7 @@ class ChatSession:
         configs = {target: target_config, draft: self.drafter.model.config}
         self.target = Runner(load_causal_lm(target, dtype=dtype, trust_remote_code=trust).to(device))
         self.contexts = {name: getattr(c, "max_position_embeddings", None) for name, c in configs.items()}
-        self.draft = self.drafter.runner  # prepared now, so that the first answer's time is decoding alone
+        self.draft = self.drafter.runner  # prepared now, to keep it out of the first answer's time
         self.encoder = ChatEncoder(self.tokenizer, config.data.template_kwargs)
         self.limits = Limits(self.config.max_new_tokens, end_ids_of(target, self.tokenizer))
         self.sampling = Sampling(self.config.temperature, self.config.top_p, config.seed)
@@ -49,10 +49,10 @@ class ChatSession:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, question: str) -> str:
-        """Stream the answer to the console, then its tau and speed; the conversation goes on from it.
+        """Stream the answer to the console, then its tau and speed, and append it to the conversation.
 
         Raises:
-            UserError: if the chat template refuses the question, or the answer might not fit into the context.
+            UserError: if the chat template rejects the question, or the answer might exceed the context.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         prompt = self.encoder.encode_prompt(messages)
@@ -80,13 +80,13 @@ class ChatSession:
                 raise UserError(
                     f"{name} has {limit} positions, but the conversation so far ({num_prompt} tokens), "
                     f"max_new_tokens={self.config.max_new_tokens} and num_draft_tokens={self.config.num_draft_tokens} "
-                    f"may take {needed}: ask something shorter, choose a smaller max_new_tokens, or begin anew"
+                    f"may take {needed}: ask something shorter, lower max_new_tokens, or start a new conversation"
                 )
 
     def _decode(
         self, prompt: list[int], drafter: Drafter | None, show: Callable[[Step], None]
     ) -> tuple[list[Step], float]:
-        """Decode an answer, showing every step as it comes: its steps and seconds."""
+        """Decode an answer and show every step. Returns its steps and seconds."""
         steps, start = [], time.perf_counter()
         k = self.config.num_draft_tokens if drafter is not None else 0
         for step in decode(
@@ -98,7 +98,7 @@ class ChatSession:
 
 
 class TokenPrinter:
-    """Prints tokens as they come, accepted draft tokens in a colour of their own; holds back half a character."""
+    """Prints tokens as they arrive, accepted draft tokens in color; buffers incomplete UTF-8 characters."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console):
         self.tokenizer = tokenizer
@@ -110,7 +110,7 @@ class TokenPrinter:
         for number, token in enumerate(step.tokens):
             self.held.append(token)
             text = self.tokenizer.decode(self.held, skip_special_tokens=True)
-            if text.endswith("\ufffd"):  # the bytes of this character are not all here yet
+            if text.endswith("\ufffd"):  # an incomplete character
                 continue
             self.held = []
             self.console.print(Text(text, style=ACCEPTED_STYLE if number < step.num_accepted else ""), end="")

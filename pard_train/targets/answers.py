@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from pard_train.generation.decoding import Limits
-from pard_train.generation.sampling import GREEDY, Dice, Sampling, draw, probabilities
+from pard_train.generation.sampling import GREEDY, Sampling, SequenceRandom, draw, probabilities
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,14 @@ class DrawnToken(LogitsProcessor):
     """
 
     def __init__(self, prompts: list[list[int]], sampling: Sampling):
-        self._dice, self._rows, self._sampling = Dice(prompts, sampling), list(range(len(prompts))), sampling
+        self._random, self._rows, self._sampling = (
+            SequenceRandom(prompts, sampling),
+            list(range(len(prompts))),
+            sampling,
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] of which one a row is not minus infinity."""
-        rolls = self._dice.roll(self._rows, 1)[:, 0].to(scores.device)
-        tokens = draw(probabilities(scores, self._sampling), rolls)
+        uniforms = self._random.uniform(self._rows, 1)[:, 0].to(scores.device)
+        tokens = draw(probabilities(scores, self._sampling), uniforms)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
