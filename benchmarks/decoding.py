@@ -31,7 +31,7 @@ from pard_train.data.benchmarks import load_benchmark
 from pard_train.data.chat import ChatEncoder
 from pard_train.device import default_device, device_name
 from pard_train.downloads import local_model
-from pard_train.evaluation.speed import NUM_NEW_TOKENS, median_seconds, read_seconds, take_turns
+from pard_train.evaluation.speed import NUM_NEW_TOKENS, forward_seconds, median_seconds, take_turns
 from pard_train.generation.decoding import Decoded, Limits, Step, decode_batch
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
 from pard_train.generation.runner import Runner
@@ -232,7 +232,7 @@ def steps(bench: Bench, batch_sizes: list[int], machine: Machine) -> Iterator[li
         for name, model, runner, num_new, num_logits in kinds:
             work = work_of(model, batch_size, context, num_new, num_logits)
             limit = work.seconds(machine)
-            ours = read_seconds(runner, text, num_new, num_logits, batch_size=batch_size)
+            ours = forward_seconds(runner, text, num_new, num_logits, batch_size=batch_size)
             theirs = transformers_seconds(model, text, num_new, num_logits, batch_size=batch_size)
             numbers = [work.bytes_moved / 1e6, work.operations / 1e9, limit * 1e3, ours * 1e3, ours / limit]
             yield [name, str(batch_size), *(f"{number:.1f}" for number in numbers), f"{theirs * 1e3:.1f}"]

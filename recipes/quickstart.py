@@ -25,7 +25,7 @@ def run(config: Config) -> None:
     """Run the steps in order."""
     from pard_train.data.prompts import PROMPTS_FOLDER, prepare
     from pard_train.device import dtype_name
-    from pard_train.evaluation.evaluate import evaluate, read_document
+    from pard_train.evaluation.evaluate import evaluate, find_result
     from pard_train.evaluation.monitor import build_monitor
     from pard_train.fingerprints import model_fingerprint
     from pard_train.model import inspect_base
@@ -69,7 +69,7 @@ def run(config: Config) -> None:
         evaluate=replace(training.evaluate, drafts=drafts),
         output_dir=str(evaluation_dir),
     )
-    document = read_document(evaluation) or evaluate(evaluation)
+    document = find_result(evaluation) or evaluate(evaluation)
     print("\n" + render_report(document))
     trained = {**document, "records": [record for record in document["records"] if record["draft"] == "after"]}
     if misses := tau_below(trained, config.evaluate.fail_below):

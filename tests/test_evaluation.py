@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from pard_train.config import Config
 from pard_train.device import device_name
 from pard_train.errors import UserError
-from pard_train.evaluation.evaluate import evaluate, read_document
+from pard_train.evaluation.evaluate import evaluate, find_result
+from pard_train.fingerprints import model_fingerprint
 from pard_train.training.trainer import train
 from pard_train.validation import validate_evaluate
 
@@ -118,7 +119,7 @@ def test_a_repeated_evaluation_computes_nothing_again_and_a_changed_one_is_refus
     (cache,) = (tmp_path / "out" / "target_text").iterdir()
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
     whole = cache.read_bytes()
-    assert evaluate(config) == first == read_document(config)
+    assert evaluate(config) == first == find_result(config)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()} == cells
 
     cache.write_bytes(whole[: whole.rindex(b"{") + 7])  # killed in the middle of the last line
@@ -127,7 +128,8 @@ def test_a_repeated_evaluation_computes_nothing_again_and_a_changed_one_is_refus
     assert sorted(cache.read_bytes().splitlines()) == sorted(whole.splitlines())
     with pytest.raises(UserError, match="holds an evaluation with other settings"):
         evaluate(with_settings(config, "evaluate", max_new_tokens=12))
-    assert read_document(with_settings(config, "evaluate", max_new_tokens=12)) is None
+    with pytest.raises(UserError, match="max_new_tokens: 24 -> 12"):
+        find_result(with_settings(config, "evaluate", max_new_tokens=12))
 
 
 def test_a_result_of_other_weights_or_prompts_in_the_same_places_is_not_taken_for_this_one(
@@ -140,7 +142,7 @@ def test_a_result_of_other_weights_or_prompts_in_the_same_places_is_not_taken_fo
     live = {"live_prompts": 1, "live_rounds": 1, "live_methods": ["ngram"]}
     config = settings(folders, target, prompts, tmp_path / "out", num_draft_tokens=[4], **live)
     document = evaluate(config)
-    assert read_document(config) == document
+    assert find_result(config) == document
 
     changed = {
         folders[0] / "model.safetensors": (drafts[1] / "model.safetensors").read_bytes(),
@@ -150,9 +152,44 @@ def test_a_result_of_other_weights_or_prompts_in_the_same_places_is_not_taken_fo
     for path, content in changed.items():
         whole = path.read_bytes()
         path.write_bytes(content)
-        assert read_document(config) is None
+        assert find_result(config) is None
         path.write_bytes(whole)
-    assert read_document(config) == document
+    assert find_result(config) == document
+
+
+def test_an_evaluation_of_version_0_1_resumes_in_its_folder(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    config = settings(drafts, base_folder, prompts_file, tmp_path / "out")
+    config.evaluate.drafts, config.draft.path = {}, str(drafts[1])
+    first = evaluate(config)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    del stored["settings_version"]
+    old = {**stored, "draft": str(drafts[1]), "drafts": {}, "output_dir": "elsewhere"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(old))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
+    assert find_result(config) == first == evaluate(config)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()} == times
+    with pytest.raises(UserError, match=r"top_p: 1\.0 -> 0\.9"):
+        evaluate(with_settings(config, "evaluate", top_p=0.9))
+
+
+def test_a_run_folder_stands_for_the_better_of_its_drafts(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for name, folder in (("draft", drafts[0]), ("best", drafts[1])):
+        shutil.copytree(folder, run / name)
+    for name in ("config.json", "run.json"):
+        shutil.copyfile(drafts[1].parent / name, run / name)
+    rows = [{"step": step, "eval/tau/mean": tau} for step, tau in ((2, 2.5), (4, 2.4))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "best" / "best.json").write_text('{"chosen_by": "mean", "tau": 2.5, "step": 2}')
+    config = settings(drafts, base_folder, prompts_file, tmp_path / "out", num_draft_tokens=[4])
+    config.evaluate.drafts, config.draft.path = {}, str(run)
+    (record,) = evaluate(config)["records"]
+    assert record["draft"] == "run"
+    assert record["draft_fingerprint"] == model_fingerprint(str(run / "best"))
 
 
 def without_origin(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -235,7 +272,7 @@ def test_the_same_command_mends_what_failed(
     config = settings(drafts, base_folder, prompts_file, tmp_path / "out", targets=[str(base_folder), str(target)])
     (target / "model.safetensors").write_bytes(whole[:1000])
     assert len(evaluate(config)["failures"]) == 1
-    assert read_document(config) is None
+    assert find_result(config) is None
     (target / "model.safetensors").write_bytes(whole)
     document = evaluate(config)
     assert document["failures"] == []
@@ -279,19 +316,17 @@ def test_every_way_to_decode_live_is_a_measurement_of_its_own_and_of_this_machin
 
 def test_a_threshold_of_no_benchmark_or_of_no_number_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     config = settings((tmp_path, tmp_path), tmp_path, tmp_path / "mine.jsonl.gz", tmp_path / "out")
-    with pytest.raises(
-        UserError, match=r"fail_below.humaneval is the threshold of no benchmark: allowed are mine, all"
-    ):
+    with pytest.raises(UserError, match=r"evaluate\.fail_below\.humaneval .*mine, all"):
         evaluate(with_settings(config, "evaluate", fail_below={"mine": 2.0, "all": 2.0, "humaneval": 2.0}))
-    config = with_settings(config, "evaluate", draft=None, fail_below={"mine": float("nan")})
-    with pytest.raises(UserError, match=r"fail_below.mine=nan: must be at least 1"):
+    config = with_settings(config, "evaluate", fail_below={"mine": float("nan")})
+    with pytest.raises(UserError, match=r"fail_below\.mine=nan: must be at least 1"):
         validate_evaluate(config)
 
 
 def test_a_missed_threshold_ends_the_command_with_status_3_after_everything_is_written(
     drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
-    arguments = [f"draft={drafts[1]}", f"targets=[{base_folder}]", f"benchmarks=[{prompts_file}]"]
+    arguments = [f"draft.path={drafts[1]}", f"targets=[{base_folder}]", f"benchmarks=[{prompts_file}]"]
     arguments += [f"output_dir={tmp_path / 'out'}", "num_draft_tokens=[4]", "max_new_tokens=16", "fail_below.all=4.9"]
     program = [sys.executable, "recipes/evaluate.py", *arguments]
     result = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300)

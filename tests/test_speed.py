@@ -20,8 +20,6 @@ from pard_train.evaluation.speed import (
     measure_latencies,
     median_seconds,
     predict,
-    prediction,
-    recommended,
     take_turns,
     time_proposers,
 )
@@ -34,7 +32,7 @@ LIMITS = Limits(16, frozenset(range(40, 50)))
 
 def test_speed_up_is_tau_times_a_plain_step_over_a_speculative_one() -> None:
     latencies = Latencies(4, 128, "cpu", 0.020, {2: 0.004, 8: 0.006, 16: 0.010}, {2: 0.022, 8: 0.030, 16: 0.050})
-    rows = predict({2: 1.95, 8: 3.6, 16: 3.9, 32: 4.0}, latencies)  # no latencies were measured for 32
+    rows = predict({2: 1.95, 8: 3.6, 16: 3.9, 32: 4.0}, latencies)["rows"]  # no latencies were measured for 32
     assert [row["num_draft_tokens"] for row in rows] == [2, 8, 16]
     assert [row["speedup"] for row in rows] == pytest.approx([1.5, 2.0, 1.3])
     assert rows[1] == {
@@ -44,9 +42,7 @@ def test_speed_up_is_tau_times_a_plain_step_over_a_speculative_one() -> None:
         "verify_seconds": 0.030,
         "speedup": pytest.approx(2.0),
     }
-    assert recommended(rows) == 8
-    found = prediction({8: 3.6}, latencies)
-    assert found == {
+    assert predict({8: 3.6}, latencies) == {
         "batch_size": 4,
         "context_length": 128,
         "device": "cpu",
@@ -58,9 +54,9 @@ def test_speed_up_is_tau_times_a_plain_step_over_a_speculative_one() -> None:
 
 def test_a_draft_that_gains_nothing_is_not_recommended() -> None:
     latencies = Latencies(1, 64, "cpu", 0.010, {4: 0.010}, {4: 0.012})
-    assert recommended(predict({4: 2.1}, latencies)) == 0
-    assert recommended(predict({4: 2.3}, latencies)) == 4
-    assert recommended([]) == 0
+    assert predict({4: 2.1}, latencies)["recommended_num_draft_tokens"] == 0
+    assert predict({4: 2.3}, latencies)["recommended_num_draft_tokens"] == 4
+    assert predict({}, latencies)["recommended_num_draft_tokens"] == 0
 
 
 def test_a_record_holds_medians_their_range_and_the_ratio_within_rounds() -> None:

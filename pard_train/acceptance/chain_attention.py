@@ -65,12 +65,11 @@ class Memory:
             rows = slice(block.start, block.stop)
             text_key, text_value = (part[:, block.keys] for part in self._text[layer])
             if self.depth == 0:
-                out = _attend_text(query[:, rows], text_key, text_value, block.mask, scaling)
+                outputs.append(_attend_text(query[:, rows], text_key, text_value, block.mask, scaling))
             else:
                 own_key, own_value = (part[:, rows] for part in self._chains[layer])
-                mask = cast(Tensor, block.mask)
-                out = _attend_chains(query[:, rows], text_key, text_value, own_key, own_value, mask, scaling)
-            outputs.append(out)
+                text, own, mask = (text_key, text_value), (own_key, own_value), cast(Tensor, block.mask)
+                outputs.append(_attend_chains(query[:, rows], text, own, mask, scaling))
         return torch.cat(outputs, dim=1)
 
     def _extended(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,22 +90,18 @@ def _attend_text(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
 
 
 def _attend_chains(
-    query: Tensor,
-    text_key: Tensor,
-    text_value: Tensor,
-    own_key: Tensor,
-    own_value: Tensor,
-    mask: Tensor,
-    scaling: float,
+    query: Tensor, text: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], mask: Tensor, scaling: float
 ) -> Tensor:
     """Rows over text and over the d slots of their own chains, in one softmax (in float32).
 
     Args:
         query: [H / G, Q, G, D].
-        text_key, text_value: [H / G, P, D].
-        own_key, own_value: [H / G, Q, d, D], of the chains.
+        text: keys and values, [H / G, P, D] each.
+        own: keys and values of the chains, [H / G, Q, d, D] each.
         mask: text tokens visible to each row, bool [Q, P].
+        scaling: of the scores.
     """
+    (text_key, text_value), (own_key, own_value) = text, own
     num_text, shape = text_key.shape[1], query.shape
     text_scores = (query.flatten(1, 2) @ text_key.mT).view(*shape[:3], num_text)  # [H / G, Q, G, P]
     text_scores = text_scores.masked_fill(~mask[:, None], -torch.inf)
@@ -126,17 +121,7 @@ def _attend(
     chain_memory: Memory,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function registered with `transformers` as ATTENTION.
-
-    Args:
-        query: [1, H, R, D].
-        key: [1, H / G, R, D].
-        value: [1, H / G, R, D].
-        chain_memory: cached keys and values, and the blocks of the rows.
-
-    Returns:
-        Output [1, R, H, D] and None for the attention weights.
-    """
+    """Attention function for `transformers`: query [1, H, R, D], key and value [1, H / G, R, D] -> [1, R, H, D]."""
     grouped = query[0].unflatten(0, (key.shape[1], -1)).transpose(1, 2)  # [H / G, R, G, D]
     out = chain_memory.attend(cast(int, module.layer_idx), grouped, key[0], value[0], scaling)
     return out.transpose(0, 1).flatten(1, 2)[None], None

@@ -25,10 +25,6 @@ PromptAnswer = tuple[list[int], list[int]]  # ids of a prompt, at least one, and
 
 MAX_BLOCK_ROWS = 256  # a mask of 2 MB over a text of 8192 tokens
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packs of texts
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Text:
@@ -79,11 +75,6 @@ def _num_shared(first: np.ndarray, second: np.ndarray) -> int:
     length = min(len(first), len(second))
     differing = np.flatnonzero(first[:length] != second[:length])
     return int(differing[0]) if len(differing) else length
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Chains, one depth at a time
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class PackedChains:
@@ -148,11 +139,6 @@ class PackedChains:
         with chain_attention(model):
             output = model.base_model(inputs[0], position_ids=inputs[1], use_cache=False, chain_memory=self._memory)
         return output.last_hidden_state[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Blocks of rows
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _text_blocks(texts: list[Text], device: torch.device) -> list[Block]:

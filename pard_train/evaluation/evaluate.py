@@ -1,39 +1,38 @@
 """Evaluation: drafts x targets x benchmarks x K x temperature -> acceptance.json, tables and a page.
 
-Each target writes its greedy answers once; replay then gives every draft's exact acceptance for every K from them. Live
-runs decode some prompts, for speed and sampling, and check that the output is unchanged. The same command resumes an
-interrupted evaluation. A target that fails does not stop the others.
+Each target writes its greedy answers once; replay then gives the exact acceptance of every draft at every K from that
+cache. Live runs decode some prompts, for speed and sampling, and check that the output is unchanged. The same command
+resumes an interrupted evaluation. A target that fails does not stop the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pard_train.config import Config, EvaluateConfig, decisive
-from pard_train.data.benchmarks import Benchmark, load_benchmarks
+from pard_train.data.benchmarks import Benchmark, benchmark_name, load_benchmarks
 from pard_train.device import dtype_name
 from pard_train.errors import UserError
 from pard_train.evaluation.engine_records import engine_records
+from pard_train.evaluation.live import live_records, measure_steps, predict_speedup
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.measurement import (
     NO_DRAFT,
     Draft,
     estimate_records,
-    live_records,
-    measure_steps,
-    predict_speedup,
     replay_case,
     replay_records,
+    sample_outputs,
 )
-from pard_train.evaluation.samples import sample_answers
 from pard_train.evaluation.speed import Latencies
 from pard_train.fingerprints import model_fingerprint
-from pard_train.reports.records import ACCEPTANCE_FILE, SCHEMA_VERSION, Record, Result, upgrade
+from pard_train.reports.records import ACCEPTANCE_FILE, KINDS, SCHEMA_VERSION, Record, Result, read_result
 from pard_train.reports.report import write_report
-from pard_train.runs import check_run, claim_run, read_json, write_json
+from pard_train.runs import CONFIG_FILE, check_run, claim_run, read_json, require_same, write_json
 from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
 from pard_train.targets.compatibility import OK, Model, check_engine, check_pair, require
 from pard_train.targets.target import Target, load_targets, short_name
@@ -57,130 +56,150 @@ def evaluate(config: Config) -> Result:
             nothing could be measured.
     """
     matrix, settings = Matrix(config), config.evaluate
+    _check_thresholds(settings)
     benchmarks = load_benchmarks(settings.benchmarks, settings.max_prompts)
-    _check_thresholds(settings.fail_below, benchmarks)
-    targets = load_targets(config)
-    trust = config.model.trust_remote_code
-    named = named_drafts(config)
-    drafts = [Draft(name, Model.load(path, trust_remote_code=trust), matrix) for name, path in named.items()]
+    targets, paths = load_targets(config), draft_paths(config)
+    drafts = [Draft(name, path, matrix) for name, path in paths.items()]
     for target in targets:
-        check_fit([draft.model for draft in drafts], target, benchmarks, settings)
+        _check_pairs(drafts, target, benchmarks, settings)
     if settings.engine_python:
         require([check_engine(settings.engine_python)])
-    decides = evaluation_settings(config, named)
-    check_run(matrix.folder, decides, resume=True)
-    claim_run(matrix.folder, decides)
+    _claim_folder(config, paths)
 
-    found = [_visit(matrix, target, drafts, benchmarks) for target in targets]
-    records = [record for visit in found for record in visit.records]
+    answered = [_measure_target(matrix, target, drafts, benchmarks) for target in targets]
+    records = [record for answers in answered for record in answers.records]
     samples: list[dict[str, Any]] = []
     for draft in drafts:
-        for visit in found:
-            _replay_visit(matrix, draft, visit, records, samples)
+        for answers in answered:
+            _measure_draft(matrix, draft, answers, records, samples)
         draft.unload()
     if not records:
         raise UserError(f"nothing could be measured; the first failure: {matrix.failures[0]['reason']}")
-    document = {"schema_version": SCHEMA_VERSION, "records": records, "failures": matrix.failures}
-    predictions = [predict_speedup(records, *latency) for visit in found for latency in visit.latencies]
-    for name, content in ((ACCEPTANCE_FILE, document), (PREDICTIONS_FILE, predictions), (SAMPLES_FILE, samples)):
+    result = {"schema_version": SCHEMA_VERSION, "records": records, "failures": matrix.failures}
+    predictions = [predict_speedup(records, *latency) for answers in answered for latency in answers.latencies]
+    for name, content in ((ACCEPTANCE_FILE, result), (PREDICTIONS_FILE, predictions), (SAMPLES_FILE, samples)):
         write_json(matrix.folder / name, content)
-    write_report(document, matrix.folder, predictions=predictions, samples=samples)
-    return document
+    write_report(result, matrix.folder, predictions=predictions, samples=samples)
+    return result
 
 
 @dataclass
-class Visit:
-    """What was measured while a target was in memory, and its answers."""
+class TargetAnswers:
+    """What one target answered, and what was measured while it was in memory.
+
+    Attributes:
+        cases: its greedy answers to every benchmark.
+        scored: its answers drawn at temperatures above 0, with its log-probabilities.
+        records: of live decoding and of an engine.
+        latencies: by the names of draft and target.
+    """
 
     cases: list[Case] = field(default_factory=list)
     scored: list[ScoredCase] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
-    latencies: list[tuple[Draft, Target, Latencies]] = field(default_factory=list)
+    latencies: list[tuple[dict[str, str], Latencies]] = field(default_factory=list)
 
 
-def _visit(matrix: Matrix, target: Target, drafts: Sequence[Draft], benchmarks: Sequence[Benchmark]) -> Visit:
+def _measure_target(
+    matrix: Matrix, target: Target, drafts: Sequence[Draft], benchmarks: Sequence[Benchmark]
+) -> TargetAnswers:
     """Have a target write its answers and decode live; then unload it, which makes room for an engine."""
-    visit, settings = Visit(), matrix.settings
-    limit, system = settings.max_new_tokens, settings.system_prompt
-    can_score = not target.inference.servers  # scores need the target's weights
+    answers, settings, folder = TargetAnswers(), matrix.settings, matrix.folder
+    limits = {"max_new_tokens": settings.max_new_tokens, "system_prompt": settings.system_prompt}
+    write = partial(write_case, target, folder=folder, **limits)
+    temperatures = [] if target.inference.servers else settings.temperatures  # scores need the target's weights
     for benchmark in benchmarks:
         with matrix.keep_going(target=target.label, benchmark=benchmark.name):
-            visit.cases.append(write_case(target, benchmark, matrix.folder, max_new_tokens=limit, system_prompt=system))
-            for sampling in [matrix.sampling(t) for t in settings.temperatures if t and can_score]:
-                case = write_case(
-                    target, benchmark, matrix.folder, max_new_tokens=limit, system_prompt=system, sampling=sampling
-                )
-                visit.scored.append(score_case(target, case, sampling, matrix.folder))
+            answers.cases.append(write(benchmark))
+            for sampling in map(matrix.sampling, filter(None, temperatures)):
+                case = write(benchmark, sampling=sampling)
+                answers.scored.append(score_case(target, case, sampling, folder))
     if settings.live_prompts:
-        for case in visit.cases:
-            visit.records += live_records(matrix, drafts, target, case)
-        visit.latencies += measure_steps(matrix, drafts, target, visit.cases)
+        for case in answers.cases:
+            answers.records += live_records(matrix, drafts, target, case)
+        answers.latencies += measure_steps(matrix, drafts, target, answers.cases)
     target.unload()
     for draft in drafts if settings.engine_python else ():
-        for case in visit.cases:
+        for case in answers.cases:
             with matrix.keep_going(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
-                visit.records += engine_records(matrix, draft, target, case)
-    return visit
+                answers.records += engine_records(matrix, draft, target, case)
+    return answers
 
 
-def _replay_visit(
-    matrix: Matrix, draft: Draft, visit: Visit, records: list[Record], samples: list[dict[str, Any]]
+def _measure_draft(
+    matrix: Matrix, draft: Draft, answers: TargetAnswers, records: list[Record], samples: list[dict[str, Any]]
 ) -> None:
-    """Add the acceptance of one draft on the answers of one target."""
-    for case in visit.cases:
+    """Append the acceptance of one draft on the answers of one target, and sample outputs."""
+    for case in answers.cases:
         with matrix.keep_going(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
-            matches, made_by = replay_case(matrix, draft, case)
-            records += replay_records(matrix, draft, case, matches, made_by)
-            samples += sample_answers(draft, case, matches, matrix.settings.num_draft_tokens)
-    for scored in visit.scored:
+            matches, provenance = replay_case(matrix, draft, case)
+            records += replay_records(matrix, draft, case, matches, provenance)
+            samples += sample_outputs(matrix, draft, case, matches)
+    for scored in answers.scored:
         with matrix.keep_going(draft=draft.name, target=scored.case.target, benchmark=scored.case.benchmark.name):
             records += estimate_records(matrix, draft, scored)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is measured, checked before anything expensive
+# Checks before anything expensive
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_thresholds(fail_below: dict[str, float], benchmarks: Sequence[Benchmark]) -> None:
-    names = [*(benchmark.name for benchmark in benchmarks), "all"]
-    for name in fail_below:
+def _check_thresholds(settings: EvaluateConfig) -> None:
+    names = [*map(benchmark_name, settings.benchmarks), "all"]
+    for name in settings.fail_below:
         if name not in names:
             raise UserError(f"evaluate.fail_below.{name} is not a benchmark: allowed are {', '.join(names)}")
 
 
-def check_fit(
-    drafts: Sequence[Model], target: Target, benchmarks: Sequence[Benchmark], settings: EvaluateConfig
+def _check_pairs(
+    drafts: Sequence[Draft], target: Target, benchmarks: Sequence[Benchmark], settings: EvaluateConfig
 ) -> None:
     """Print what an engine or a user should know about each pair. Raises UserError if a pair cannot work."""
-    longest = max(
-        longest_text(b.prompts, target.encoder, settings.max_new_tokens, system_prompt=settings.system_prompt)
-        for b in benchmarks
-    )
+    limits = {"max_new_tokens": settings.max_new_tokens, "system_prompt": settings.system_prompt}
+    longest = max(longest_text(benchmark.prompts, target.encoder, **limits) for benchmark in benchmarks)
     num_tokens = longest + max(*settings.num_draft_tokens, settings.live_num_draft_tokens)
     model = Model.load(target.name, trust_remote_code=target.trust_remote_code)
     for draft in drafts:
-        findings = check_pair(draft, model, num_tokens=num_tokens, dtype=target.dtype)
+        findings = check_pair(draft.model, model, num_tokens=num_tokens, dtype=target.dtype)
         require(findings)
         for finding in findings:
             if finding.level != OK:
                 print(f"draft {draft.name}, target {target.label}: {finding}")
 
 
-def named_drafts(config: Config) -> dict[str, str]:
-    """Path of every draft by its name: evaluate.drafts, or draft.path by the name of its folder."""
+def draft_paths(config: Config) -> dict[str, str]:
+    """Draft folder or hub name of every draft by its name: evaluate.drafts, or draft.path by the name of its folder.
+
+    A run folder stands for the better of its drafts.
+    """
     path = config.draft.path
-    if path is None:
-        return dict(config.evaluate.drafts)
-    return {Path(path).name: resolve_draft(path)}
+    named = dict(config.evaluate.drafts) if path is None else {Path(path).name: path}
+    return {name: resolve_draft(path) for name, path in named.items()}
 
 
-def evaluation_settings(config: Config, drafts: dict[str, str]) -> dict[str, Any]:
-    """The settings that decide the result of an evaluation of drafts, path by name."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Finished evaluations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _claim_folder(config: Config, drafts: dict[str, str]) -> None:
+    """Claim the output folder; the same evaluation may claim it again. Raises UserError if it holds anything else."""
+    folder, settings = Path(config.output_dir), _settings(config, drafts)
+    stored = _stored_settings(folder)
+    if stored is None:
+        check_run(folder, settings, resume=True)
+    else:
+        require_same(stored, settings, what=f"output_dir={folder} holds an evaluation with other settings")
+    claim_run(folder, settings, asdict(config))
+
+
+def _settings(config: Config, drafts: dict[str, str]) -> dict[str, Any]:
+    """The settings that decide the result of an evaluation, under the names of version 0.1."""
     return {
+        **decisive(config.evaluate),
         "drafts": drafts,
         "targets": list(config.targets),
-        "evaluate": {**decisive(config.evaluate), "drafts": None},
         "dtype": dtype_name(config.inference.dtype),
         "batch_size": config.inference.batch_size,
         "template_kwargs": dict(config.data.template_kwargs),
@@ -189,25 +208,34 @@ def evaluation_settings(config: Config, drafts: dict[str, str]) -> dict[str, Any
     }
 
 
-def read_document(config: Config) -> Result | None:
+def _stored_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the evaluation in a folder, of this version or 0.1; None if there is none."""
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    stored = read_json(folder / CONFIG_FILE)
+    draft = stored.pop("draft", None)  # of version 0.1, as output_dir
+    for name in ("settings_version", "output_dir"):
+        stored.pop(name, None)
+    return stored | ({"drafts": {Path(draft).name: draft}} if draft else {})
+
+
+def find_result(config: Config) -> Result | None:
     """The result of this evaluation with the present weights and prompts; None if there is none or it has failures.
 
     Raises:
         UserError: if the folder holds another evaluation, or a benchmark cannot be read.
     """
-    folder = Path(config.output_dir)
+    folder, drafts = Path(config.output_dir), draft_paths(config)
     if not (folder / ACCEPTANCE_FILE).exists():
         return None
-    drafts = named_drafts(config)
-    check_run(folder, evaluation_settings(config, drafts), resume=True)
-    document = upgrade(read_json(folder / ACCEPTANCE_FILE))
-    return None if document["failures"] or _named_in(document) != _named_now(config, drafts) else document
+    _claim_folder(config, drafts)
+    result = read_result(folder)
+    return None if result["failures"] or _named_in(result) != _named_now(config, drafts) else result
 
 
-def _named_in(document: Result) -> set[tuple[str, str, str]]:
+def _named_in(result: Result) -> set[tuple[str, str, str]]:
     """(kind, name, fingerprint) of every draft, target and benchmark of a result."""
-    kinds = ("draft", "target", "benchmark")
-    named = {(kind, r[kind], r[f"{kind}_fingerprint"]) for r in document["records"] for kind in kinds}
+    named = {(kind, r[kind], r[f"{kind}_fingerprint"]) for r in result["records"] for kind in KINDS}
     return named - {("draft", NO_DRAFT, NO_DRAFT)}
 
 

@@ -1,4 +1,4 @@
-"""The matrix of one evaluation: its settings, its finished results as files, and its failures."""
+"""The matrix of one evaluation (drafts x targets x benchmarks): its settings, stored results and failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pard_train.device import device_name, dtype_name
 from pard_train.generation.sampling import GREEDY, Sampling
 from pard_train.runs import fingerprint, provenance, read_json, write_json
 
-CELLS_FOLDER = "cells"
+RESULTS_FOLDER = "cells"
 FAILURES_LOG = "failures.log"  # whole tracebacks; acceptance.json has their last lines
 
 
@@ -21,14 +21,10 @@ class Matrix:
     """Settings and results of one output folder.
 
     Attributes:
-        folder: of the evaluation.
-        settings: what is measured, and how.
         dtype: name of the dtype of drafts and targets.
-        seed: of sampling.
         template_kwargs: arguments of the chat template.
-        trust_remote_code: run code that ships with a model.
         failures: what could not be measured, as in acceptance.json.
-        made_by: command, versions and machine of this run.
+        provenance: command, versions and machine of this run.
     """
 
     def __init__(self, config: Config):
@@ -37,14 +33,14 @@ class Matrix:
         self.template_kwargs = dict(config.data.template_kwargs)
         self.trust_remote_code = config.model.trust_remote_code
         self.failures: list[dict[str, Any]] = []
-        self.made_by = {**provenance(), "device": device_name()}
+        self.provenance = {**provenance(), "device": device_name()}
 
     def sampling(self, temperature: float) -> Sampling:
         """How tokens are chosen at a temperature."""
         return Sampling(temperature, self.settings.top_p, self.seed) if temperature else GREEDY
 
-    def cell(self, kind: str, identity: dict[str, Any], compute: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-        """(result, made_by) of one cell: from its file if it is finished, else computed and stored.
+    def result(self, kind: str, identity: dict[str, Any], compute: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+        """(result, provenance) of one measurement: from its file if it is finished, else computed and stored.
 
         Args:
             kind: first part of the file's name.
@@ -53,17 +49,16 @@ class Matrix:
         """
         path = self._path(kind, identity)
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, {"identity": identity, "result": compute(), "made_by": self.made_by})
-        kept = read_json(path)
-        return kept["result"], kept["made_by"]
+            write_json(path, {"identity": identity, "result": compute(), "made_by": self.provenance})
+        stored = read_json(path)
+        return stored["result"], stored["made_by"]
 
-    def is_finished(self, kind: str, identity: dict[str, Any]) -> bool:
-        """Whether the result of a cell is stored."""
+    def has_result(self, kind: str, identity: dict[str, Any]) -> bool:
+        """Whether a measurement is finished."""
         return self._path(kind, identity).exists()
 
     def _path(self, kind: str, identity: dict[str, Any]) -> Path:
-        return self.folder / CELLS_FOLDER / f"{kind}-{fingerprint([kind, identity])}.json"
+        return self.folder / RESULTS_FOLDER / f"{kind}-{fingerprint([kind, identity])}.json"
 
     @contextmanager
     def keep_going(self, *, target: str, draft: str | None = None, benchmark: str | None = None) -> Iterator[None]:

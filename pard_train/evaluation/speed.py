@@ -1,7 +1,7 @@
-"""Speed: methods timed in turns on the same prompts, and what tau and single latencies predict for every K.
+"""Speed: methods timed in alternation on the same prompts, and the speed-up predicted from tau and latencies.
 
 A step with K draft tokens costs one draft forward pass and one verification of K + 1 tokens, and emits tau tokens on
-average; plain decoding pays one forward pass for each token. So
+average. Plain decoding costs one forward pass per token. So
 
     speed-up(K) = tau(K) * ar / (draft(K) + verify(K))
 """
@@ -23,26 +23,28 @@ from pard_train.generation.proposers import Drafter, Proposer
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, Sampling
 
-NUM_REPEATS = 7  # of every latency, whose median counts
-NUM_NEW_TOKENS = 3  # of text that a draft step reads besides its mask tokens: about tau
+NUM_REPEATS = 7  # of every latency; the median counts
+NUM_NEW_TOKENS = 3  # text tokens of a draft step besides its mask tokens: about tau
+
+Method = Callable[[list[list[int]]], list[Decoded]]  # decodes a batch of prompts
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Methods in turns
+# Methods in alternation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One method beside the target alone, on the same prompts.
+    """One method and the target alone, on the same prompts.
 
     Attributes:
-        method: the name that the proposer was given.
-        batch_size: answers decoded side by side.
+        method: name of the proposer.
+        batch_size: answers decoded together.
         num_draft_tokens: K.
         traces: of every prompt.
-        tokens_per_second: of all prompts together, prefill included, in each round.
-        ar_tokens_per_second: the same of the target alone, in the same rounds.
-        num_identical_answers: answers equal to those of the target alone; None if they are sampled.
+        tokens_per_second: of all prompts, prefill included, in each round.
+        ar_tokens_per_second: the same of the target alone.
+        num_identical_answers: answers equal to those of the target alone; None if sampled.
     """
 
     method: str
@@ -53,29 +55,24 @@ class Timing:
     ar_tokens_per_second: list[float]
     num_identical_answers: int | None
 
-    @property
-    def ratios(self) -> list[float]:
-        """Speed-up within each round, which what slows the whole machine leaves alone."""
-        return [own / ar for own, ar in zip(self.tokens_per_second, self.ar_tokens_per_second, strict=True)]
-
-    @property
-    def speedup(self) -> float:
-        """Median over rounds."""
-        return statistics.median(self.ratios)
-
     def record(self) -> dict[str, Any]:
-        """The `speed` of a record in acceptance.json: medians and ranges over rounds."""
+        """The `speed` of a record in acceptance.json: medians and ranges over rounds.
+
+        The speed-up is a ratio within each round, so it is independent of what slows the whole machine.
+        """
+        own, ar = self.tokens_per_second, self.ar_tokens_per_second
+        ratios = [own / ar for own, ar in zip(own, ar, strict=True)]
         return {
-            "tokens_per_second": statistics.median(self.tokens_per_second),
-            "tokens_per_second_low": min(self.tokens_per_second),
-            "tokens_per_second_high": max(self.tokens_per_second),
-            "ar_tokens_per_second": statistics.median(self.ar_tokens_per_second),
-            "speedup": self.speedup,
-            "speedup_low": min(self.ratios),
-            "speedup_high": max(self.ratios),
+            **_median_and_range("tokens_per_second", own),
+            "ar_tokens_per_second": statistics.median(ar),
+            **_median_and_range("speedup", ratios),
             "num_identical_answers": self.num_identical_answers,
-            "num_rounds": len(self.tokens_per_second),
+            "num_rounds": len(own),
         }
+
+
+def _median_and_range(name: str, values: list[float]) -> dict[str, float]:
+    return {name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
 
 
 def time_proposers(
@@ -89,36 +86,31 @@ def time_proposers(
     num_rounds: int,
     sampling: Sampling = GREEDY,
 ) -> list[Timing]:
-    """Time ways to draft, such as several drafts or one draft in several ways, beside the target alone.
-
-    All take turns on the same batches, after each has decoded the first one as a warm-up.
+    """Time several proposers and the target alone, in alternation on the same batches, after a warm-up of each.
 
     Args:
-        target: model whose text comes out.
+        target: model whose text is decoded.
         proposers: by name.
-        prompts: rendered prompts.
+        prompts: token ids of each.
         limits: when an answer ends.
         num_draft_tokens: K.
-        batch_size: answers decoded side by side.
+        batch_size: answers decoded together.
         num_rounds: times that every method decodes all prompts.
         sampling: how tokens are chosen.
-
-    Returns:
-        One Timing per proposer, in their order.
     """
     runner = target if isinstance(target, Runner) else Runner(target)
     batches = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
 
-    def way(proposer: Proposer | None) -> Callable[[list[list[int]]], list[Decoded]]:
+    def _method(proposer: Proposer | None) -> Method:
         k = 0 if proposer is None else num_draft_tokens
         return lambda batch: decode_batch(
             runner, batch, limits, drafter=proposer, num_draft_tokens=k, sampling=sampling
         )
 
-    ways = [way(None), *map(way, proposers.values())]
-    for run in ways:
-        run(batches[0])  # warm-up: memory, kernels, compiled steps
-    answers, seconds = take_turns(ways, batches, num_rounds)
+    methods = [_method(None), *map(_method, proposers.values())]
+    for decode in methods:
+        decode(batches[0])  # warm-up: memory, kernels, compiled steps
+    answers, seconds = take_turns(methods, batches, num_rounds)
     tokens = [[answer.tokens for answer in found] for found in answers]
     rates = [[sum(map(len, texts)) / s for s in row] for texts, row in zip(tokens, seconds, strict=True)]
     return [
@@ -136,23 +128,23 @@ def time_proposers(
 
 
 def take_turns(
-    ways: Sequence[Callable[[list[list[int]]], list[Decoded]]], batches: Sequence[list[list[int]]], num_rounds: int
+    methods: Sequence[Method], batches: Sequence[list[list[int]]], num_rounds: int
 ) -> tuple[list[list[Decoded]], list[list[float]]]:
-    """Decode every batch in every way, one way after the other on the same batch; who begins moves on by one each time.
+    """Decode every batch with every method; the method that begins rotates from batch to batch.
 
     Returns:
-        Answers of the first round, [way][prompt], and seconds, [way][round].
+        Answers of the first round, [method][prompt], and seconds, [method][round].
     """
-    answers: list[list[Decoded]] = [[] for _ in ways]
-    seconds = [[0.0] * num_rounds for _ in ways]
+    answers: list[list[Decoded]] = [[] for _ in methods]
+    seconds = [[0.0] * num_rounds for _ in methods]
     for number in range(num_rounds * len(batches)):
-        turn, place = divmod(number, len(batches))
-        for shift in range(len(ways)):
-            index = (number + shift) % len(ways)
+        round_number, batch_number = divmod(number, len(batches))
+        for shift in range(len(methods)):
+            index = (number + shift) % len(methods)
             start = time.perf_counter()
-            decoded = ways[index](batches[place])
-            seconds[index][turn] += time.perf_counter() - start
-            if turn == 0:
+            decoded = methods[index](batches[batch_number])
+            seconds[index][round_number] += time.perf_counter() - start
+            if round_number == 0:
                 answers[index] += decoded
     return answers, seconds
 
@@ -164,13 +156,13 @@ def take_turns(
 
 @dataclass(frozen=True)
 class Latencies:
-    """Seconds of single forward passes over a batch, with the keys and values of `context` tokens at hand.
+    """Seconds of single forward passes over a batch, after `context` tokens in the KV cache.
 
     Attributes:
-        device: name of what they were measured on.
-        ar_seconds: the target reads one token of each text.
-        draft_seconds: by K, the draft model reads NUM_NEW_TOKENS tokens and K - 1 mask tokens.
-        verify_seconds: by K, the target reads K + 1 tokens.
+        device: name of the device.
+        ar_seconds: of the target, one token.
+        draft_seconds: by K, of the draft model, NUM_NEW_TOKENS tokens and K - 1 mask tokens.
+        verify_seconds: by K, of the target, K + 1 tokens.
     """
 
     batch_size: int
@@ -180,23 +172,17 @@ class Latencies:
     draft_seconds: dict[int, float]
     verify_seconds: dict[int, float]
 
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Latencies:
+        """As stored, where K is a string."""
+        by_k = {key: {int(k): s for k, s in stored[key].items()} for key in ("draft_seconds", "verify_seconds")}
+        return cls(**{**stored, **by_k})
+
 
 def measure_latencies(
-    target: PreTrainedModel | Runner,
-    drafter: Drafter,
-    num_draft_tokens: Sequence[int],
-    batch_size: int,
-    context: int,
+    target: PreTrainedModel | Runner, drafter: Drafter, num_draft_tokens: Sequence[int], batch_size: int, context: int
 ) -> Latencies:
-    """Measure what a step is made of, median of NUM_REPEATS. Which tokens are read does not matter.
-
-    Args:
-        target: model that verifies.
-        drafter: draft model.
-        num_draft_tokens: values of K, each at least 1.
-        batch_size: texts read side by side.
-        context: tokens that each text has before.
-    """
+    """Measure the forward passes of a step for every K. The tokens themselves do not matter."""
     runner = target if isinstance(target, Runner) else Runner(target)
     ks = sorted(set(num_draft_tokens))
     text = [index % len(drafter.tokenizer) for index in range(context)]
@@ -204,28 +190,28 @@ def measure_latencies(
         batch_size,
         context,
         device_name(),
-        read_seconds(runner, text, 1, 1, batch_size=batch_size),
-        {k: read_seconds(drafter.runner, text, NUM_NEW_TOKENS + k - 1, k, batch_size=batch_size) for k in ks},
-        {k: read_seconds(runner, text, k + 1, k + 1, batch_size=batch_size) for k in ks},
+        forward_seconds(runner, text, 1, 1, batch_size=batch_size),
+        {k: forward_seconds(drafter.runner, text, NUM_NEW_TOKENS + k - 1, k, batch_size=batch_size) for k in ks},
+        {k: forward_seconds(runner, text, k + 1, k + 1, batch_size=batch_size) for k in ks},
     )
 
 
-def read_seconds(runner: Runner, text: list[int], num_new: int, num_logits: int, *, batch_size: int) -> float:
-    """Median seconds of a forward pass that reads `num_new` tokens after `text`, for as many texts as the batch has."""
-    reader = runner.start(batch_size, len(text) + num_new, width=num_new, num_logits=num_logits)
+def forward_seconds(runner: Runner, text: list[int], num_new: int, num_logits: int, *, batch_size: int) -> float:
+    """Median seconds of a forward pass of `num_new` tokens after `text`, over a batch of equal texts."""
+    decoding = runner.start(batch_size, len(text) + num_new, width=num_new, num_logits=num_logits)
     texts, nothing, new = ([ids] * batch_size for ids in (text, [], text[:1] * num_new))
 
-    def forget() -> None:
-        reader.read(texts, nothing, num_logits=1)
+    def _rewind() -> None:
+        decoding.extend(texts, nothing, num_logits=1)
 
-    def read() -> None:
-        reader.read(texts, new, num_logits=num_logits)[:, -1, 0].tolist()  # waits for the device
+    def _forward() -> None:
+        decoding.extend(texts, new, num_logits=num_logits)[:, -1, 0].tolist()  # waits for the device
 
-    return median_seconds(read, before=forget)
+    return median_seconds(_forward, before=_rewind)
 
 
 def median_seconds(run: Callable[[], None], *, before: Callable[[], None], repeats: int = NUM_REPEATS) -> float:
-    """Median duration of something, after one try that does not count; `before` goes before each and is not timed."""
+    """Median duration of `run` after a warm-up. `before` precedes each run and is not timed."""
     durations = []
     for _ in range(repeats + 1):
         before()
@@ -235,45 +221,29 @@ def median_seconds(run: Callable[[], None], *, before: Callable[[], None], repea
     return statistics.median(durations[1:])
 
 
-def predict(tau_by_k: Mapping[int, float], latencies: Latencies) -> list[dict[str, Any]]:
-    """Speed-up of every K that has both a tau and latencies, as the rows of predictions.json.
+def predict(tau_by_k: Mapping[int, float], latencies: Latencies) -> dict[str, Any]:
+    """Speed-up of every K that has both a tau and latencies: one entry of predictions.json without names.
 
-    Example: plain steps of 10 ms; K 4 drafts in 5 ms, verifies in 15 ms and emits 3 tokens: 3 * 10 / (5 + 15) = 1.5.
+    The recommended K has the largest speed-up; 0 means no draft, because none is above 1.
+
+    Example: plain steps of 10 ms; K = 4 drafts in 5 ms, verifies in 15 ms and emits 3 tokens: 3 * 10 / (5 + 15) = 1.5.
 
         >>> latencies = Latencies(1, 256, "cpu", 0.010, {4: 0.005}, {4: 0.015})
-        >>> round(predict({4: 3.0}, latencies)[0]["speedup"], 6)
-        1.5
+        >>> predict({4: 3.0}, latencies)["recommended_num_draft_tokens"]
+        4
     """
     rows = []
     for k in sorted(set(tau_by_k) & set(latencies.draft_seconds)):
         draft, verify = latencies.draft_seconds[k], latencies.verify_seconds[k]
         speedup = tau_by_k[k] * latencies.ar_seconds / (draft + verify)
-        rows.append(
-            {
-                "num_draft_tokens": k,
-                "tau": tau_by_k[k],
-                "draft_seconds": draft,
-                "verify_seconds": verify,
-                "speedup": speedup,
-            }
-        )
-    return rows
-
-
-def recommended(rows: Sequence[Mapping[str, Any]]) -> int:
-    """K of the largest predicted speed-up; 0, which is not to draft at all, if none is above 1."""
+        seconds = {"draft_seconds": draft, "verify_seconds": verify}
+        rows.append({"num_draft_tokens": k, "tau": tau_by_k[k], **seconds, "speedup": speedup})
     best = max(rows, key=lambda row: row["speedup"], default=None)
-    return best["num_draft_tokens"] if best is not None and best["speedup"] > 1 else 0
-
-
-def prediction(tau_by_k: Mapping[int, float], latencies: Latencies) -> dict[str, Any]:
-    """One entry of predictions.json, but for the names of draft and target."""
-    rows = predict(tau_by_k, latencies)
     return {
         "batch_size": latencies.batch_size,
         "context_length": latencies.context,
         "device": latencies.device,
         "ar_seconds": latencies.ar_seconds,
         "rows": rows,
-        "recommended_num_draft_tokens": recommended(rows),
+        "recommended_num_draft_tokens": best["num_draft_tokens"] if best and best["speedup"] > 1 else 0,
     }

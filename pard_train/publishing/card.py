@@ -33,8 +33,6 @@ class Card:
     Attributes:
         name: the draft in the commands: the folder as the user gave it, or its hub repository.
         config: of the exported model.
-        dtype: of its weights.
-        targets: that it was exported for.
         base: folder or hub name of the model it was made from, None if unknown.
         license: keys of the card's head: license, and license_name and license_link if known.
         training: None for a draft from elsewhere.
@@ -117,11 +115,6 @@ def _facts(card: Card) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _training(training: Training) -> str:
     draft, data, settings = (training.config[name] for name in ("draft", "data", "trainer"))
     ranks = training.config.get("world_size", 1)
@@ -171,11 +164,6 @@ def _manifest(manifest: dict[str, Any]) -> str:
 
 def _counts(counts: dict[str, Any]) -> str:
     return ", ".join(f"{value:,} {name}" for name, value in counts.items() if isinstance(value, int))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Acceptance
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _best_records(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:

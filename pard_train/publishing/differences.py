@@ -27,8 +27,6 @@ class Expectation:
     """What the engine should do with one prompt.
 
     Attributes:
-        prompt_id: benchmark and prompt.
-        prompt_ids: as rendered.
         answer_ids: the target's greedy answer, [N].
         extra_ids: its continuation.
         num_prefilled: leading tokens of the answer that no draft predicts: 1 in vLLM, else 0.
@@ -48,13 +46,11 @@ class Difference:
     """The first difference between engine and replay.
 
     Attributes:
-        prompt_id: benchmark and prompt.
         expected: by replay or plain decoding.
-        observed: in the engine.
         hint: likely cause.
-        step: number of the draft, from 0; None if the difference is in the text or the totals.
+        step: number of the draft, from 0; None if the text or the totals differ.
         position: of the draft token within its draft, from 1; None likewise.
-        token: number of the answer's token, from 0; None if the difference is in the totals.
+        token: number of the answer's token, from 0; None if the totals differ.
     """
 
     prompt_id: str

@@ -157,13 +157,7 @@ def check_targets(base: Base, targets: Sequence[str]) -> None:
 def find_sizes(
     targets: Sequence[str], draft: str, num_rows: int, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, list[str]]:
-    """Targets by their vocabulary rows.
-
-    Args:
-        targets: folders or hub names.
-        draft: name of the draft model in errors.
-        num_rows: of the draft model.
-        tokenizer: of the draft model.
+    """Targets by their vocabulary rows; the other arguments are those of the draft.
 
     Raises:
         UserError: if a target has another tokenizer, or fewer rows.

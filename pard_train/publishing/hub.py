@@ -34,11 +34,6 @@ def public_address(repository: str | None, folder: Path, root: Path) -> str:
 def check_upload(repository: str, folders: Sequence[Path], root: Path) -> None:
     """Check names and permission before anything is exported.
 
-    Args:
-        repository: NAMESPACE/NAME.
-        folders: to be uploaded, each to its own repository.
-        root: the output folder.
-
     Raises:
         UserError: if the hub forbids a name, is out of reach, has no login, or the namespace is not writable.
     """
@@ -60,15 +55,7 @@ def check_upload(repository: str, folders: Sequence[Path], root: Path) -> None:
 
 
 def push_to_hub(folders: Sequence[Path], root: Path, settings: ExportConfig) -> list[str]:
-    """Upload exported folders, each to its own repository.
-
-    Args:
-        folders: from `export`.
-        root: the output folder.
-        settings: name and visibility of the repositories.
-
-    Returns:
-        Addresses of the repositories.
+    """Upload exported folders, each to its own repository: the addresses of these.
 
     Raises:
         UserError: if the hub refuses.

@@ -60,11 +60,6 @@ def _manifests(source: str) -> dict[str, dict[str, Any]]:
     return {f.name: read_json(f / MANIFEST_FILE) for f in folders if (f / MANIFEST_FILE).is_file()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Base model and license
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def find_base(name: str | None) -> str | None:
     """Public name of the base model. A name that the hub does not know was a path, of which the last part remains.
 
@@ -97,11 +92,6 @@ def read_license(given: str | None, base: str | None) -> dict[str, str]:
     return {key: head[key] for key in ("license", "license_name", "license_link") if head.get(key)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measured acceptance
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def read_acceptance(path: str, draft: str | None, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Measured records of the exported draft from acceptance.json.
 
@@ -130,14 +120,12 @@ def _check_measured(path: str, name: str, records: Sequence[dict[str, Any]], che
     in the run or under the path that was evaluated, and its step is known. Otherwise the figures are accepted.
     """
     own = _fingerprint_of(checkpoint.path)
-    measured = {r.get("draft_fingerprint") for r in records if r["draft"] == name} - {None}
+    measured = {record.get("draft_fingerprint") for record in records if record["draft"] == name} - {None}
     if not measured or own in measured:
         return
-    for record in records:
-        if own is not None and record.get("draft_fingerprint") == own:
-            raise UserError(
-                f"export.acceptance_draft={name}: {path} holds the figures of {checkpoint.path} as {record['draft']}"
-            )
+    other = next((record["draft"] for record in records if own and record.get("draft_fingerprint") == own), None)
+    if other:
+        raise UserError(f"export.acceptance_draft={name}: {path} holds the figures of {checkpoint.path} as {other}")
     for folder in _candidates(Path(path).parent / CONFIG_FILE, checkpoint):
         if _fingerprint_of(folder) in measured and _is_another(find_checkpoint(folder), checkpoint):
             raise UserError(

@@ -128,10 +128,10 @@ def expect(
     Args:
         drafter: draft model.
         prompts: ids by name.
-        texts: the target's greedy text after each; for vLLM, K tokens past its end.
+        texts: the target's greedy text after each prompt; for vLLM, K tokens longer than the answer.
         limits: when an answer ends.
         num_draft_tokens: K.
-        num_prefilled: see `accepted_by_step`.
+        num_prefilled: as for `accepted_by_step`.
     """
     answers = [limits.cut(text, 0) for text in texts]
     extras = [text[len(answer) :] for text, answer in zip(texts, answers, strict=True)]
@@ -147,14 +147,7 @@ def expect(
 def compare_prompts(
     drafter: Drafter, expectations: Sequence[Expectation], result: EngineResult, num_draft_tokens: int
 ) -> dict[str, Any]:
-    """Compare texts and counters prompt by prompt: the part of verification.json that follows from them.
-
-    Args:
-        drafter: the draft model, for its drafts where they differ.
-        expectations: of every prompt.
-        result: of the engine, in the same order.
-        num_draft_tokens: K.
-    """
+    """Compare texts and counters prompt by prompt: the part of verification.json that follows from them."""
     pairs = list(zip(expectations, result.answers, strict=True))
     differences = (find_difference(drafter, *pair, num_draft_tokens) for pair in pairs)
     first = next((difference for difference in differences if difference is not None), None)
