@@ -1,14 +1,14 @@
-"""Draft tokens inside Transformers' own `generate`: greedy or sampled, streamed, with its processors and criteria.
+"""Parallel drafts inside `generate` of Transformers: greedy or sampled, with streamers, processors and criteria.
 
     from pard_train.engines.candidates import generate
     generate(target, **inputs, draft_model=draft, num_draft_tokens=12, max_new_tokens=256, streamer=streamer)
 
-An exported draft holds a copy of this file, so that one call needs nothing of pard_train:
+An exported draft contains a copy of this file, so that a call does not need pard_train:
 
     target.generate(**inputs, custom_generate=EXPORT, draft_model=EXPORT, trust_remote_code=True, max_new_tokens=256)
 
-Transformers' assisted decoding verifies; what is added is a CandidateGenerator that proposes K tokens from one forward
-pass. Because the file travels, it imports torch and transformers only, and mistakes are plain ValueErrors.
+Assisted decoding of Transformers verifies; the CandidateGenerator here proposes K tokens from one forward pass. Because
+the file is copied, it imports torch and transformers only, and its errors are plain ValueErrors.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ from transformers.generation.streamers import BaseStreamer
 
 @dataclass(frozen=True)
 class Draft:
-    """A parallel draft model, its mask token, and how many rows of its vocabulary are tokens."""
+    """A parallel draft model, its mask token, and the number of tokens in its vocabulary (the rest is padding)."""
 
     model: PreTrainedModel
     mask_token_id: int
     num_tokens: int
 
-    def read(self, tokens: list[int], cache: DynamicCache, num_draft_tokens: int) -> list[int]:
+    def propose(self, tokens: list[int], cache: DynamicCache, num_draft_tokens: int) -> list[int]:
         """K draft tokens after the text so far, from one forward pass.
 
         Args:
-            tokens: text since the last call, at least one token. One that the draft has no row for is read as a mask.
-            cache: keys and values of the text read before; those of `tokens` are added.
+            tokens: text since the last call, at least one token. Ids beyond the draft's vocabulary become mask tokens.
+            cache: keys and values of the earlier text; those of `tokens` are added.
             num_draft_tokens: K.
 
         Returns:
@@ -83,12 +83,13 @@ def _cache_argument(model: PreTrainedModel) -> str:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """What ends a text, taken from the stopping criteria of a `generate` call.
+class StopRule:
+    """When a text ends, from the stopping criteria of a `generate` call.
 
     Attributes:
         max_length: in tokens, the prompt included.
-        others: the criteria that must be asked.
+        end_ids: tokens that end a text.
+        others: all other criteria.
     """
 
     max_length: int
@@ -96,8 +97,8 @@ class Ending:
     others: StoppingCriteriaList
 
     @classmethod
-    def of(cls, criteria: StoppingCriteriaList) -> Ending:
-        """Sort the criteria of a call."""
+    def of(cls, criteria: StoppingCriteriaList) -> StopRule:
+        """From the criteria of a call."""
         return cls(
             min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)),
             frozenset(i for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()),
@@ -107,8 +108,8 @@ class Ending:
     def cut(self, text: Tensor, draft: list[int]) -> list[int]:
         """The draft before the first token that ends the text.
 
-        The target says that token itself in the same pass, so nothing is lost; and as every block then ends with the
-        target's own token, the criteria, which look at ends of blocks only, miss nothing.
+        The target emits that token itself in the same pass, so no step is lost. And as every block then ends with the
+        target's own token, criteria that check the end of each block still apply.
         """
         for i, token in enumerate(draft):
             if token in self.end_ids:
@@ -119,43 +120,43 @@ class Ending:
 
 
 class PardCandidates(CandidateGenerator):
-    """Proposes K tokens a step and keeps the draft's keys and values of the text.
+    """Proposes K tokens per step and holds the draft's KV cache of the text.
 
-    Under sampling it gives no logits on purpose: Transformers then draws the target's token at every place and keeps
-    the draft up to the first that differs. That is the rejection rule for a draft that puts all its probability on one
-    token, so what comes out is the target's own distribution.
+    It returns no logits on purpose, also under sampling: Transformers then samples the target's token at every position
+    and keeps the draft up to the first difference. That is the rejection rule for a draft with all probability on one
+    token, so the output has the target's distribution.
 
     Args:
         draft: the draft model.
         num_draft_tokens: K.
-        ending: what ends the text.
-        attention_mask: int [1, N] of the prompt, 0 where it is padded; None if it is not.
+        stop: when the text ends.
+        attention_mask: int [1, N] of the prompt, 0 at padding; None without padding.
     """
 
-    def __init__(self, draft: Draft, num_draft_tokens: int, ending: Ending, attention_mask: Tensor | None):
-        self.draft, self.num_draft_tokens, self.ending = draft, num_draft_tokens, ending
+    def __init__(self, draft: Draft, num_draft_tokens: int, stop: StopRule, attention_mask: Tensor | None):
+        self.draft, self.num_draft_tokens, self.stop = draft, num_draft_tokens, stop
         self.attention_mask = attention_mask
         self.cache = DynamicCache(config=draft.model.config)
-        self.num_read = 0
+        self.num_cached = 0
 
     def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, None]:
         """The text with up to K draft tokens after it: int64 [1, N] -> int64 [1, N + K], and no logits."""
-        num_draft_tokens = min(self.num_draft_tokens, self.ending.max_length - input_ids.shape[1] - 1)
+        num_draft_tokens = min(self.num_draft_tokens, self.stop.max_length - input_ids.shape[1] - 1)
         if num_draft_tokens < 1:  # the last token is the target's own
             return input_ids, None
-        unread = input_ids[0, self.num_read :]
-        if self.num_read == 0 and self.attention_mask is not None:
-            unread = unread[self.attention_mask[0] != 0]
-        draft = self.ending.cut(input_ids, self.draft.read(unread.tolist(), self.cache, num_draft_tokens))
-        self.num_read = input_ids.shape[1]
+        new = input_ids[0, self.num_cached :]
+        if self.num_cached == 0 and self.attention_mask is not None:
+            new = new[self.attention_mask[0] != 0]
+        draft = self.stop.cut(input_ids, self.draft.propose(new.tolist(), self.cache, num_draft_tokens))
+        self.num_cached = input_ids.shape[1]
         return torch.cat([input_ids, input_ids.new_tensor([draft])], dim=1), None
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        """Nothing to learn from what was accepted."""
+        """K is fixed: nothing to adapt."""
 
 
-class Drafted:
-    """A target as assisted decoding sees it: the model itself, but for who proposes candidates."""
+class TargetProxy:
+    """The target for assisted decoding: the model itself with our candidate generator."""
 
     def __init__(self, target: PreTrainedModel, candidates: PardCandidates):
         self._target, self._candidates = target, candidates
@@ -182,31 +183,31 @@ def generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     **arguments: Any,
 ) -> Any:
-    """What `model.generate` says for one prompt, with drafts of a parallel draft model.
+    """`model.generate` for one prompt, accelerated by a parallel draft model.
 
-    Greedy text is the target's own, token for token (in bfloat16 near ties may fall either way); sampled text has the
-    target's distribution, though not the same text for the same seed. The streamer gets one block per target pass.
+    Greedy text is the target's own, token for token (up to near ties in bfloat16); sampled text has the target's
+    distribution, but not the same text for the same seed. The streamer gets one block per target pass.
 
     Args:
         model: the target. Its tokenizer must be the draft's; the vocabularies may have different numbers of rows.
         inputs: the prompt, int64 [1, N], or give `input_ids`.
         draft_model: the draft, or its folder or hub name, loaded on first use with the target's dtype and device. None
-            where `model` is a draft itself: loaded with trust_remote_code it has this function as its own `generate`,
-            and writes its text without drafts, one token after the other.
+            if `model` is itself a draft: loaded with trust_remote_code, it has this function as its own `generate`, and
+            decodes without drafts.
         num_draft_tokens: K, draft tokens per step.
         streamer: as in `generate`.
-        tokenizer: of both models. A draft that is given as a model proposes no unused row then; `stop_strings` need it.
+        tokenizer: of both models. Required for `stop_strings`; excludes padded rows if the draft is given as a model.
         stop_strings: as in `generate`.
-        stopping_criteria: as in `generate`. They are also asked about drafts, without scores, so must not count calls.
+        stopping_criteria: as in `generate`. They are also called for drafts, without scores, so must be stateless.
         arguments: all others of `generate`.
 
     Returns:
         What `generate` returns.
 
     Raises:
-        ValueError: without a draft, for more than one text at once, and for modes that assisted decoding lacks.
+        ValueError: without a draft, for more than one text at once, and for unsupported decoding modes.
     """
-    own = partial(type(model).generate, model, inputs, streamer=streamer)  # the class has it still, see draft_model
+    own = partial(type(model).generate, model, inputs, streamer=streamer)  # of the class, see draft_model
     if draft_model is None and _mask_tokens(model.config):
         named = {"tokenizer": tokenizer, "stop_strings": stop_strings, "stopping_criteria": stopping_criteria}
         return own(**{name: value for name, value in named.items() if value is not None}, **arguments)
@@ -232,11 +233,10 @@ def _prepare(
     for name in ("_assisted_decoding", "_get_candidate_generator"):
         if not hasattr(GenerationMixin, name):
             raise ValueError(
-                f"transformers {transformers.__version__} has no GenerationMixin.{name} any more: drafts inside "
-                "`generate` are tested with transformers 5.17 to 5.24"
+                f"transformers {transformers.__version__} has no GenerationMixin.{name}: install 5.17 to 5.24"
             )
     if draft_model is None:
-        raise ValueError("draft_model is not set: give the folder, the hub name or the model that drafts")
+        raise ValueError("draft_model is not set: give the draft's folder, hub name or model")
     if num_draft_tokens < 1:
         raise ValueError(f"num_draft_tokens={num_draft_tokens}: must be at least 1")
     if isinstance(draft_model, str | Path):
@@ -248,7 +248,7 @@ def _prepare(
     return Draft(drafter, _mask_token_of(drafter.config), num_tokens)
 
 
-@lru_cache(maxsize=1)  # the next call with the same draft must not load it again
+@lru_cache(maxsize=1)  # later calls with the same draft reuse it
 def _load(path: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
@@ -262,8 +262,8 @@ def _mask_token_of(config: PretrainedConfig) -> int:
     ids = _mask_tokens(config)
     if len(ids) != 1 or not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in ids):
         raise ValueError(
-            f"{config.name_or_path or config.model_type} is no parallel draft model: pard_token and mask_token_id of "
-            f"config.json must be one id in [0, {config.vocab_size}), found {sorted(ids, key=str) or 'neither'}"
+            f"{config.name_or_path or config.model_type} is not a parallel draft model: in config.json, pard_token and "
+            f"mask_token_id must be one id in [0, {config.vocab_size}), found {sorted(ids, key=str) or 'neither'}"
         )
     return int(ids.pop())
 
@@ -279,13 +279,13 @@ def _decode(
     streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> Any:
-    """The decoding method that `generate` calls in place of its own."""
+    """The decoding method that `generate` calls instead of its own."""
     _check_mode(generation_config, logits_processor)
     _check_text(model, input_ids, model_kwargs)
     attention_mask = model_kwargs.get("attention_mask")
-    candidates = PardCandidates(draft, num_draft_tokens, Ending.of(stopping_criteria), attention_mask)
+    candidates = PardCandidates(draft, num_draft_tokens, StopRule.of(stopping_criteria), attention_mask)
     return GenerationMixin._assisted_decoding(
-        Drafted(model, candidates),
+        TargetProxy(model, candidates),
         input_ids,
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
@@ -298,28 +298,28 @@ def _decode(
 def _check_mode(generation_config: GenerationConfig, logits_processor: LogitsProcessorList) -> None:
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"a draft serves greedy search and sampling, not {mode.value}: leave its settings out")
+        raise ValueError(f"drafts support greedy search and sampling, not {mode.value}: leave its settings out")
     for processor in logits_processor:
         if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor | SynthIDTextWatermarkLogitsProcessor):
             name = type(processor).__name__
-            raise ValueError(f"{name} remembers earlier calls and would see rejected drafts: leave it out")
+            raise ValueError(f"{name} has state, which rejected draft tokens would corrupt: leave it out")
 
 
 def _check_text(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
     if len(input_ids) != 1:
         raise ValueError(
-            f"{len(input_ids)} texts at once: assisted decoding of Transformers takes one; call generate for each "
+            f"{len(input_ids)} texts at once: assisted decoding of Transformers supports one; call generate for each "
             "prompt, with num_return_sequences=1"
         )
     if not input_ids.shape[1] or model_kwargs.get("inputs_embeds") is not None or model.config.is_encoder_decoder:
-        raise ValueError("a draft reads the tokens of a decoder-only model: give input_ids, not inputs_embeds")
+        raise ValueError("drafts need the token ids of a decoder-only model: give input_ids, not inputs_embeds")
     cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
-    if cache is None or cache.get_seq_length():  # assisted decoding would read the text in it a second time
+    if cache is None or cache.get_seq_length():  # assisted decoding would process its text a second time
         raise ValueError("the target's cache must start empty: leave use_cache, cache and past_key_values out")
 
 
 def write_custom_generate(folder: Path) -> Path:
-    """Put a copy of this file into an exported draft, where `custom_generate=FOLDER` looks for it. Returns its path."""
+    """Copy this file into an exported draft, where `custom_generate=FOLDER` finds it. Returns its path."""
     path = folder / "custom_generate" / "generate.py"
     path.parent.mkdir(exist_ok=True)
     path.write_text(Path(__file__).read_text())

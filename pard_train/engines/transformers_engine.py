@@ -1,4 +1,4 @@
-"""Transformers' own `generate` as a speculative engine, in this process: what `candidates.py` makes of an export."""
+"""Transformers as a speculative engine, in this process: `generate` with the drafts of `candidates.py`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pard_train.model import DTYPES, load_causal_lm
 
 
 def run_transformers(request: EngineRequest) -> tuple[list[list[int]], EngineResult]:
-    """The target's greedy text after every prompt, and what came of it with the draft.
+    """The target's greedy text after every prompt, and the answers with the draft.
 
-    A pass is counted as one draft of K tokens, of which it accepted all that it emitted but one.
+    Each target pass counts as one draft of K tokens, of which it accepted all but one of the tokens it emitted.
     """
     target = load_causal_lm(request.target, dtype=DTYPES[request.dtype]).to(default_device()).eval()
     pairs = [_generated(target, request, prompt_ids) for prompt_ids in request.prompts]
@@ -27,17 +27,17 @@ def run_transformers(request: EngineRequest) -> tuple[list[list[int]], EngineRes
 
 
 class Blocks(BaseStreamer):
-    """What `generate` emits in each target pass, after the prompt."""
+    """Collects the tokens of each target pass, after the prompt."""
 
     def __init__(self) -> None:
         self.tokens: list[list[int]] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """One block of ids."""
+        """Add one block of ids."""
         self.tokens.append(value.flatten().tolist())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Nothing to flush."""
 
 
 def _generated(
