@@ -401,7 +401,7 @@ def test_what_the_error_of_an_engine_advises_can_be_done_in_the_same_folder(sett
     with pytest.raises(UserError, match="engine_python=/no/python cannot be started"):
         verify(settings(engine_python="/no/python"))
     slow = write_interpreter(tmp_path / "python", "import time; time.sleep(60)")
-    with pytest.raises(UserError, match="not done in timeout=1 s: allow it more"):
+    with pytest.raises(UserError, match="timeout=1 s exceeded"):
         verify(settings(engine_python=slow, timeout=0.5))
     with pytest.raises(UserError, match=r"max_new_tokens: 20 -> 5"):
         verify(settings(engine_python=slow, max_new_tokens=5))
@@ -437,7 +437,7 @@ def test_an_engine_that_dies_is_told_in_one_line_with_its_log(tmp_path: Path, pr
 
 def test_an_environment_without_vllm_is_told_how_to_make_one(tmp_path: Path) -> None:
     """The real worker, under a Python that has no vLLM: this one."""
-    with pytest.raises(UserError, match=r"No module named 'vllm' .*make an environment with launch/vllm_cpu.sh"):
+    with pytest.raises(UserError, match=r"No module named 'vllm' .*launch/vllm_cpu.sh"):
         run(REQUEST, python=None, folder=tmp_path, timeout=60)
     assert "Traceback" in (tmp_path / "log.txt").read_text()
     with pytest.raises(UserError, match=r"engine_python=/no/python cannot be started: No such file"):
@@ -501,7 +501,7 @@ def test_an_engine_that_takes_too_long_is_ended_with_its_children(tmp_path: Path
         "time.sleep(600)"
     )
     python = write_interpreter(tmp_path / "python", program)
-    with pytest.raises(UserError, match=r"it was not done in timeout=3 s"):
+    with pytest.raises(UserError, match="timeout=3 s"):
         run(REQUEST, python=python, folder=tmp_path / "out", timeout=3)
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 2

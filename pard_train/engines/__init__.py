@@ -1,4 +1,4 @@
-"""Other people's engines. What runs inside of them is a file by itself: it is handed to another environment.
+"""External engines. Code that runs inside them is a self-contained file, because their environment is another one.
 
-In the order of imports: vllm_engine, candidates, transformers_engine, tensorrt_llm.
+In the order of imports: vllm_engine, candidates, transformers_engine.
 """

@@ -1,10 +1,10 @@
-"""vLLM as it serves: greedy answers to prompts of token ids, plain or speculative, and its own counters of acceptance.
+"""vLLM as an engine: greedy answers to prompts of token ids, plain or speculative, with its acceptance counters.
 
-vLLM's pins are not ours, so it lives in a virtual environment of its own (launch/vllm_cpu.sh makes one for CPUs). `run`
-starts this very file under that environment's Python, where it runs alone: nothing at the top of it is imported but the
-standard library. One process is one engine, so that its memory is free again when the answers are there.
+vLLM pins other versions than we do, so it has its own virtual environment (launch/vllm_cpu.sh creates one for CPUs).
+`run` starts this file with that environment's Python. So the top of the file imports the standard library only. One
+process is one engine, which frees all memory when it ends.
 
-One prompt at a time is under way, step by step, so that a difference can be traced to its prompt and step.
+Prompts run one at a time and step by step, so that a difference can be traced to its prompt and step.
 """
 
 from __future__ import annotations
@@ -27,40 +27,37 @@ LOG_FILE = "log.txt"
 REQUEST_FILE = "request.json"
 RESULT_FILE = "result.json"
 
-# Settings of the engine's process that a user's own environment may change.
+# Environment of the engine's process; the user's own variables take precedence.
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process that we start, and dies with it
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process that we start, and ends with it
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes a large share of the machine's memory
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other work may be on the same cores
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes may use the same cores
     "VLLM_NO_USAGE_STATS": "1",
 }
 
-# What a failing engine says, and what to do about it.
+# (part of an error of vLLM, remedy)
 REMEDIES = (
-    ("No module named 'vllm'", "make an environment with launch/vllm_cpu.sh and give engine_python=VENV/bin/python"),
+    ("No module named 'vllm'", "create an environment with launch/vllm_cpu.sh; set engine_python=VENV/bin/python"),
     ("same vocabulary size", "export the draft again with targets=[TARGET], which pads its vocabulary"),
     ("For parallel drafting, the draft model config must have", "export the draft with recipes/export.py"),
-    ("parallel_drafting", "this vLLM does not know parallel_drafting: install 0.16 or newer"),
+    ("parallel_drafting", "this vLLM lacks parallel_drafting: install 0.16 or newer"),
     ("index out of range", "pard_token and mask_token_id must be below vocab_size: export the draft again"),
     ("KV cache", "set VLLM_CPU_KVCACHE_SPACE to more GiB (CPU), or free memory of the accelerator"),
-    (
-        "max_model_len",
-        "the longest prompt and answer exceed the model's context: fewer max_new_tokens, shorter prompts",
-    ),
+    ("max_model_len", "prompt and answer exceed the model's context: lower max_new_tokens, or shorten the prompts"),
 )
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What an engine is asked to do.
+    """Models, prompts and limits for an engine.
 
     Attributes:
         target: folder or hub name.
-        draft: exported folder; None decodes plainly.
+        draft: exported folder; None decodes without draft.
         num_draft_tokens: K.
         prompts: token ids of each.
         max_new_tokens: of each answer.
-        end_ids: ids that end an answer; none lets it run to the limit.
+        end_ids: ids that end an answer; if empty, answers run to the limit.
         dtype: of weights and activations.
         trust_remote_code: run code of the model's folder.
     """
@@ -76,7 +73,7 @@ class EngineRequest:
 
     @property
     def num_positions(self) -> int:
-        """Context that the engine must be given: it drafts nothing but zeros where less than 2 K tokens are left."""
+        """Context that the engine needs: with less than 2 K positions left, it drafts zeros."""
         return max(map(len, self.prompts)) + self.max_new_tokens + 2 * self.num_draft_tokens + 1
 
 
@@ -98,7 +95,7 @@ class Counters:
 
     @classmethod
     def of(cls, accepted: list[int], num_draft_tokens: int) -> Counters:
-        """Counters of drafts of K tokens, of which so many were accepted.
+        """Counters of drafts of K tokens, given the accepted tokens of each.
 
         >>> Counters.of([2, 0], 3)
         Counters(num_drafts=2, num_draft_tokens=6, num_accepted_tokens=2, accepted_per_position=[1, 1, 0])
@@ -108,7 +105,7 @@ class Counters:
 
     @classmethod
     def total(cls, parts: Sequence[Counters]) -> Counters:
-        """The sum of several, at least one."""
+        """The sum of one or more."""
         return cls(
             sum(part.num_drafts for part in parts),
             sum(part.num_draft_tokens for part in parts),
@@ -128,13 +125,13 @@ class Counters:
 
 @dataclass(frozen=True)
 class EngineAnswer:
-    """What an engine made of one prompt.
+    """An engine's answer to one prompt.
 
     Attributes:
         token_ids: the answer, its end-of-turn token included.
-        accepted: draft tokens accepted by each verified draft, matches past the end of the answer included.
-        drafts: tokens of each verified draft; empty if this engine does not show them.
-        counters: the engine's own, of this prompt alone.
+        accepted: accepted tokens of each verified draft, matches past the end of the answer included.
+        drafts: tokens of each verified draft; empty if the engine does not expose them.
+        counters: the engine's own, of this prompt.
         seconds: wall-clock, prefill included.
     """
 
@@ -159,24 +156,21 @@ class EngineResult:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Our side
+# Our process
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: float) -> EngineResult:
-    """Have vLLM answer prompts, in a process of its own.
+    """Run vLLM on prompts, in a separate process.
 
     Args:
         request: models, prompts and limits.
-        python: interpreter of vLLM's environment; None takes the one that runs this.
-        folder: where request, result and the engine's log go; created if it does not exist.
-        timeout: seconds that it may take in all.
-
-    Returns:
-        Its answers.
+        python: interpreter of vLLM's environment; None is the current one.
+        folder: for the request, the result and the engine's log; created if it does not exist.
+        timeout: seconds for all prompts together.
 
     Raises:
-        UserError: if it fails or is not done in time; the message names the log and, where known, the remedy.
+        UserError: if it fails or exceeds the timeout; the message names the log and, where known, the remedy.
     """
     folder.mkdir(parents=True, exist_ok=True)
     request_path, result_path, log_path = (folder / name for name in (REQUEST_FILE, RESULT_FILE, LOG_FILE))
@@ -187,9 +181,7 @@ def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: fl
         with log_path.open("w") as log, _process(command, log) as process:
             process.wait(timeout)
     except subprocess.TimeoutExpired as error:
-        raise _failure(
-            f"it was not done in timeout={timeout:g} s: allow it more, or fewer prompts", log_path
-        ) from error
+        raise _failure(f"timeout={timeout:g} s exceeded: raise it, or reduce the prompts", log_path) from error
     except OSError as error:
         raise _failure(f"engine_python={python} cannot be started: {error.strerror}", log_path) from error
     if not result_path.exists():
@@ -203,12 +195,12 @@ def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: fl
 
 @contextlib.contextmanager
 def _process(command: list[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own that is killed, with its children, when the block is left.
+    """A process in its own session that is killed, with its children, at the end of the block.
 
-    It ends by itself when its standard input does, so that it does not outlive us if we are killed.
+    It also ends when its standard input closes, so it does not outlive us if we are killed.
     """
     environment = {**ENVIRONMENT, **os.environ}
-    for name in ("PYTHONPATH", "PYTHONHOME"):  # of our own environment, not the engine's
+    for name in ("PYTHONPATH", "PYTHONHOME"):  # of our environment, not the engine's
         environment.pop(name, None)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
     with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as process:
@@ -233,7 +225,7 @@ def _failure(reason: str, log_path: Path) -> Exception:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The engine's side
+# The engine's process
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -243,31 +235,29 @@ def work(request: EngineRequest) -> EngineResult:
 
     llm = vllm.LLM(**engine_arguments(request))
     limits: dict[str, Any] = {"stop_token_ids": request.end_ids} if request.end_ids else {"ignore_eos": True}
-    # Every setting that a model's generation config could change is named.
+    # Sets every value that a model's generation config could change.
     sampling = vllm.SamplingParams(
         temperature=0.0, repetition_penalty=1.0, max_tokens=request.max_new_tokens, detokenize=False, **limits
     )
-    return EngineResult(
-        vllm.__version__,
-        [
-            _answer(llm, sampling, str(number), ids, request.draft is not None)
-            for number, ids in enumerate(request.prompts)
-        ],
-    )
+    answers = [
+        _answer(llm, sampling, str(number), ids, request.draft is not None)
+        for number, ids in enumerate(request.prompts)
+    ]
+    return EngineResult(vllm.__version__, answers)
 
 
 def engine_arguments(request: EngineRequest) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`: as exact as it gets, whatever that costs in speed."""
+    """Arguments of `vllm.LLM`, for exact results rather than speed."""
     arguments: dict[str, Any] = {
         "model": request.target,
         "dtype": request.dtype,
         "max_model_len": request.num_positions,
         "max_num_seqs": 1,
         "enforce_eager": True,  # no compilation
-        "enable_prefix_caching": False,  # every prompt is computed alike, whichever came before
-        "async_scheduling": False,  # a step's draft is known before it is verified
+        "enable_prefix_caching": False,  # results do not depend on earlier prompts
+        "async_scheduling": False,  # a draft can be read before it is verified
         "disable_log_stats": False,
-        "generation_config": "vllm",  # no sampling settings of the model's own
+        "generation_config": "vllm",  # ignores the model's sampling settings
         "trust_remote_code": request.trust_remote_code,
     }
     if request.draft is not None:
@@ -288,7 +278,7 @@ def _answer(llm: Any, sampling: Any, name: str, prompt_ids: list[int], is_specul
     token_ids: list[int] = []
     accepted, drafts, before = [], [], first
     while engine.has_unfinished_requests():
-        draft = _draft_under_way(engine)
+        draft = _pending_draft(engine)
         for output in engine.step():
             token_ids = list(output.outputs[0].token_ids)
         now = _read_counters(llm, is_speculative)
@@ -311,10 +301,10 @@ def _read_counters(llm: Any, is_speculative: bool) -> Counters:
     return Counters(drafts, draft_tokens, accepted_tokens, list(found["num_accepted_tokens_per_pos"].values))
 
 
-def _draft_under_way(engine: Any) -> list[list[int]]:
-    """Draft tokens that the next step verifies, as a list of one draft; empty where the engine does not show them.
+def _pending_draft(engine: Any) -> list[list[int]]:
+    """Draft tokens that the next step verifies, as a list of one draft; empty if the engine does not expose them.
 
-    They are no part of vLLM's interface and serve only to name what differs.
+    They are not part of vLLM's interface, and only describe differences.
     """
     try:
         (request,) = engine.engine_core.engine_core.scheduler.requests.values()
@@ -324,7 +314,7 @@ def _draft_under_way(engine: Any) -> list[list[int]]:
 
 
 def main(request_path: str, result_path: str) -> int:
-    """Read a request, write its result; an error becomes part of the result, and its traceback part of the log."""
+    """Read a request and write its result. An error goes into the result, its traceback into the log."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     request = EngineRequest(**json.loads(Path(request_path).read_text()))
     result: dict[str, Any]
@@ -340,11 +330,11 @@ def main(request_path: str, result_path: str) -> int:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # until whoever started us closes it, or is no more
+    sys.stdin.buffer.read()  # until the parent closes it, or ends
     os._exit(1)
 
 
 if __name__ == "__main__":
-    # Python puts the folder of this file first, where modules of ours lie; its option -P came with 3.11.
+    # Python puts the folder of this file first, which has our modules; its option -P needs 3.11.
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     sys.exit(main(*sys.argv[1:]))

@@ -120,6 +120,14 @@ def _mask_token(draft: Model) -> Finding:
         mask_token_id = required_mask_token_of(draft.config)
     except UserError as error:
         return Finding(ERROR, "mask token", str(error))
+    # As PARDForCausalLM of TensorRT-LLM 1.3 and 1.4 looks it up: a key that is null counts as present.
+    theirs = getattr(draft.config, "pard_token", getattr(draft.config, "mask_token_id", draft.config.vocab_size))
+    if theirs != mask_token_id:
+        return Finding(
+            WARNING,
+            "mask token",
+            f"{mask_token_id}, but TensorRT-LLM would use pard_token={theirs}: export the draft with recipes/export.py",
+        )
     return Finding(OK, "mask token", f"{mask_token_id}, within {draft.config.vocab_size} rows")
 
 
