@@ -16,10 +16,10 @@ from records import document, predictions, samples
 
 from pard_train.config import LoggerConfig
 from pard_train.errors import UserError
-from pard_train.reports.comparison import compare, compare_documents, ratios_below, render_comparison
+from pard_train.reports.comparison import compare, compare_results, ratios_below, render_comparison
 from pard_train.reports.records import flatten, label_of, pooled_tau, read_result
 from pard_train.reports.report import render_report, tau_below, write_report
-from pard_train.reports.tables import Table, comparison_table, tau_table, to_markdown
+from pard_train.reports.tables import Table, tau_tables
 from pard_train.training.trackers import log_evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -64,14 +64,12 @@ def test_what_failed_stands_before_every_figure(whole: dict[str, Any]) -> None:
     report = render_report(whole)
     line = "target Qwen2.5-72B-Instruct, benchmark humaneval: CUDA out of memory."
     assert report.index(line) < report.index("tau by number of draft tokens")
-    assert "Not measured" not in render_report({**whole, "failures": []})
+    assert "Failed" not in render_report({**whole, "failures": []})
 
 
 def test_live_rows_show_speed_and_whether_the_text_is_the_targets_own(whole: dict[str, Any]) -> None:
     for target in (SMALL, LARGE):
-        rows = rows_of(
-            render_report(whole).split("## Measured speed")[1].split(f"target {target}")[1].split("target ")[0]
-        )
+        rows = rows_of(render_report(whole).split(f"speed on target {target}")[1].split("speed on")[0])
         timed = [r for r in whole["records"] if r["mode"] == "live" and r["target"] == target]
         for row, record in zip(rows, timed, strict=True):
             assert row[:3] == [label_of(record), "humaneval", f"{record['speed']['speedup']:.2f}x"]
@@ -89,15 +87,13 @@ def test_a_matrix_too_long_for_a_screen_prints_pooled_rows_only(whole: dict[str,
 def test_a_draft_that_lacks_a_benchmark_gets_no_pooled_figure(whole: dict[str, Any]) -> None:
     records = greedy(whole, target=SMALL)
     partial = [r for r in records if (r["draft"], r["benchmark"]) != ("untrained", "mt-bench")]
-    rows = {tuple(row[:2]): row for row in tau_table(SMALL, partial).rows}
+    rows = {tuple(row[:2]): row for row in tau_tables(partial)[0].rows}
     assert set(rows["all", "untrained"][2:8]) == {"-"}
     assert "-" not in rows["all", "pard-0.5b"][2:8]
-    largest = [r for r in partial if r["num_draft_tokens"] == 16]
-    assert comparison_table(SMALL, largest).rows[-1][:2] == ["all", "-"]
 
 
 def test_markdown_columns_line_up_and_a_pipe_in_a_name_stays_in_its_cell() -> None:
-    text = to_markdown(Table(["name", "n"], [["a|b\nc", "1"], ["long name", "12"]]))
+    text = Table(["name", "n"], [["a|b\nc", "1"], ["long name", "12"]]).markdown()
     assert text.splitlines() == [
         "| name      |   n |",
         "| --------- | --: |",
@@ -106,7 +102,8 @@ def test_markdown_columns_line_up_and_a_pipe_in_a_name_stays_in_its_cell() -> No
     ]
 
 
-def test_csv_has_one_row_per_record_and_every_field_of_it(whole: dict[str, Any], tmp_path: Path) -> None:
+def test_csv_has_one_row_per_record_and_every_field_of_it(tmp_path: Path) -> None:
+    whole = document(drafts=["pard-0.5b"])
     write_report(whole, tmp_path, predictions=predictions(whole), samples=samples(whole))
     with (tmp_path / "acceptance.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -132,7 +129,7 @@ def test_csv_has_one_row_per_record_and_every_field_of_it(whole: dict[str, Any],
 
 
 def test_every_field_of_a_result_is_documented(whole: dict[str, Any]) -> None:
-    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "acceptance.md").read_text()))
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "reference" / "acceptance-json.md").read_text()))
     parts = [whole, *whole["records"], *whole["failures"], *predictions(whole), *samples(whole)]
     parts += [r["provenance"] for r in whole["records"]] + [whole["records"][0]["provenance"]["git"]]
     parts += [r["speed"] for r in whole["records"] if r.get("speed")]
@@ -190,11 +187,11 @@ def test_labels_tell_methods_temperatures_and_engines_apart() -> None:
     assert label_of(record) == "mine"
     assert label_of({**record, "mode": "engine"}) == "mine, in an engine"
     assert label_of({**record, "mode": "live", "method": "draft", "temperature": 0.7}) == "mine, autoregressive, T=0.7"
-    assert label_of({**record, "mode": "live", "method": "ngram"}) == "prompt look-up"
+    assert label_of({**record, "mode": "live", "method": "ngram"}) == "prompt lookup"
 
 
 def test_a_file_that_is_no_result_of_ours_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not exist: give a folder that recipes/evaluate.py wrote"):
+    with pytest.raises(UserError, match=r"acceptance.json does not exist"):
         read_result(tmp_path)
     path = tmp_path / "acceptance.json"
     path.write_text("[]")
@@ -204,7 +201,7 @@ def test_a_file_that_is_no_result_of_ours_is_refused_in_one_line(tmp_path: Path)
     with pytest.raises(UserError, match="schema_version=3"):
         read_result(tmp_path)
     path.write_text("{")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"acceptance.json is not valid JSON"):
         read_result(tmp_path)
 
 
@@ -237,8 +234,8 @@ def results() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_rows_are_matched_by_what_they_measure_and_not_by_the_drafts_name() -> None:
     main, mine = results()
-    better = compare_documents({"main": main, "mine": mine})
-    worse = compare_documents({"mine": mine, "main": main})
+    better = compare_results({"main": main, "mine": mine})
+    worse = compare_results({"mine": mine, "main": main})
     for comparison in (better, worse):
         assert len(comparison.pairs) == len(main["records"])
         assert comparison.notes == comparison.missing == []
@@ -255,15 +252,17 @@ def test_rows_are_matched_by_what_they_measure_and_not_by_the_drafts_name() -> N
 
 def test_several_drafts_are_matched_by_name_and_an_unknown_one_is_not_guessed() -> None:
     both = document(drafts=["pard-0.5b", "pard-0.5b-dpace"], targets=[SMALL])
-    pairs = compare_documents({"a": both, "b": both}).pairs
+    pairs = compare_results({"a": both, "b": both}).pairs
     assert pairs
     assert all(pair.ratio == 1.0 and pair.first is pair.later for pair in pairs)
     renamed = deepcopy(both)
     for r in renamed["records"]:
         r["draft"] = "other"
-    comparison = compare_documents({"a": both, "b": renamed})
+    comparison = compare_results({"a": both, "b": renamed})
     assert not [p for p in comparison.pairs if p.later["mode"] == "replay"]
-    reason = f"b: not compared: humaneval on {SMALL}: draft other could stand beside any of pard-0.5b, pard-0.5b-dpace"
+    reason = (
+        f"b: not compared: humaneval on {SMALL}: draft other could be compared with any of pard-0.5b, pard-0.5b-dpace"
+    )
     assert reason in comparison.notes
 
 
@@ -286,7 +285,7 @@ def test_unlike_rows_are_named_in_one_line_and_never_compared(field: str, value:
     for r in mine["records"]:
         if (r["target"], r["benchmark"], r["mode"]) == (SMALL, "gsm8k", "replay"):
             r[field] = value
-    comparison = compare_documents({"main": main, "mine": mine})
+    comparison = compare_results({"main": main, "mine": mine})
     assert not [p for p in comparison.pairs if (p.later["target"], p.later["benchmark"]) == (SMALL, "gsm8k")]
     (note,) = comparison.notes
     assert note.startswith(f"mine: not compared: gsm8k on {SMALL}: {field} is {value!r}, not ")
@@ -296,7 +295,7 @@ def test_unlike_rows_are_named_in_one_line_and_never_compared(field: str, value:
 
 def test_ratios_below_name_every_row_that_falls_behind() -> None:
     main, mine = results()
-    comparison = compare_documents({"main": mine, "mine": main})  # the worse one is the later
+    comparison = compare_results({"main": mine, "mine": main})  # the worse one is the later
     misses = ratios_below(comparison, 0.95)
     behind = [p for p in comparison.pairs if p.ratio < 0.95]
     assert 0 < len(misses) == len(behind) < len(comparison.pairs)
@@ -308,7 +307,7 @@ def test_ratios_below_name_every_row_that_falls_behind() -> None:
 def test_a_benchmark_that_a_later_result_lost_is_a_note_and_a_miss() -> None:
     main, mine = results()
     mine["records"] = [r for r in mine["records"] if r["benchmark"] != "mt-bench"]
-    comparison = compare_documents({"main": main, "mine": mine})
+    comparison = compare_results({"main": main, "mine": mine})
     assert f"mine: not compared: mt-bench on {SMALL}: this result has no such row" in comparison.notes
     assert f"mine: mt-bench on {LARGE}: not compared" in ratios_below(comparison, 0.5)
 
@@ -321,9 +320,9 @@ def test_rows_that_a_later_result_lost_are_few_notes_and_misses_and_those_it_has
     def lost(**fields: Any) -> list[str]:
         later = deepcopy(first)
         later["records"] = [r for r in first["records"] if any(r[name] != value for name, value in fields.items())]
-        comparison = compare_documents({"main": first, "mine": later})
+        comparison = compare_results({"main": first, "mine": later})
         assert len(comparison.pairs) == len(later["records"]) < len(first["records"])
-        assert not compare_documents({"mine": later, "main": first}).missing
+        assert not compare_results({"mine": later, "main": first}).missing
         notes = [note for note in comparison.notes if "not measured" not in note]
         assert [note.split(": ", 2)[2].removesuffix(": this result has no such row") for note in notes] == [
             miss.split(": ", 1)[1] for miss in comparison.missing
@@ -373,7 +372,7 @@ def test_the_compare_program_exits_with_3_for_a_miss_2_for_bad_input_and_0_other
     assert (tmp_path / "out" / "compare.html").exists()
     missed = run("mine", "main", "min_ratio=1.0")
     assert missed.returncode == 3
-    misses = ratios_below(compare_documents({"a": mine, "b": main}), 1.0)
+    misses = ratios_below(compare_results({"a": mine, "b": main}), 1.0)
     assert missed.stderr.splitlines() == [f"compare.py: below threshold: {miss}" for miss in misses]
     assert "Traceback" not in missed.stderr
     absent = run("main", "nowhere")
@@ -386,13 +385,13 @@ def test_the_compare_program_exits_with_3_for_a_miss_2_for_bad_input_and_0_other
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_offline_run_holds_table_summary_charts_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_offline_run_holds_table_summary_picture_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     result = document(drafts=["pard-0.5b"], targets=[SMALL])
+    write_report(result, tmp_path)
     page = tmp_path / "report.html"
-    page.write_text("<!doctype html><title>page</title>")
     log_evaluation(LoggerConfig(report_to="wandb", wandb_mode="offline"), "evaluation", result, page)
     wandb.teardown()  # its service writes the last bytes of the log when it ends
     (run,) = tmp_path.glob("wandb/offline-run-*")
@@ -401,14 +400,15 @@ def test_an_offline_run_holds_table_summary_charts_and_page(tmp_path: Path, monk
     for r in greedy(result, num_draft_tokens=16):
         name = f"eval/tau/{SMALL}/{r['benchmark']}/pard-0.5b".encode()
         assert re.search(re.escape(name) + b".{1,9}" + str(r["tau"]).encode(), content, flags=re.DOTALL)
-        (chart,) = run.glob(f"files/media/table/eval/survival/{SMALL}/{r['benchmark']}_table*.json")
-        lines = [row for row in json.loads(chart.read_text())["data"] if row[1] == "pard-0.5b"]
-        assert [row[-1] for row in lines] == r["survival"]
     (table,) = run.glob("files/media/table/eval/records*.json")
     saved = json.loads(table.read_text())
-    assert [row[saved["columns"].index("tau")] for row in saved["data"]] == [r["tau"] for r in result["records"]]
+    for column in ("tau", "survival"):
+        values = [row[saved["columns"].index(column)] for row in saved["data"]]
+        assert values == [flatten(r)[column] for r in result["records"]]
     (html,) = run.glob("files/media/html/eval/report*.html")
     assert html.read_text() == page.read_text()
+    (picture,) = run.glob("files/media/images/eval/acceptance*.png")
+    assert picture.read_bytes() == (tmp_path / "acceptance.png").read_bytes()
     assert not [p for p in run.rglob("*") if p.is_file() and b"a" * 40 in p.read_bytes()]
 
 

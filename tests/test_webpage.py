@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from html import escape, unescape
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -13,22 +14,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from records import KS, document, predictions, samples
+from records import document, predictions, samples
 
-from pard_train.reports.charts import (
-    Axes,
-    Point,
-    Series,
-    bar_chart,
-    interval_chart,
-    line_chart,
-    nice_top,
-    swatch,
-    thinned,
-)
-from pard_train.reports.comparison import compare_documents, render_comparison_page
+from pard_train.reports.charts import GLYPHS, NUM_COLORS, TEMPLATES, Chart, Point, assign_styles, draw_svg, write_png
+from pard_train.reports.comparison import compare_results, render_comparison_page
 from pard_train.reports.sections import build_sections
-from pard_train.reports.webpage import TEMPLATES, render_page
+from pard_train.reports.webpage import render_page
 
 VOID = {"meta", "br"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -61,8 +52,8 @@ class Outline(HTMLParser):
             self.texts.setdefault(self.open[-1], []).append(data)
 
     def ids(self) -> list[str]:
-        """Anchors, in order."""
-        return [attributes["id"] or "" for _, attributes in self.tags if "id" in attributes]
+        """Anchors of sections, in order."""
+        return [attributes["id"] or "" for tag, attributes in self.tags if tag == "section"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +71,7 @@ def page(whole: dict[str, Any]) -> str:
 def pages(page: str) -> list[str]:
     """The page of a result and that of a comparison."""
     main, mine = document(drafts=["pard-0.5b"]), document(drafts=["pard-0.5b-dpace"])
-    return [page, render_comparison_page(compare_documents({"main": main, "mine": mine}), ["mine: <b>below</b>"])]
+    return [page, render_comparison_page(compare_results({"main": main, "mine": mine}), ["mine: <b>below</b>"])]
 
 
 def test_the_pages_are_well_formed_fetch_nothing_and_run_nothing(page: str) -> None:
@@ -88,11 +79,13 @@ def test_the_pages_are_well_formed_fetch_nothing_and_run_nothing(page: str) -> N
         outline = Outline(text)
         assert outline.open == []
         for tag, attributes in outline.tags:
-            assert tag not in ("script", "link", "img", "iframe", "object", "form", "base", "use", "image"), tag
-            assert not {"src", "srcset", "data", "action", "style"} & attributes.keys(), tag
+            assert tag not in ("script", "link", "img", "iframe", "object", "form", "base", "image"), tag
+            assert not {"src", "srcset", "data", "action"} & attributes.keys(), tag
             assert (attributes.get("href") or "#").startswith("#")
             assert not [name for name in attributes if name.startswith("on")]
-        assert not re.search(r"url\(|@import|https?://", text)
+        assert not re.search(r"url\((?!#)|@import|https?://", text)
+        ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
+        assert len(ids) == len(set(ids)) > 0
         (policy,) = (a["content"] for _, a in outline.tags if "http-equiv" in a)
         assert policy == "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -111,7 +104,7 @@ def test_sections_without_content_are_left_out(whole: dict[str, Any]) -> None:
     records = [{**r, "groups": []} for r in records if (r["target"], r["benchmark"]) == (records[0]["target"], "gsm8k")]
     outline = Outline(render_page({**whole, "records": records, "failures": []}, [], []))
     assert outline.ids() == ["drafts", "positions", "histogram", "numbers", "terms", "origin"]
-    assert "Not measured" not in "".join(outline.texts["h2"])
+    assert "Failed" not in "".join(outline.texts["h2"])
 
 
 def test_a_result_of_sampled_runs_alone_has_a_page_too(whole: dict[str, Any]) -> None:
@@ -139,7 +132,7 @@ def test_what_models_and_users_wrote_is_text_and_nothing_else(whole: dict[str, A
     assert "<script" not in text
     assert outline.open == []
     assert evil in outline.texts["mark"]
-    for tag in ("div", "text", "title", "figcaption", "td", "b", "dd"):
+    for tag in ("div", "text", "figcaption", "td", "b", "dd"):
         assert any(evil.split("\n")[0] in piece for piece in outline.texts[tag]), tag
     assert any("<script>alert(1)</script>" in piece for piece in outline.texts["pre"])
 
@@ -178,14 +171,20 @@ def test_both_conventions_stand_side_by_side_in_every_row(whole: dict[str, Any],
 
 
 def test_the_recommended_k_of_every_prediction_is_ringed_and_named(whole: dict[str, Any], page: str) -> None:
-    section = page[page.index('id="prediction"') : page.index('id="category"')]
-    assert section.count('class="ring ') == len(predictions(whole))
-    for p in predictions(whole):
-        assert f"{p['recommended_num_draft_tokens']} for {p['draft']}" in section
+    (section,) = (s for s in build_sections(whole, predictions(whole)) if s.anchor == "prediction")
+    marked = [
+        (name, p.x) for chart in section.charts for name, points in chart.series.items() for p in points if p.is_marked
+    ]
+    found = predictions(whole)
+    assert sorted(marked) == sorted((p["draft"], p["recommended_num_draft_tokens"]) for p in found)
+    for row, p in zip(section.tables[0].rows, found, strict=True):
+        assert row[:4] == [p["draft"], p["target"], str(p["batch_size"]), str(p["recommended_num_draft_tokens"])]
+        assert row[4:] == [f"{r['speedup']:.2f}x" for r in p["rows"]]
 
 
 def test_more_panels_than_fit_are_folded_away(whole: dict[str, Any]) -> None:
-    many = {**whole, "records": [{**r, "target": f"{r['target']}-{i}"} for i in range(2) for r in whole["records"]]}
+    found = [{**r, "groups": []} for r in whole["records"] if r["draft"] == "pard-0.5b" and r["mode"] == "replay"]
+    many = {**whole, "records": [{**r, "target": f"{r['target']}-{i}"} for i in range(2) for r in found]}
     text = render_page(many, [], [])
     section = text[text.index('id="positions"') : text.index('id="histogram"')]
     assert section.split("<details>")[0].count("<figure>") == 6
@@ -224,39 +223,88 @@ def luminance(colour: str) -> float:
 # Charts
 # ---------------------------------------------------------------------------------------------------------------------
 
+STYLES = {"a": 0, "b": 1}
+
+
+def marks(svg: str, style: str) -> list[tuple[float, float]]:
+    """Places of the markers whose style begins so, in the order of the drawing."""
+    found = re.findall(r'<use href="#\w+" x="([\d.]+)" y="([\d.]+)" style="([^"]*)', svg)
+    return [(float(x), float(y)) for x, y, found_style in found if found_style.startswith(style)]
+
+
+def lines(svg: str, color: str) -> list[tuple[float, float]]:
+    """Left and right end of the straight lines of a colour."""
+    found = re.findall(r'<path d="M ([\d.]+) [\d.]+ L ([\d.]+) [\d.]+ "[^>]*stroke: var\(--(\w+)\)', svg)
+    return [(float(left), float(right)) for left, right, name in found if name == color]
+
 
 def test_a_line_charts_points_lie_where_their_values_are() -> None:
-    series = Series("mine", 0, [Point(1, 1.0, 0.8, 1.2, "low"), Point(3, 3.0, 2.5, 3.5), Point(2, 2.0, 1.9, 2.1)])
-    root = ElementTree.fromstring(line_chart("a chart", [series], Axes("K", "tau", 0.0, 4.0, [1, 2, 3], baseline=1.0)))
-    assert root.get("aria-label") == "a chart"
-    xs, ys = ([float(c.get(name) or "") for c in root.iter("circle")] for name in ("cx", "cy"))
-    assert xs[1] - xs[2] == pytest.approx(xs[2] - xs[0], abs=0.2)
-    assert ys[0] - ys[2] == pytest.approx(ys[2] - ys[1], abs=0.2)
-    (baseline,) = (line for line in root.iter("line") if line.get("class") == "baseline")
-    assert float(baseline.get("y1") or "") == pytest.approx(ys[0], abs=0.2)
-    assert [t.text for t in root.iter("title")] == ["mine: low", "mine: ", "mine: "]
+    points = [Point(1, 1.0, 0.8, 1.2), Point(2, 2.0, 1.9, 2.1, is_marked=True), Point(3, 3.0, 2.5, 3.5)]
+    chart = Chart("a chart", "line", {"a": points}, (0.0, 4.0), "tau", "K", [1, 2, 3], baseline=1.0)
+    svg = draw_svg(chart, STYLES)
+    assert ElementTree.fromstring(svg).get("aria-label") == "a chart: tau"
+    (x1, y1), (x2, y2), (x3, y3) = marks(svg, "fill: var(--c0); stroke")
+    assert (x2 - x1, y1 - y2) == pytest.approx((x3 - x2, y2 - y3), abs=0.2)
+    assert marks(svg, "fill-opacity: 0; stroke: var(--c0)") == [(x2, y2)]  # the ring
+    (baseline,) = re.findall(r"M [\d.]+ ([\d.]+) L [\d.]+ [\d.]+ [^>]*stroke-dasharray", svg)
+    assert float(baseline) == pytest.approx(y1, abs=0.2)
 
 
 def test_bars_are_as_high_as_their_values_and_do_not_overlap() -> None:
-    series = [Series("a", 0, [Point(0, 0.5), Point(1, 0.25)]), Series("b", 1, [Point(0, 0.1), Point(1, 0.9)])]
-    root = ElementTree.fromstring(bar_chart("bars", series, Axes("n", "share", 0.0, 1.0, [0, 1])))
-    bars = list(root.iter("rect"))
-    heights = [float(bar.get("height") or "") for bar in bars]
+    series = {"a": [Point(0, 0.5), Point(1, 0.25)], "b": [Point(0, 0.1), Point(1, 0.9)]}
+    svg = draw_svg(Chart("bars", "bar", series, (0.0, 1.0), "share", "n", [0, 1]), STYLES)
+    found = re.findall(
+        r'd="M ([\d.]+) ([\d.]+) L ([\d.]+) [\d.]+ L [\d.]+ ([\d.]+) [^"]*z "[^>]*fill: var\(--c[01]\)', svg
+    )
+    bars = [tuple(map(float, bar)) for bar in found]
+    heights = [foot - top for _, foot, _, top in bars]
     assert [h / heights[0] for h in heights] == pytest.approx([1.0, 0.5, 0.2, 1.8], abs=0.01)
-    spans = sorted((float(bar.get("x") or ""), float(bar.get("width") or "")) for bar in bars)
-    assert all(left + width <= right + 0.2 for (left, width), (right, _) in pairwise(spans))
+    spans = sorted((left, right) for left, _, right, _ in bars)
+    assert all(right <= left + 0.1 for (_, right), (left, _) in pairwise(spans))
 
 
 def test_an_interval_chart_prints_the_value_of_every_row_in_order() -> None:
-    series = [Series("a", 0, [Point(0, 1.5, 1.2, 1.8), Point(1, 2.5, 2.2, 2.8)]), Series("b", 1, [Point(1, 2.0)])]
-    axes = Axes("", "tau", 1.0, 3.0, baseline=1.0)
-    root = ElementTree.fromstring(interval_chart("rows", ["first", "second"], series, axes))
-    texts = [(float(t.get("y") or ""), t.text) for t in root.iter("text") if t.get("class") in ("name", "value")]
-    assert [text for _, text in sorted(texts)] == ["first", "1.50", "second", "2.50", "2.00"]
-    whiskers = [line for line in root.iter("line") if (line.get("class") or "").startswith("whisker")]
-    assert len(whiskers) == 2
-    widths = [float(w.get("x2") or "") - float(w.get("x1") or "") for w in whiskers]
-    assert widths[0] == pytest.approx(widths[1], abs=0.2) and widths[0] > 50
+    series = {"a": [Point(0, 1.5, 1.2, 1.8), Point(1, 2.5, 2.2, 2.8)], "b": [Point(1, 2.0)]}
+    chart = Chart("rows", "interval", series, (1.0, 3.0), "tau", baseline=1.0, rows=["first", "second"])
+    svg = draw_svg(chart, STYLES)
+    texts = {text: float(y) for y, text in re.findall(r'<text [^>]*y="([\d.]+)"[^>]*>([^<]+)<', svg)}
+    shown = ["first", "1.50", "second", "2.50", "2.00"]
+    assert sorted(shown, key=lambda text: texts[text]) == shown
+    widths = [right - left for left, right in lines(svg, "c0")]  # from the baseline to the value; the interval
+    assert widths[0] < widths[2] and widths[1] == pytest.approx(widths[3], abs=0.2)
+    assert widths[0] / widths[1] == pytest.approx(0.5 / 0.6, abs=0.02)
+    assert len(lines(svg, "c1")) == 1
+
+
+def test_drawings_are_deterministic_and_keep_texts_and_numbers_as_they_are(tmp_path: Path) -> None:
+    name = 'a $x$ #0b6fb8 1.23456 <b> id="a_1" \U0001f33a'
+    chart = Chart(name, "interval", {name: [Point(0, 1.5)]}, (1.0, 3.0), name, rows=[name])
+    svg = draw_svg(chart, {name: 9})
+    assert svg == draw_svg(chart, {name: 9})
+    texts = [text.text for text in ElementTree.fromstring(svg).iter("text")]
+    assert texts.count(name) == 2
+    assert (
+        "var(--c1)" in svg
+        and "http" not in svg
+        and "#" not in re.sub(r"url\(#|href=\"#|>[^<]*<|label=\"[^\"]*", "", svg)
+    )
+    for file in (tmp_path / "one.png", tmp_path / "two.png"):
+        write_png([[chart], [chart] * 4], file)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone_and_loads_no_pyplot() -> None:
+    code = """
+import sys
+from pard_train.reports.charts import Chart, Point, draw_svg
+assert "matplotlib" not in sys.modules
+import matplotlib
+before = [*dict.items(matplotlib.rcParams)]
+draw_svg(Chart("a", "line", {"a": [Point(1, 1.0)]}, (0.0, 2.0), "tau"), {"a": 0})
+assert [*dict.items(matplotlib.rcParams)] == before
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["now", "without a range"])
@@ -265,14 +313,10 @@ def test_the_lines_of_measured_speed_ups_span_the_ratios_of_the_rounds(whole: di
     ratios = {"speedup": 2.0} | ({} if is_old else {"speedup_low": 1.0, "speedup_high": 4.0})
     rates = {"tokens_per_second": 10.0, "tokens_per_second_low": 1.0, "tokens_per_second_high": 90.0}
     speed = {"ar_tokens_per_second": 5.0, "num_identical_answers": 8, "num_rounds": 3} | ratios | rates
-    sections = build_sections({**whole, "records": [record | {"speed": speed}]}, [])
-    (figure,) = next(section.figures for section in sections if section.anchor == "speed")
-    lines = {line.get("class", "").split()[0]: line for line in ElementTree.fromstring(figure.svg).iter("line")}
-    assert ("whisker" in lines) != is_old
-    if not is_old:
-        one, two = (float(lines["track"].get(name, "")) for name in ("x1", "x2"))  # from 1 to the speed-up
-        low, high = (float(lines["whisker"].get(name, "")) for name in ("x1", "x2"))
-        assert (low, high) == pytest.approx((one, one + 3 * (two - one)), abs=0.5)
+    sections = build_sections({**whole, "records": [record | {"speed": speed}]})
+    (chart,) = next(section.charts for section in sections if section.anchor == "speed")
+    ((point,),) = chart.series.values()
+    assert (point.y, point.low, point.high) == (2.0, *((None, None) if is_old else (1.0, 4.0)))
 
 
 def test_a_breakdown_into_a_single_group_is_not_drawn(page: str) -> None:
@@ -281,21 +325,15 @@ def test_a_breakdown_into_a_single_group_is_not_drawn(page: str) -> None:
     assert captions == ["mt-bench", "mt-bench"]  # the only benchmark with several categories, on both targets
 
 
-def test_every_draft_keeps_its_colour_on_the_whole_page_and_shares_it_with_no_like_marker(page: str) -> None:
-    slots: dict[str, set[str]] = {}
-    for css, note in re.findall(r'class="mark (s\d)"[^>]*><title>([^:<]+):', page):
-        slots.setdefault(note, set()).add(css)
-    assert {"untrained", "pard-0.5b", "pard-0.5b-dpace"} < slots.keys()
-    assert all(len(found) == 1 for found in slots.values())
-    marks = {re.sub(r"<line[^>]*>", "", swatch(slot)) for slot in range(40)}
-    assert len(marks) == 40
-
-
-def test_axes_hold_their_values_and_ticks_stay_apart() -> None:
-    for value in (1.01, 1.9, 3.7, 5.0, 16.2):
-        assert nice_top(value, 1.0) >= value
-    assert thinned(KS) == list(KS)
-    assert thinned(range(1, 17)) == [1, 3, 5, 7, 9, 11, 13, 15]
+def test_every_draft_looks_the_same_on_the_whole_page_and_unlike_any_other(page: str) -> None:
+    looks: dict[str, set[tuple[str, str]]] = {}
+    for color, glyph, name in re.findall(r'<span class="(c\d)" aria-hidden="true">(.)</span>([^<]+)<', page):
+        looks.setdefault(name, set()).add((color, glyph))
+    assert {"untrained", "pard-0.5b", "pard-0.5b-dpace"} < looks.keys()
+    assert all(len(found) == 1 for found in looks.values())
+    assert len({(style % NUM_COLORS, GLYPHS[style % len(GLYPHS)]) for style in range(40)}) == 40
+    charts = [Chart("", "line", {name: []}, (0.0, 1.0), "") for name in ("b", "a", "b")]
+    assert assign_styles(charts) == {"b": 0, "a": 1}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What people read: tables, charts, the page, the comparison of several results.
+"""Reports for people: tables, charts, the page, Markdown, CSV, and the comparison of several results.
 
 In the order of imports: records, tables, charts, sections, webpage, report, comparison.
 """

@@ -1,284 +1,220 @@
-"""Charts as inline SVG: small panels that take their colours from the page and so follow dark mode without a script.
+"""Charts: described as data, drawn by matplotlib as SVG for the page and as PNG for Markdown and trackers.
 
-Every series has a slot, which stands for one colour and one marker on the whole page: colour is never the only cue.
+The page's CSS holds the only palette. An SVG refers to it by name (`var(--c0)`), so one drawing fits the light and the
+dark scheme. Every series has a colour and a marker, so colour is never the only cue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from xml.etree import ElementTree
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
 
-NICE = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])  # round numbers for an axis
-NUM_SLOTS = 8  # colours in templates/page.css; with five shapes, forty drafts look different
-WIDTH, HEIGHT = 360, 232  # units of a panel; the page shows one at 0.85 to 1.4 times this size
-LEFT, RIGHT, TOP, BOTTOM = 40, 14, 26, 38
-ROW_LABEL, ROW_LINE, ROW_GAP = 18, 17, 8  # heights in an interval chart
-VALUE_WIDTH = 42  # room for the numbers at its right
-MARKER = 3.6  # half the width of one
-SHAPES = (  # corners in units of MARKER; the first is a circle
-    (),
-    ((-1, -1), (1, -1), (1, 1), (-1, 1)),
-    ((0, -1.3), (1.2, 0.9), (-1.2, 0.9)),
-    ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
-    ((-1.2, -0.9), (1.2, -0.9), (0, 1.3)),
-)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TEMPLATES = Path(__file__).with_name("templates")
+COLORS = dict(re.findall(r"--([\w-]+): (#\w{6})", (TEMPLATES / "page.css").read_text().split("@media")[0]))  # light
+VARIABLES = {color: f"var(--{name})" for name, color in COLORS.items()}
+NUM_COLORS = 8  # c0 to c7
+MARKERS = "os^Dv"
+GLYPHS = "●■▲◆▼"  # the same markers as text
+WIDTH, HEIGHT = 320, 200  # of a chart, in CSS pixels or points of 1/72 inch
+ROW_HEIGHT = 18  # in an interval chart
+MARGINS = {"line": (42, 12, 8, 38), "bar": (42, 12, 8, 38), "interval": (14, 44, 2, 38)}  # left, right, top, bottom
+NUM_COLUMNS, TITLE_HEIGHT, LEGEND_HEIGHT = 3, 44, 18  # of a PNG; a title has two lines
+SETTINGS: dict[Any, Any] = {
+    **{"svg.fonttype": "none", "text.parse_math": False, "font.size": 11.5, "axes.titlesize": 11.5, "savefig.dpi": 110},
+    **{"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": COLORS["card"]},
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+    **{f"{axis}tick.{name}": value for axis in "xy" for name, value in (("major.size", 0), ("major.pad", 6))},
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), COLORS["muted"]),
+    **{"text.color": COLORS["text"], "grid.color": COLORS["grid"], "axes.axisbelow": True},
+}
+DASHED: dict[str, Any] = {"color": COLORS["muted"], "linewidth": 1, "linestyle": "dashed"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured value.
-
-    Attributes:
-        low, high: its interval; None where there is none.
-        note: shown when a pointer rests on it.
-        is_marked: ringed.
-    """
+    """A value y at x (in an interval chart the index of the row), with its interval; a ring marks it."""
 
     x: float
     y: float
     low: float | None = None
     high: float | None = None
-    note: str = ""
     is_marked: bool = False
 
 
 @dataclass(frozen=True)
-class Series:
-    """What one draft measured; slot is its colour and marker."""
-
-    name: str
-    slot: int
-    points: Sequence[Point]
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Names and range of a panel's axes.
+class Chart:
+    """One chart.
 
     Attributes:
-        low, high: range of y.
-        ticks: places on x that get a number.
-        baseline: value of y drawn as a dashed line, such as a speed-up of one.
+        kind: `line`, `bar`, or `interval`: values with intervals on a common scale, row by row.
+        series: points by name.
+        limits: range of the values.
+        y_label: name of the values; an interval chart shows it at its horizontal axis.
+        ticks: numbers of the horizontal axis, unless it is an interval chart.
+        baseline: value drawn as a dashed line, such as a speed-up of one.
+        rows: names of the rows of an interval chart, from the top.
     """
 
-    x_label: str
+    title: str
+    kind: str
+    series: Mapping[str, Sequence[Point]]
+    limits: tuple[float, float]
     y_label: str
-    low: float
-    high: float
+    x_label: str = ""
     ticks: Sequence[float] = ()
     baseline: float | None = None
+    rows: Sequence[str] = ()
+
+    @property
+    def height(self) -> float:
+        """In CSS pixels."""
+        num_lines = 1.4 * len(self.rows) + sum(map(len, self.series.values()))
+        return HEIGHT if self.kind != "interval" else sum(MARGINS[self.kind][2:]) + ROW_HEIGHT * num_lines
 
 
-class Panel:
-    """An SVG under construction in a rectangle of data.
-
-    Args:
-        label: what it shows, for screen readers.
-        height: in units.
-        x_range, y_range: data at the left and right, bottom and top edges of the plot.
-        right: margin.
-    """
-
-    def __init__(
-        self,
-        label: str,
-        *,
-        x_range: tuple[float, float],
-        y_range: tuple[float, float] = (0.0, 1.0),
-        height: float = HEIGHT,
-        left: float = LEFT,
-        right: float = RIGHT,
-    ):
-        self.height = height
-        self.left, self.right = left, WIDTH - right
-        self._x_range, self._y_range = x_range, y_range
-        shape = {"viewBox": f"0 0 {WIDTH} {height:g}", "role": "img", "aria-label": label}
-        self.root = ElementTree.Element("svg", shape)
-
-    def x(self, value: float) -> float:
-        """Units from the left of a value on x."""
-        low, high = self._x_range
-        return self.left + (value - low) / (high - low) * (self.right - self.left)
-
-    def y(self, value: float) -> float:
-        """Units from the top of a value on y."""
-        low, high = self._y_range
-        return self.height - BOTTOM - (value - low) / (high - low) * (self.height - BOTTOM - TOP)
-
-    def line(self, css: str, x1: float, y1: float, x2: float, y2: float) -> None:
-        """A straight line between two places, in units."""
-        places = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
-        ElementTree.SubElement(self.root, "line", {"class": css, **_numbers(places)})
-
-    def text(self, css: str, x: float, y: float, content: str, anchor: str = "middle") -> None:
-        """Words whose baseline is at y; anchor is start, middle or end."""
-        fields = {"class": css, "text-anchor": anchor, **_numbers({"x": x, "y": y})}
-        ElementTree.SubElement(self.root, "text", fields).text = content
-
-    def path(self, css: str, places: Sequence[tuple[float, float]], *, is_closed: bool = False) -> None:
-        """A line through places, in units, or the area inside of it."""
-        steps = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        ElementTree.SubElement(self.root, "path", {"class": css, "d": f"M{steps}" + "Z" * is_closed})
-
-    def bar(self, css: str, x: float, y: float, width: float, height: float, note: str) -> None:
-        """A rectangle from its upper left corner, in units."""
-        places = {"x": x, "y": y, "width": width, "height": height}
-        bar = ElementTree.SubElement(self.root, "rect", {"class": css, **_numbers(places)})
-        ElementTree.SubElement(bar, "title").text = note
-
-    def marker(self, slot: int, x: float, y: float, note: str = "") -> None:
-        """The mark of a slot at a place, in units."""
-        corners = SHAPES[slot % len(SHAPES)]
-        css = f"mark s{slot % NUM_SLOTS}"
-        if corners:
-            points = " ".join(f"{x + MARKER * dx:.1f},{y + MARKER * dy:.1f}" for dx, dy in corners)
-            mark = ElementTree.SubElement(self.root, "polygon", {"class": css, "points": points})
-        else:
-            fields = {"class": css, **_numbers({"cx": x, "cy": y, "r": MARKER})}
-            mark = ElementTree.SubElement(self.root, "circle", fields)
-        if note:
-            ElementTree.SubElement(mark, "title").text = note
-
-    def frame(self, axes: Axes) -> None:
-        """Grid, ticks and names of both axes."""
-        for value in NICE.tick_values(axes.low, axes.high):
-            if axes.low <= value <= axes.high + 1e-9:
-                self.line("grid", self.left, self.y(value), self.right, self.y(value))
-                self.text("tick", self.left - 6, self.y(value) + 4, f"{value:g}", "end")
-        for value in axes.ticks:
-            self.text("tick", self.x(value), self.height - BOTTOM + 16, f"{value:g}")
-        if axes.baseline is not None:
-            self.line("baseline", self.left, self.y(axes.baseline), self.right, self.y(axes.baseline))
-        self.text("axis", (self.left + self.right) / 2, self.height - 5, axes.x_label)
-        self.text("axis", 4, 14, axes.y_label, "start")
-
-    def svg(self) -> Markup:
-        """The finished picture; ElementTree has escaped every text in it."""
-        return Markup(ElementTree.tostring(self.root, encoding="unicode"))
+def assign_styles(charts: Iterable[Chart]) -> dict[str, int]:
+    """The number of a colour and marker for every series name, the same in all charts."""
+    return {name: number for number, name in enumerate(dict.fromkeys(name for c in charts for name in c.series))}
 
 
-def line_chart(label: str, series: Sequence[Series], axes: Axes) -> Markup:
-    """Lines over x with their intervals as bands.
+def draw_svg(chart: Chart, styles: Mapping[str, int]) -> Markup:
+    """A chart as an inline SVG element: text stays text, and the colours are variables of the page."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
 
-    Args:
-        label: what it shows, for screen readers.
-        series: drafts, each with a line of points.
-        axes: names and range.
-    """
-    xs = [p.x for s in series for p in s.points]
-    pad = (max(xs) - min(xs)) * 0.04 or 1.0
-    panel = Panel(label, x_range=(min(xs) - pad, max(xs) + pad), y_range=(axes.low, axes.high))
-    panel.frame(axes)
-    for s in series:
-        band = [(panel.x(p.x), panel.y(p.high)) for p in s.points if p.high is not None]
-        band += [(panel.x(p.x), panel.y(p.low)) for p in reversed(s.points) if p.low is not None]
-        if band:
-            panel.path(f"band s{s.slot % NUM_SLOTS}", band, is_closed=True)
-    for s in series:
-        panel.path(f"line s{s.slot % NUM_SLOTS}", [(panel.x(p.x), panel.y(p.y)) for p in s.points])
-    for s in series:
-        for p in s.points:
-            _draw_point(panel, s, p)
-    return panel.svg()
+    file = io.StringIO()
+    with _settings(salt=str(chart)):
+        figure = Figure(figsize=(WIDTH / 72, chart.height / 72))
+        _draw(figure, chart, styles)
+        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    content = re.sub(r"\s*\n\s*", " ", file.getvalue()).split("</defs>", 1)[1]  # without the head and its style sheet
+    content = re.sub("<[^>]*>", lambda tag: _slim(tag[0]), content)  # tags only: texts have no unescaped <
+    label = escape(f"{chart.title}: {chart.y_label}")
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {chart.height:g}" role="img" aria-label="{label}">{content}')
 
 
-def _draw_point(panel: Panel, series: Series, point: Point) -> None:
-    x, y = panel.x(point.x), panel.y(point.y)
-    panel.marker(series.slot, x, y, f"{series.name}: {point.note}")
-    if point.is_marked:
-        ring = {"class": f"ring s{series.slot % NUM_SLOTS}", **_numbers({"cx": x, "cy": y, "r": 2.2 * MARKER})}
-        ElementTree.SubElement(panel.root, "circle", ring)
+def _slim(tag: str) -> str:
+    """A tag with the page's colours and short numbers, without ids that nothing refers to."""
+    tag = re.sub(r' id="\w[\w.]*_\d+"| transform="rotate\(-0[^"]*"|font-family: [^;"]*;? ?', "", tag)
+    tag = re.sub(r"(\d\.\d\d)\d+", r"\1", tag.replace("xlink:href", "href"))
+    return re.sub("#[0-9a-f]{6}", lambda color: VARIABLES.get(color[0], color[0]), tag)
 
 
-def bar_chart(label: str, series: Sequence[Series], axes: Axes) -> Markup:
-    """Bars side by side, in the order of the series, at every whole x.
+def write_png(parts: Sequence[Sequence[Chart]], path: Path) -> None:
+    """Write charts as one picture with a legend; every part starts a new row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    Args:
-        label: what it shows, for screen readers.
-        series: drafts, each with a bar of height y at every x.
-        axes: names and range; low is the foot of the bars.
-    """
-    xs = [p.x for s in series for p in s.points]
-    panel = Panel(label, x_range=(min(xs) - 0.6, max(xs) + 0.6), y_range=(axes.low, axes.high))
-    panel.frame(axes)
-    width = (panel.x(1) - panel.x(0)) * 0.8 / len(series)
-    for index, s in enumerate(series):
-        for p in s.points:
-            left = panel.x(p.x) + (index - len(series) / 2) * width
-            note = f"{s.name}: {p.note}"
-            panel.bar(f"bar s{s.slot % NUM_SLOTS}", left, panel.y(p.y), width, panel.y(axes.low) - panel.y(p.y), note)
-    return panel.svg()
-
-
-def interval_chart(label: str, rows: Sequence[str], series: Sequence[Series], axes: Axes) -> Markup:
-    """Values with their intervals on a common scale, row by row, and the number at the right.
-
-    Args:
-        label: what it shows, for screen readers.
-        rows: names, top down.
-        series: drafts; a point's x is the number of its row, y its value.
-        axes: y_label, low, high and baseline of the scale, which lies on its side; the rest is not used.
-    """
-    lines = [[(s, p) for s in series for p in s.points if p.x == row] for row in range(len(rows))]
-    height = sum(ROW_LABEL + ROW_LINE * len(row) + ROW_GAP for row in lines) + BOTTOM
-    panel = Panel(label, x_range=(axes.low, axes.high), height=height, left=8, right=VALUE_WIDTH + 8)
-    _draw_scale(panel, axes)
-    top = 0
-    for name, row in zip(rows, lines, strict=True):
-        panel.text("name", panel.left + 6, top + 13, name, "start")
-        for line, (s, p) in enumerate(row):
-            _draw_interval(panel, s, p, top + ROW_LABEL + ROW_LINE * (line + 0.5), axes.baseline or 0.0)
-        top += ROW_LABEL + ROW_LINE * len(row) + ROW_GAP
-    return panel.svg()
+    styles = assign_styles(chart for part in parts for chart in part)
+    rows = [part[start : start + NUM_COLUMNS] for part in parts for start in range(0, len(part), NUM_COLUMNS)]
+    tops: list[float] = [LEGEND_HEIGHT * (len(styles) + 1)]
+    for row in rows:
+        tops.append(tops[-1] + TITLE_HEIGHT + max(chart.height for chart in row))
+    with _settings():
+        figure = Figure(figsize=(WIDTH * max(map(len, rows)) / 72, tops[-1] / 72))
+        for top, row in zip(tops, rows, strict=False):
+            for column, chart in enumerate(row):
+                axes = _draw(figure, chart, styles, left=column * WIDTH, top=top + TITLE_HEIGHT)
+                axes.set_title(textwrap.fill(chart.title, 36), loc="left", fontweight="bold")
+        handles = [Line2D([], [], label=name, **_look(number)) for name, number in styles.items()]
+        figure.legend(handles=handles, loc="upper left", frameon=False)
+        FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
 
 
-def _draw_scale(panel: Panel, axes: Axes) -> None:
-    foot = panel.height - BOTTOM + 4
-    for value in NICE.tick_values(axes.low, axes.high):
-        if axes.low <= value <= axes.high + 1e-9:
-            panel.line("grid", panel.x(value), 0, panel.x(value), foot)
-            panel.text("tick", panel.x(value), foot + 14, f"{value:g}")
-    if axes.baseline is not None:
-        panel.line("baseline", panel.x(axes.baseline), 0, panel.x(axes.baseline), foot)
-    panel.text("axis", (panel.left + panel.right) / 2, panel.height - 3, axes.y_label)
+@contextmanager
+def _settings(*, salt: str = "") -> Iterator[None]:
+    """Draw with our settings; the ids in an SVG follow from the salt."""
+    import matplotlib
+
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": salt}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has more fonts
+        yield
 
 
-def _draw_interval(panel: Panel, series: Series, point: Point, y: float, baseline: float) -> None:
-    css, x = f"s{series.slot % NUM_SLOTS}", panel.x(point.y)
-    panel.line(f"track {css}", panel.x(baseline), y, x, y)
-    if point.low is not None and point.high is not None:
-        panel.line(f"whisker {css}", panel.x(point.low), y, panel.x(point.high), y)
-    panel.marker(series.slot, x, y, f"{series.name}: {point.note}")
-    panel.text("value", WIDTH - 4, y + 4, f"{point.y:.2f}", "end")
+def _look(number: int) -> dict[str, Any]:
+    """Colour and marker of a series."""
+    color, marker = COLORS[f"c{number % NUM_COLORS}"], MARKERS[number % len(MARKERS)]
+    edge = {"markeredgecolor": COLORS["card"], "markeredgewidth": 0.8}
+    return {"color": color, "marker": marker, "markersize": 6.5, "linewidth": 2, "clip_on": False, **edge}
 
 
-def swatch(slot: int) -> Markup:
-    """The mark of a slot as it stands in a legend."""
-    panel = Panel("", x_range=(0, 1))
-    panel.root.attrib = {"viewBox": "0 0 26 12", "class": "swatch", "aria-hidden": "true"}
-    panel.line(f"line s{slot % NUM_SLOTS}", 1, 6, 25, 6)
-    panel.marker(slot, 13, 6)
-    return panel.svg()
+def _draw(figure: Figure, chart: Chart, styles: Mapping[str, int], *, left: float = 0, top: float = 0) -> Axes:
+    """Add a chart to a figure, so many points from its upper left corner."""
+    from matplotlib.ticker import FixedLocator
+
+    width, height = 72 * figure.get_size_inches()
+    margins = MARGINS[chart.kind]
+    inner_width, inner_height = WIDTH - margins[0] - margins[1], chart.height - margins[2] - margins[3]
+    corner = (left + margins[0]) / width, 1 - (top + margins[2] + inner_height) / height
+    axes = figure.add_axes((*corner, inner_width / width, inner_height / height))
+    looks = {name: _look(styles[name]) for name in chart.series}
+    if chart.kind == "interval":
+        _draw_intervals(axes, chart, looks)
+        axes.set(xlim=chart.limits, xlabel=chart.y_label, yticks=[])
+        axes.grid(axis="x")
+        axes.locator_params(axis="x", nbins=5)
+    else:
+        {"line": _draw_lines, "bar": _draw_bars}[chart.kind](axes, chart, looks)
+        axes.set(ylim=chart.limits, xlabel=chart.x_label, ylabel=chart.y_label)
+        axes.xaxis.set_major_locator(FixedLocator(chart.ticks, nbins=9))
+        axes.grid(axis="y")
+        axes.locator_params(axis="y", nbins=5)
+    return axes
 
 
-def nice_top(value: float, low: float) -> float:
-    """Upper end of an axis that starts at low and holds value.
+def _draw_lines(axes: Axes, chart: Chart, looks: Mapping[str, dict[str, Any]]) -> None:
+    """Lines with their intervals as bands."""
+    for name, points in chart.series.items():
+        color = looks[name]["color"]
+        band = np.array([(p.x, p.low, p.high) for p in points if p.low is not None]).reshape(-1, 3)
+        axes.fill_between(*band.T, color=color, alpha=0.14, linewidth=0)
+        axes.plot([p.x for p in points], [p.y for p in points], **looks[name])
+        for p in points:
+            if p.is_marked:
+                axes.plot(p.x, p.y, "o", markersize=14, fillstyle="none", color=color, clip_on=False)
+    if chart.baseline is not None:
+        axes.axhline(chart.baseline, **DASHED)
 
-    >>> nice_top(3.7, 1.0)
-    4.0
-    """
-    return float(NICE.tick_values(low, max(value, low + 0.1))[-1])
+
+def _draw_bars(axes: Axes, chart: Chart, looks: Mapping[str, dict[str, Any]]) -> None:
+    """Bars side by side, in the order of the series, at every whole x."""
+    width = 0.8 / len(chart.series)
+    for number, (name, points) in enumerate(chart.series.items()):
+        places = [p.x + (number - (len(chart.series) - 1) / 2) * width for p in points]
+        heights, color = [p.y for p in points], looks[name]["color"]
+        axes.bar(places, heights, width, color=color, edgecolor=COLORS["card"], linewidth=0.5)
 
 
-def thinned(values: Sequence[float], most: int = 9) -> list[float]:
-    """Some of the values, evenly, so that their numbers do not touch."""
-    step = -(-len(values) // most)
-    return list(values[::step])
-
-
-def _numbers(values: dict[str, float]) -> dict[str, str]:
-    return {name: f"{value:.1f}" for name, value in values.items()}
+def _draw_intervals(axes: Axes, chart: Chart, looks: Mapping[str, dict[str, Any]]) -> None:
+    """Below every row's name one line per series: from the baseline to the value, the interval, the value as text."""
+    y, baseline = 0.0, chart.baseline or 0.0
+    place: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+    for row, title in enumerate(chart.rows):
+        axes.annotate(" ".join(title.split()), (chart.limits[0], y), fontweight="bold", **place)
+        for name, p in [(name, p) for name, points in chart.series.items() for p in points if p.x == row]:
+            y += 1
+            color = looks[name]["color"]
+            axes.hlines(y, baseline, p.y, color=color, linewidth=1.2, alpha=0.35)
+            if p.low is not None and p.high is not None:
+                axes.hlines(y, p.low, p.high, color=color, linewidth=4, alpha=0.45)
+            axes.plot(p.y, y, **looks[name])
+            axes.text(1.04, y, f"{p.y:.2f}", va="center", transform=axes.get_yaxis_transform())
+        y += 1.4
+    axes.set_ylim(y - 0.7, -0.7)
+    axes.axvline(baseline, **DASHED)

@@ -1,16 +1,17 @@
-"""One record of acceptance.json, and what several say together; docs/acceptance.md explains every field."""
+"""acceptance.json: reading it, and the questions that tables and charts ask of its records."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pard_train.errors import UserError
 
 ACCEPTANCE_FILE = "acceptance.json"
+PICTURE_FILE = "acceptance.png"
 SCHEMA_VERSION = 2  # of acceptance.json; adding a field keeps the version, renaming or removing one raises it
 RENAMED = {  # names of schema_version 1, which results of version 0.1 and cached cells still use
     "made_by": "provenance",
@@ -19,56 +20,64 @@ RENAMED = {  # names of schema_version 1, which results of version 0.1 and cache
     "instruction": "prompt_template",
     "num_equal_texts": "num_identical_answers",
 }
+KINDS = ("draft", "target", "benchmark")  # named in every record, each with a fingerprint
 
 Record = dict[str, Any]
 Result = dict[str, Any]
-Value = TypeVar("Value")
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 
 TAU = (
-    "Mean accepted length: tokens emitted per forward pass of the target, pooled over all answers. Without a draft it "
-    "is 1, and with K draft tokens K + 1 at most."
+    "Mean accepted length: tokens emitted per forward pass of the target, pooled over all answers. It is 1 without a "
+    "draft and at most K + 1 with K draft tokens."
 )
 TERMS = {
-    "tau": f"{TAU} The first pass reads the prompt and verifies the first draft; the target's own token counts; tokens "
-    "past the end of the turn or past the length limit do not.",
+    "tau": f"{TAU} The prefill also verifies the first draft. The target's own token counts. Tokens past the end of "
+    "the turn or the length limit do not.",
     "[low, high]": "Bootstrap 95% interval of tau over prompts.",
-    "vLLM tau": "The same answers counted as vLLM counts: 1 + accepted / drafts, where the first token comes from the "
-    "target's prefill and exactly K tokens are drafted at every step.",
-    "K": "Draft tokens proposed per step, all of them in one forward pass of the draft model.",
-    "survival": "Share of steps in which the draft token at a position is accepted, and so all before it.",
-    "replay": "Exact acceptance under greedy decoding, from the target's cached text.",
-    "estimate": "Expected acceptance under sampling, from the target's cached probabilities; no text is sampled.",
-    "live": "Both models decode, with caches; this gives speed, and shows that the text is the target's own.",
-    "speed-up": "Tokens per second with the draft over tokens per second of the target alone, on the same prompts, "
-    "prefill included, the two taking turns.",
+    "vLLM tau": "The same answers counted as vLLM does: 1 + accepted / drafts. The first token comes from the prefill, "
+    "and every later step drafts exactly K tokens.",
+    "K": "Draft tokens per step, proposed in one forward pass of the draft model.",
+    "survival": "Share of steps that accept the draft tokens at this position and at all positions before it.",
+    "replay": "Exact acceptance under greedy decoding, computed from the target's cached answers.",
+    "estimate": "Expected acceptance under sampling, computed from the target's sampled answers and their "
+    "probabilities.",
+    "live": "Draft and target decode together with KV caches. This measures speed and checks that the output is "
+    "unchanged.",
+    "speed-up": "Tokens per second with the draft, divided by those of the target alone. Both decode the same prompts "
+    "in alternation; prefill is included.",
 }
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_result(path: Path) -> Result:
-    """Read acceptance.json.
+    """Read acceptance.json of any known schema version.
 
     Args:
-        path: the file, or the folder of an evaluation.
+        path: the file, or the output folder of an evaluation.
 
     Raises:
-        UserError: if it is not there, or is something else.
+        UserError: if the file is missing, is no JSON, or has another schema version.
     """
     file = path / ACCEPTANCE_FILE if path.is_dir() else path
     try:
-        document = json.loads(file.read_text())
+        result = json.loads(file.read_text())
     except FileNotFoundError:
-        raise UserError(f"{file} does not exist: give a folder that recipes/evaluate.py wrote, or its file") from None
+        raise UserError(f"{file} does not exist: give an output folder of recipes/evaluate.py, or its file") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}): evaluate again") from None
-    found = document.get("schema_version") if isinstance(document, dict) else None
+        raise UserError(f"{file} is not valid JSON ({error}): evaluate again") from None
+    found = result.get("schema_version") if isinstance(result, dict) else None
     if found not in (1, SCHEMA_VERSION):
         raise UserError(f"{file} has schema_version={found}; allowed are 1 and {SCHEMA_VERSION}: evaluate again")
-    return upgrade(document)
+    return upgrade(result)
 
 
-def upgrade(document: Result) -> Result:
-    """A document of any known schema_version in the current one."""
-    return {**document, "schema_version": SCHEMA_VERSION, "records": [renamed(r) for r in document["records"]]}
+def upgrade(result: Result) -> Result:
+    """A result of any known schema version in the current one."""
+    return {**result, "schema_version": SCHEMA_VERSION, "records": [renamed(r) for r in result["records"]]}
 
 
 def renamed(record: Record) -> Record:
@@ -85,67 +94,89 @@ def renamed(record: Record) -> Record:
     return record
 
 
-def distinct(values: Iterable[Value]) -> list[Value]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Selecting and grouping
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def distinct(values: Iterable[Item]) -> list[Item]:
     """Every value once, in order of first appearance."""
     return list(dict.fromkeys(values))
 
 
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Items by key, in order of first appearance."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def by_target(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by target."""
+    return grouped(records, lambda r: r["target"])
+
+
+def case_of(record: Record) -> str:
+    """`humaneval on Qwen2.5-7B-Instruct`"""
+    return f"{record['benchmark']} on {record['target']}"
+
+
 def label_of(record: Record) -> str:
-    """What drafted and how, as tables and legends name it.
+    """Draft and method, as tables and legends name them.
 
     >>> label_of({"draft": "mine", "method": "draft", "mode": "live", "temperature": 0.7})
     'mine, autoregressive, T=0.7'
     """
-    name = "prompt look-up" if record["method"] == "ngram" else record["draft"]
+    name = "prompt lookup" if record["method"] == "ngram" else record["draft"]
     parts = [name, {"draft": "autoregressive"}.get(record["method"])]
     parts += ["in an engine" if record["mode"] == "engine" else None]
-    how = " (estimate)" if record["mode"] == "estimate" else ""
-    parts += [f"T={record['temperature']:g}{how}" if record["temperature"] else None]
+    estimate = " (estimate)" if record["mode"] == "estimate" else ""
+    parts += [f"T={record['temperature']:g}{estimate}" if record["temperature"] else None]
     return ", ".join(part for part in parts if part)
 
 
-def labels_of(records: list[Record]) -> list[str]:
-    """Everything that drafted."""
-    return distinct(label_of(r) for r in records)
+def acceptance_records(result: Result) -> list[Record]:
+    """The records that cover every prompt at every K (replay, estimate); all records if there are none of them."""
+    return [r for r in result["records"] if r["mode"] in ("replay", "estimate")] or result["records"]
 
 
-def measured(document: Result) -> list[Record]:
-    """The records that say most about acceptance: every prompt at every K; live ones only if there is nothing else."""
-    records = document["records"]
-    return [r for r in records if r["mode"] in ("replay", "estimate")] or records
-
-
-def live(document: Result) -> list[Record]:
-    """The records with a clock."""
-    return [r for r in document["records"] if r.get("speed")]
+def timed_records(result: Result) -> list[Record]:
+    """The records with a measured speed."""
+    return [r for r in result["records"] if r.get("speed")]
 
 
 def groups_of(record: Record, by: str | None = None) -> list[dict[str, Any]]:
-    """The breakdown of a record, or the groups of one kind; an estimate has none."""
+    """The breakdown of a record, or its groups of one kind; an estimate has none."""
     return [g for g in record.get("groups", ()) if by in (None, g["by"])]
 
 
-def at_largest_k(records: list[Record]) -> list[Record]:
-    """Of every draft, target and benchmark the record with the most draft tokens."""
-    largest: dict[tuple[str, ...], Record] = {}
-    for r in sorted(records, key=lambda r: r["num_draft_tokens"]):
-        largest[r["target"], r["benchmark"], label_of(r)] = r
-    return [r for r in records if r is largest[r["target"], r["benchmark"], label_of(r)]]
+def at_largest_k(records: Sequence[Record]) -> list[Record]:
+    """The record with the most draft tokens of every target, benchmark and label."""
+    by_case = grouped(records, lambda r: (r["target"], r["benchmark"], label_of(r)))
+    largest = {id(max(found[::-1], key=lambda r: r["num_draft_tokens"])) for found in by_case.values()}
+    return [r for r in records if id(r) in largest]
 
 
-def of_all_benchmarks(records: list[Record], label: str) -> list[Record]:
-    """A draft's records, or none if it lacks one of the benchmarks: drafts are pooled over the same prompts or not."""
-    mine = [r for r in records if label_of(r) == label]
-    return mine if {r["benchmark"] for r in mine} == {r["benchmark"] for r in records} else []
+def pooled_by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by label, without labels that lack a benchmark: only figures on equal prompts can be compared."""
+    everywhere = {r["benchmark"] for r in records}
+    by_label = grouped(records, label_of)
+    return {label: mine for label, mine in by_label.items() if {r["benchmark"] for r in mine} == everywhere}
 
 
-def pooled_tau(records: list[Record]) -> float:
-    """tau over several benchmarks: all tokens by all target passes."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pooled_tau(records: Sequence[Record]) -> float:
+    """tau over several benchmarks: all tokens divided by all target passes."""
     return sum(r["num_tokens"] for r in records) / sum(r["num_steps"] for r in records)
 
 
-def pooled_vllm_tau(records: list[Record]) -> float | None:
-    """The same as vLLM counts; None where something was not counted so."""
+def pooled_vllm_tau(records: Sequence[Record]) -> float | None:
+    """The same as vLLM counts; None where a record lacks vLLM's counts."""
     if not records or not all(r.get("vllm_drafts") for r in records):
         return None
     return 1 + sum(r["vllm_accepted"] for r in records) / sum(r["vllm_drafts"] for r in records)
@@ -156,8 +187,14 @@ def with_interval(record: Record) -> str:
     return f"{record['tau']:.2f} [{record['tau_low']:.2f}, {record['tau_high']:.2f}]"
 
 
+def failure_line(failure: dict[str, Any]) -> str:
+    """A failed part of the evaluation and its reason, in one line."""
+    where = ", ".join(f"{kind} {failure[kind]}" for kind in KINDS if failure[kind])
+    return f"{where}: {failure['reason']}"
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One row of a table: dotted names, lists as JSON, the command as one would type it.
+    """One row of a table: dotted names, lists as JSON, the command as a shell line.
 
     >>> flatten({"speed": {"speedup": 2.0}, "histogram": [3, 1]})
     {'speed.speedup': 2.0, 'histogram': '[3, 1]'}

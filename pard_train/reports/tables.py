@@ -1,4 +1,4 @@
-"""Tables of a result, for the page, the report and the terminal alike."""
+"""Tables of a result, shared by page, report and terminal."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from pard_train.reports.records import (
+    KINDS,
     Record,
     at_largest_k,
+    by_target,
     distinct,
+    grouped,
     groups_of,
     label_of,
-    labels_of,
-    of_all_benchmarks,
+    pooled_by_label,
     pooled_tau,
     pooled_vllm_tau,
     with_interval,
 )
 
 NONE = "-"  # in a cell without a number
-KINDS = ("draft", "target", "benchmark")
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Table:
 
     Attributes:
         header, rows: of equal length.
-        num_names: columns that hold names; the others hold numbers and stand to the right.
-        caption: what it is about.
+        num_names: leading columns that hold names, aligned left; the others hold numbers, aligned right.
+        caption: title; may be empty.
     """
 
     header: Sequence[str]
@@ -38,110 +39,106 @@ class Table:
     num_names: int = 1
     caption: str = ""
 
-
-def to_markdown(table: Table) -> str:
-    """A Markdown table whose columns line up as plain text, too."""
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (table.header, *table.rows)]
-    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True)]
-
-    def join(cells: Sequence[str]) -> str:
-        both = list(zip(cells, widths, strict=True))
-        names, numbers = both[: table.num_names], both[table.num_names :]
-        return "| " + " | ".join([*(c.ljust(w) for c, w in names), *(c.rjust(w) for c, w in numbers)]) + " |"
-
-    rule = ["-" * w if i < table.num_names else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    text = "\n".join([join(lines[0]), join(rule), *(join(line) for line in lines[1:])])
-    return f"{table.caption}\n\n{text}" if table.caption else text
+    def markdown(self) -> str:
+        """The table in Markdown, with columns aligned as plain text."""
+        lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (self.header, *self.rows)]
+        widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+        is_name = [index < self.num_names for index in range(len(widths))]
+        lines.insert(1, ["-" * w if name else "-" * (w - 1) + ":" for w, name in zip(widths, is_name, strict=True)])
+        rows = [
+            " | ".join(c.ljust(w) if name else c.rjust(w) for c, w, name in zip(line, widths, is_name, strict=True))
+            for line in lines
+        ]
+        return "\n".join(([self.caption, ""] if self.caption else []) + [f"| {row} |" for row in rows])
 
 
-def comparison_table(target: str, records: list[Record]) -> Table:
-    """tau of every draft, side by side, on every benchmark and over all of them.
+def tau_tables(records: Sequence[Record], *, most_k: int = 6) -> list[Table]:
+    """tau by benchmark, draft and K, one table per target; interval, vLLM tau and answers belong to the largest K.
 
     Args:
-        target: whose records these are.
-        records: one for every draft and benchmark.
+        records: of every target, draft, benchmark and K.
+        most_k: number of columns of K, which include the smallest and the largest.
     """
-    labels = labels_of(records)
-    body = []
-    for benchmark in distinct(r["benchmark"] for r in records):
-        mine = {label_of(r): with_interval(r) for r in records if r["benchmark"] == benchmark}
-        body.append([benchmark, *(mine.get(label, NONE) for label in labels)])
-    if len(body) > 1:
-        body.append(["all", *(_pooled(of_all_benchmarks(records, label)) for label in labels)])
-    return Table(["benchmark", *labels], body, caption=f"tau on {target}")
+    return [_tau_table(target, mine, most_k) for target, mine in by_target(records).items()]
 
 
-def _pooled(records: list[Record]) -> str:
-    return f"{pooled_tau(records):.2f}" if records else NONE
-
-
-def tau_table(target: str, records: list[Record], *, most_k: int = 6) -> Table:
-    """tau by K as a terminal shows it, with vLLM's figure at the largest K.
-
-    Args:
-        target: whose records these are.
-        records: of every draft, benchmark and K.
-        most_k: columns of K; the smallest and the largest K are among them.
-    """
+def _tau_table(target: str, records: list[Record], most_k: int) -> Table:
     ks = sorted(distinct(r["num_draft_tokens"] for r in records))
     if len(ks) > most_k:
         ks = [ks[round(i * (len(ks) - 1) / (most_k - 1))] for i in range(most_k)]
-    rows = []
-    for benchmark in distinct(r["benchmark"] for r in records):
-        mine = [r for r in records if r["benchmark"] == benchmark]
-        rows += [_tau_row(benchmark, mine, ks, label) for label in labels_of(mine)]
-    if len(distinct(r["benchmark"] for r in records)) > 1:
-        rows += [_tau_row("all", records, ks, label) for label in labels_of(records)]
-    header = ["benchmark", "draft", *(f"K={k}" for k in ks), "95% interval", "vLLM", "answers"]
-    return Table(header, rows, num_names=2, caption=f"target {target}")
+    by_benchmark = grouped(records, lambda r: r["benchmark"])
+    parts = by_benchmark | ({"all": records} if len(by_benchmark) > 1 else {})
+    rows = [_tau_row(name, mine, ks, label) for name, mine in parts.items() for label in distinct(map(label_of, mine))]
+    header = ["benchmark", "draft", *(f"K={k}" for k in ks), "95% interval", "vLLM tau", "answers"]
+    return Table(header, rows, num_names=2, caption=f"tau on target {target}")
 
 
 def _tau_row(benchmark: str, records: list[Record], ks: list[int], label: str) -> list[str]:
-    """Interval, vLLM's figure and the number of answers belong to the largest K."""
-    by_k = [of_all_benchmarks([r for r in records if r["num_draft_tokens"] == k], label) for k in ks]
-    largest = of_all_benchmarks(at_largest_k(records), label)
+    by_k = [pooled_by_label([r for r in records if r["num_draft_tokens"] == k]).get(label, []) for k in ks]
+    largest = pooled_by_label(at_largest_k(records)).get(label, [])
     vllm = pooled_vllm_tau(largest)
     interval = f"[{largest[0]['tau_low']:.2f}, {largest[0]['tau_high']:.2f}]" if len(largest) == 1 else ""
-    num_turns = sum(r["num_turns"] for r in largest)
-    return [benchmark, label, *map(_pooled, by_k), interval, f"{vllm:.2f}" if vllm else NONE, str(num_turns)]
+    taus = [f"{pooled_tau(found):.2f}" if found else NONE for found in by_k]
+    return [
+        benchmark,
+        label,
+        *taus,
+        interval,
+        f"{vllm:.2f}" if vllm else NONE,
+        str(sum(r["num_turns"] for r in largest)),
+    ]
 
 
-def speed_table(caption: str, records: list[Record]) -> Table:
-    """Speed and losslessness of live decoding."""
-    header = ["draft", "benchmark", "speed-up", "tokens/s", "alone", "tau", "K", "batch", "same text"]
-    return Table(header, [_speed_row(r) for r in records], num_names=2, caption=caption)
+def speed_tables(records: Sequence[Record]) -> list[Table]:
+    """Speed of live decoding and whether the output is unchanged, one table per target."""
+    header = ["draft", "benchmark", "speed-up", "tokens/s", "target alone", "tau", "K", "batch", "identical"]
+    return [
+        Table(header, [_speed_row(r) for r in mine], num_names=2, caption=f"speed on target {target}")
+        for target, mine in by_target(records).items()
+    ]
 
 
 def _speed_row(record: Record) -> list[str]:
     speed = record["speed"]
-    equal = speed["num_identical_answers"]
+    identical = speed["num_identical_answers"]
     return [
         *(label_of(record), record["benchmark"], f"{speed['speedup']:.2f}x"),
         *(f"{speed['tokens_per_second']:.1f}", f"{speed['ar_tokens_per_second']:.1f}", f"{record['tau']:.2f}"),
         *(str(record["num_draft_tokens"]), str(record["batch_size"] or 1)),
-        "sampled" if equal is None else f"{equal} of {record['num_turns']}",
+        "sampled" if identical is None else f"{identical} of {record['num_turns']}",
     ]
 
 
-def record_table(records: list[Record]) -> Table:
-    """Every record, with both conventions side by side."""
+def prediction_table(predictions: Sequence[dict[str, Any]]) -> Table:
+    """Predicted speed-up by K, and the best K; `none` where decoding without a draft is fastest."""
+    ks = sorted(distinct(row["num_draft_tokens"] for p in predictions for row in p["rows"]))
+    rows = []
+    for p in predictions:
+        by_k = {row["num_draft_tokens"]: f"{row['speedup']:.2f}x" for row in p["rows"]}
+        best = str(p["recommended_num_draft_tokens"] or "none")
+        rows.append([p["draft"], p["target"], str(p["batch_size"]), best, *(by_k.get(k, NONE) for k in ks)])
+    return Table(["draft", "target", "batch", "best K", *(f"K={k}" for k in ks)], rows, num_names=2)
+
+
+def record_table(records: Sequence[Record]) -> Table:
+    """Every record, with both definitions of tau."""
     header = ["target", "benchmark", "draft", "mode", "K", "tau [low, high]", "vLLM tau", "mean per prompt"]
-    header += ["prompts", "turns", "tokens", "passes", "vLLM drafts", "vLLM accepted"]
+    header += ["prompts", "answers", "tokens", "passes", "vLLM drafts", "vLLM accepted"]
     return Table(header, [_record_row(r) for r in records], num_names=4)
 
 
 def _record_row(record: Record) -> list[str]:
-    vllm, per_prompt = record.get("vllm_tau"), record.get("mean_prompt_tau")
+    taus = [record.get(name) for name in ("vllm_tau", "mean_prompt_tau")]
     counts = [record[name] for name in ("num_prompts", "num_turns", "num_tokens", "num_steps")]
     counts += [record.get("vllm_drafts"), record.get("vllm_accepted")]
     return [
         *(record["target"], record["benchmark"], label_of(record), record["mode"], str(record["num_draft_tokens"])),
-        *(with_interval(record), *(f"{tau:.2f}" if tau else NONE for tau in (vllm, per_prompt))),
+        *(with_interval(record), *(f"{tau:.2f}" if tau else NONE for tau in taus)),
         *(NONE if count is None else f"{count:,.0f}" for count in counts),
     ]
 
 
-def group_table(records: list[Record]) -> Table:
+def group_table(records: Sequence[Record]) -> Table:
     """The breakdown of every record."""
     rows = [
         [r["target"], r["benchmark"], label_of(r), g["by"], g["name"], with_interval(g), f"{g['num_tokens']:,}"]
@@ -151,7 +148,7 @@ def group_table(records: list[Record]) -> Table:
     return Table(["target", "benchmark", "draft", "by", "group", "tau [low, high]", "tokens"], rows, num_names=5)
 
 
-def model_table(records: list[dict[str, Any]]) -> Table:
-    """Everything measured, with the fingerprint of its content."""
+def fingerprint_table(records: Sequence[Record]) -> Table:
+    """Every draft, target and benchmark with its fingerprint."""
     names = distinct((kind, r[kind], r[f"{kind}_fingerprint"]) for kind in KINDS for r in records if r[kind] != NONE)
-    return Table(["what", "name", "fingerprint"], names, num_names=3)
+    return Table(["kind", "name", "fingerprint"], names, num_names=3)

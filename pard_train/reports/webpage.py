@@ -1,114 +1,96 @@
-"""The page of a result: one HTML file with its charts inside, no script and nothing to fetch.
+"""The page of a result: one HTML file with inline charts, without scripts, fonts or anything to fetch.
 
-`sections.py` decides what is shown, templates/ how. Jinja escapes every text, and the page's own policy forbids
-scripts, so that what a model wrote can do nothing but be read.
+Jinja escapes every text, and the page's content security policy forbids scripts: model output stays text.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
+from pard_train.reports.charts import GLYPHS, NUM_COLORS, TEMPLATES, Chart, assign_styles, draw_svg
 from pard_train.reports.records import (
+    KINDS,
     TAU,
     TERMS,
     Record,
     Result,
+    acceptance_records,
     at_largest_k,
+    by_target,
     distinct,
     flatten,
-    labels_of,
-    measured,
-    of_all_benchmarks,
+    grouped,
+    label_of,
+    pooled_by_label,
     pooled_tau,
     pooled_vllm_tau,
 )
-from pard_train.reports.sections import build_sections
-from pard_train.reports.tables import KINDS, model_table, record_table
+from pard_train.reports.sections import Section, build_sections
+from pard_train.reports.tables import fingerprint_table, record_table
 
-TEMPLATES = Path(__file__).with_name("templates")
 SETTINGS = ("max_new_tokens", "dtype", "temperature", "top_p", "system_prompt", "template_kwargs", "prompt_template")
+Legend = list[tuple[str, int, str]]  # name, number of the colour, marker
 
 
-def fill(template: str, **content: Any) -> str:
-    """A page from a file in templates/, everything escaped."""
-    loader = FileSystemLoader(TEMPLATES)
-    settings: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
-    environment = Environment(loader=loader, autoescape=True, **settings)
-    return environment.get_template(template).render(content)
+def fill(template: str, sections: Sequence[Section], **content: Any) -> str:
+    """A page from a file in templates/, with every text escaped and every chart drawn."""
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
+    return environment.get_template(template).render(sections=_drawn(sections), **content)
 
 
-def render_page(document: Result, predictions: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
+def _drawn(sections: Sequence[Section]) -> list[tuple[Section, Legend, list[tuple[Chart, Markup]]]]:
+    """Sections with legend and SVGs; a draft looks the same in all of them."""
+    styles = assign_styles(chart for section in sections for chart in section.charts)
+    legends = [[(name, styles[name]) for name in assign_styles(section.charts)] for section in sections]
+    return [
+        (
+            section,
+            [(name, style % NUM_COLORS, GLYPHS[style % len(GLYPHS)]) for name, style in legend],
+            [(chart, draw_svg(chart, styles)) for chart in section.charts],
+        )
+        for section, legend in zip(sections, legends, strict=True)
+    ]
+
+
+def render_page(result: Result, predictions: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> str:
     """The page of one evaluation.
 
     Args:
-        document: acceptance.json.
+        result: acceptance.json.
         predictions: predictions.json; may be empty.
         samples: samples.json; may be empty.
     """
-    records = document["records"]
+    records = result["records"]
+    settings = [flatten({name: r[name] for name in SETTINGS}) for r in records]
     return fill(
         "report.html",
+        build_sections(result, predictions),
         summary=TAU,
         terms=TERMS,
-        tiles=_tiles(measured(document)),
-        failures=document["failures"],
-        sections=build_sections(document, predictions),
-        questions=_questions(samples),
+        tiles=_tiles(acceptance_records(result)),
+        failures=result["failures"],
+        questions=grouped(samples, lambda s: (s["target"], s["benchmark"], s["prompt_id"], s["question"])),
         record_table=record_table(records),
-        models=model_table(records),
-        settings=_settings(records),
-        makers=_makers(records),
+        fingerprints=fingerprint_table(records),
+        settings=[(name, " · ".join(distinct(str(row[name]) for row in settings))) for name in SETTINGS],
+        provenances=[dict(items) for items in distinct(tuple(flatten(r["provenance"]).items()) for r in records)],
     )
 
 
 def _tiles(records: list[Record]) -> list[tuple[str, str, str]]:
-    """(number, what, of what): the best draft of every target over all benchmarks, then how much was measured."""
+    """(number, unit, subject): the best draft of every target over all benchmarks, then the number of answers."""
     tiles = []
-    for target in distinct(r["target"] for r in records):
-        mine = at_largest_k([r for r in records if r["target"] == target])
-        by_draft = {label: of_all_benchmarks(mine, label) for label in labels_of(mine)}
-        by_draft = {label: found for label, found in by_draft.items() if found}
-        if not by_draft:
-            continue
-        best = max(by_draft, key=lambda label: pooled_tau(by_draft[label]))
-        vllm = pooled_vllm_tau(by_draft[best])
-        k = max(r["num_draft_tokens"] for r in by_draft[best])
-        whose = f"{best} for {target}" + (f", {vllm:.2f} as vLLM counts" if vllm else "")
-        tiles.append((f"{pooled_tau(by_draft[best]):.2f}", f"tokens per pass at K={k}", whose))
-    cases = {(r["target"], r["benchmark"]): r for r in records}.values()
+    for target, mine in by_target(at_largest_k(records)).items():
+        if best := max(pooled_by_label(mine).values(), key=pooled_tau, default=[]):
+            vllm, k = pooled_vllm_tau(best), max(r["num_draft_tokens"] for r in best)
+            subject = f"{label_of(best[0])} on {target}" + (f", vLLM tau {vllm:.2f}" if vllm else "")
+            tiles.append((f"{pooled_tau(best):.2f}", f"tokens per pass at K={k}", subject))
+    cases = {(r["target"], r["benchmark"]): r["num_turns"] for r in records}
     counts = {kind: len(distinct(r[kind] for r in records)) for kind in KINDS}
-    measured_on = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
-    return [*tiles, (f"{sum(r['num_turns'] for r in cases):,}", "answers", measured_on)]
-
-
-def _questions(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Samples of the same question together."""
-    questions: dict[tuple[str, ...], dict[str, Any]] = {}
-    for s in samples:
-        head = {name: s[name] for name in ("target", "benchmark", "prompt_id", "question")}
-        question = questions.setdefault(tuple(head.values()), {**head, "answers": []})
-        question["answers"].append(_answer(s))
-    return list(questions.values())
-
-
-def _answer(sample: dict[str, Any]) -> dict[str, Any]:
-    num_drafted = sum(len(step["accepted"]) for step in sample["steps"])
-    num_own = sum(len(step["target_token"]) for step in sample["steps"])
-    share = f"{num_drafted / max(num_drafted + num_own, 1):.0%}"
-    k, num_steps = sample["num_draft_tokens"], len(sample["steps"])
-    return {"draft": sample["draft"], "k": k, "share": share, "num_steps": num_steps, "steps": sample["steps"]}
-
-
-def _settings(records: list[Record]) -> list[tuple[str, str]]:
-    """Settings with every value that they took."""
-    flat = [flatten({name: r[name] for name in SETTINGS}) for r in records]
-    return [(name, " · ".join(distinct(str(row[name]) for row in flat))) for name in SETTINGS]
-
-
-def _makers(records: list[Record]) -> list[dict[str, Any]]:
-    """Every run that made some of the records: command, time, machine, versions."""
-    makers = [flatten(r["provenance"]) for r in records]
-    return [dict(items) for items in distinct(tuple(maker.items()) for maker in makers)]
+    subject = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
+    return [*tiles, (f"{sum(cases.values()):,}", "answers", subject)]

@@ -12,7 +12,15 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pard_train.config import Config, LoggerConfig
-from pard_train.reports.records import Record, at_largest_k, distinct, flatten, label_of, measured
+from pard_train.reports.records import (
+    PICTURE_FILE,
+    Result,
+    acceptance_records,
+    at_largest_k,
+    distinct,
+    flatten,
+    label_of,
+)
 from pard_train.runs import new_file
 
 METRICS_FILE = "metrics.jsonl"
@@ -83,14 +91,14 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **named}) + "\n")
 
 
-def log_evaluation(logger: LoggerConfig, name: str, document: dict[str, Any], page: Path | None) -> None:
-    """Put a result on the W&B dashboard if that is the chosen tracker: every record, tau by name, charts, the page.
+def log_evaluation(logger: LoggerConfig, name: str, result: Result, page: Path) -> None:
+    """Log a result to W&B if that is the chosen tracker: records, tau by draft, the picture and the page.
 
     Args:
-        logger: where to.
+        logger: settings of the tracker.
         name: of the run, unless the settings name it.
-        document: acceptance.json.
-        page: report.html; the files of the run are written beside it.
+        result: acceptance.json.
+        page: report.html; acceptance.png is next to it, and W&B writes its files there.
     """
     if logger.report_to != "wandb":
         return
@@ -101,30 +109,13 @@ def log_evaluation(logger: LoggerConfig, name: str, document: dict[str, Any], pa
         name=logger.run_name or name,
         mode="offline" if logger.wandb_mode == "offline" else "online",
         job_type="evaluation",
-        dir=page and page.parent,
+        dir=page.parent,
     ) as run:
-        rows = [flatten({k: v for k, v in r.items() if k != "groups"}) for r in document["records"]]
+        rows = [flatten({k: v for k, v in r.items() if k != "groups"}) for r in result["records"]]
         columns = distinct(column for row in rows for column in row)
         table = wandb.Table(columns=[*columns], data=[[row.get(column) for column in columns] for row in rows])
-        run.log({"eval/records": table} | _survival_charts(at_largest_k(measured(document))))
-        for r in at_largest_k(measured(document)):
+        picture = wandb.Image(str(page.with_name(PICTURE_FILE)))
+        html = wandb.Html(page.read_text(), inject=False)
+        run.log({"eval/records": table, "eval/acceptance": picture, "eval/report": html})
+        for r in at_largest_k(acceptance_records(result)):
             run.summary[f"eval/tau/{r['target']}/{r['benchmark']}/{label_of(r)}"] = r["tau"]
-        if page:
-            run.log({"eval/report": wandb.Html(page.read_text(), inject=False)})
-
-
-def _survival_charts(records: list[Record]) -> dict[str, Any]:
-    """One chart for every target and benchmark, with one line for every draft."""
-    import wandb
-
-    charts = {}
-    for target, benchmark in distinct((r["target"], r["benchmark"]) for r in records):
-        mine = [r for r in records if (r["target"], r["benchmark"]) == (target, benchmark)]
-        charts[f"eval/survival/{target}/{benchmark}"] = wandb.plot.line_series(
-            xs=[list(range(1, len(r["survival"]) + 1)) for r in mine],
-            ys=[r["survival"] for r in mine],
-            keys=[label_of(r) for r in mine],
-            title=f"share of steps accepted: {benchmark} on {target}",
-            xname="draft position",
-        )
-    return charts
