@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers.utils import logging
 
 from pard_train.runs import num_cores
 
@@ -25,6 +28,19 @@ def this_process() -> PartialState:
     machine without an accelerator for the only one.
     """
     return PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=30))
+
+
+def quiet_libraries() -> None:
+    """Switch off transformers' progress bars of loading and saving, and DeepSpeed's warning on a CPU.
+
+    accelerate imports DeepSpeed, which then warns, even in programs that do not use it. Downloads keep their bars.
+    """
+    has_download_bars = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # also those of downloads
+    if has_download_bars:
+        enable_progress_bars()
+    if default_device().type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def device_name() -> str:

@@ -106,6 +106,7 @@ def _run(name: str, composed: DictConfig, validate: Callable[[Config], None], ru
             raise UserError(f"WORLD_SIZE={number}: this program runs in one process; start it without a launcher")
         config = to_config(composed)
         validate(config)
+        _quiet_libraries()
         run(config)
         _leave_process_group()
     except (UserError, OmegaConfBaseException) as error:
@@ -126,6 +127,12 @@ def _run(name: str, composed: DictConfig, validate: Callable[[Config], None], ru
             f"{error.filename or 'a file'} cannot be written ({DISK_FULL[error.errno]}): free some space and run the "
             "same command again; finished parts are kept"
         )
+
+
+def _quiet_libraries() -> None:
+    from pard_train.device import quiet_libraries  # imports torch, which validation does without
+
+    quiet_libraries()
 
 
 def _leave_process_group() -> None:

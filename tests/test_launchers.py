@@ -131,6 +131,19 @@ def test_two_processes_train_as_one(
     assert all(0 < row["throughput/data_wait_share"] < 1 for row in log_of(run))
 
 
+def test_a_run_and_its_resumption_print_no_noise_of_libraries(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "recipes/train.py", *settings_of(base_folder, chats_file, tmp_path / "run")]
+    output = run_all([command], [{}])[0]
+    for name in ("draft", f"checkpoint-{STEPS}"):
+        shutil.rmtree(tmp_path / "run" / name)
+    output += run_all([[*command, "resume=true"]], [{}])[0]
+    assert output.count("draft model: ") == 2
+    for noise in ("Loading weights", "Writing model shards", "real_accelerator", "missing keys", "Warning"):
+        assert noise not in output
+
+
 def test_two_nodes_train_as_one(alone: Path, base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     nodes = {"NUM_NODES": "2", "NUM_PROCESSES": "1", "MASTER": f"127.0.0.1:{free_port()}"}
     command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]
