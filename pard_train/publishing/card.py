@@ -32,6 +32,7 @@ class Card:
 
     Attributes:
         name: the draft in the commands: the folder as the user gave it, or its hub repository.
+        title: heading; empty: the public form of the name.
         config: of the exported model.
         base: folder or hub name of the model it was made from, None if unknown.
         license: keys of the card's head: license, and license_name and license_link if known.
@@ -47,6 +48,7 @@ class Card:
     license: dict[str, str] = field(default_factory=dict)
     training: Training | None = None
     records: Sequence[dict[str, Any]] = ()
+    title: str = ""
 
 
 def write_card(card: Card, folder: Path) -> None:
@@ -54,7 +56,7 @@ def write_card(card: Card, folder: Path) -> None:
     k = getattr(card.config, "pard_num_draft_tokens", DEFAULT_K)
     settings = {"method": "draft_model", "model": card.name, "num_speculative_tokens": k, "parallel_drafting": True}
     text = Template(TEMPLATE.read_text()).substitute(
-        title=public_name(card.name),
+        title=card.title or public_name(card.name),
         name=card.name,
         version=__version__,
         num_rows=card.config.vocab_size,
@@ -78,7 +80,7 @@ def _head(card: Card) -> ModelCardData:
         base_model=card.base if is_hub_name(card.base) else None,
         datasets=sorted({s["path"] for s in sources.values() if is_hub_name(s["path"])}) or None,
         tags=["speculative-decoding", "parallel-draft-model", "pard", "pard_train"],
-        model_name=public_name(card.name),
+        model_name=card.title or public_name(card.name),
         eval_results=[_eval_result(record) for record in _best_records(card.records).values()] or None,
         license=card.license.get("license"),
         license_name=card.license.get("license_name"),
@@ -124,7 +126,7 @@ def _training(training: Training) -> str:
         [
             ("steps", "unknown" if training.step is None else training.step),
             *([("weights", training.choice)] if training.choice else []),
-            ("slots per step", f"{slots:,} ({ranks} processes)"),
+            ("slots per step", f"{slots:,} ({ranks} process{'' if ranks == 1 else 'es'})"),
             ("objective", _objective(training.config["objective"])),
             ("COD", f"retention ratio {draft['retention_ratio']}, at least {draft['min_retention']}"),
             ("learning rate", f"{settings['learning_rate']}, {settings['lr_scheduler_type']}"),

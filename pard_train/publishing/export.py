@@ -24,6 +24,7 @@ from pard_train.config import Config, ExportConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.engines.candidates import write_custom_generate
 from pard_train.errors import UserError
+from pard_train.mask_token import mask_token_of, produced_ids, required_mask_token_of, set_draft_keys
 from pard_train.model import (
     DTYPES,
     Base,
@@ -33,12 +34,8 @@ from pard_train.model import (
     load_causal_lm,
     load_config,
     load_tokenizer,
-    mask_token_of,
     num_rows_of,
-    produced_ids,
-    required_mask_token_of,
     resize_vocabulary,
-    set_draft_keys,
     vocabulary_tensors,
 )
 from pard_train.publishing.card import Card, write_card
@@ -102,8 +99,9 @@ def export(config: Config) -> list[Path]:
             write_folder(model, plan, folder, max_shard_size=settings.max_shard_size)
             check_reload(folder, model, plan)
             name = public_address(settings.push_to_hub, plan.folder(root, num_rows), root)
+            title = "" if settings.push_to_hub else Path(name).name  # the folder is not in its place yet
             write_custom_generate(folder)
-            write_card(replace(plan.card, name=name, config=model.config, targets=targets), folder)
+            write_card(replace(plan.card, name=name, title=title, config=model.config, targets=targets), folder)
     return [plan.folder(root, num_rows) for num_rows in plan.sizes]
 
 
