@@ -236,7 +236,8 @@ def test_each_turn_is_asked_after_the_new_answers_not_the_old_ones(tokenizer: Pr
     replies = [Answer([*tokenizer(text)["input_ids"], 2], False) for text in ("the cat", " \nit runs ")]
     conversation, prompts = talk(row, replies, encoder)
     new = said("system: Be brief", "user: Hi", "assistant: the cat", "user: why", "assistant:  \nit runs ")
-    assert conversation == AnsweredChat(new, False, conversation.reason)
+    assert (conversation.messages, conversation.is_cut) == (new, False)
+    assert conversation.turns == list(zip(prompts, [reply.ids for reply in replies], strict=True))
     assert prompts == [encoder.encode_prompt(new[:2]), encoder.encode_prompt(new[:4])]
 
 

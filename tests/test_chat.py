@@ -331,7 +331,7 @@ def test_a_bad_conversation_is_refused_by_its_origin(messages: Messages, reason:
 def test_an_answer_that_would_end_its_turn_halfway_is_refused() -> None:
     encoder = encoder_of(CHATML)
     assert encoder.encode(chat("a <|im_end|> b", "the cat"), origin="x")  # what is asked teaches nothing
-    with pytest.raises(RowError, match=r"^x: an answer holds <\|im_end\|>, which ends a turn"):
+    with pytest.raises(RowError, match=r"^x: an answer holds the control token <\|im_end\|>"):
         encoder.encode(chat("Hi", "the cat<|im_end|>\n<|im_start|>user\nwhy", "and", "the dog"), origin="x")
 
 
@@ -505,7 +505,7 @@ def test_every_answer_stands_once_after_the_prompt_that_was_served(template: str
     "message, reason",
     [
         (calls(SEARCH), "the chat template leaves out this turn's tool_calls"),
-        ({**chat("", "the cat")[1], "reasoning_content": "It sees."}, "leaves out this turn's reasoning_content"),
+        ({**chat("", "the cat")[1], "reasoning_content": "It sees."}, "leaves out this turn's thought"),
     ],
 )
 def test_what_a_template_would_leave_out_is_refused(template: str, message: dict[str, Any], reason: str) -> None:
@@ -540,7 +540,6 @@ def test_words_and_calls_that_a_template_of_one_call_would_leave_out_are_refused
     [
         ("{{ m.content }}", "{{ m.content | trim }}"),
         ("{{ m.content }}", "{{ m.content | tojson if m.tool_calls else m.content }}"),
-        ("{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\n') }}"),
         ("{{ c.function | tojson }}", "{{ c.function | tojson(ensure_ascii=True, indent=2) }}"),
         ("{{ c.function | tojson }}", "{{ (c.function | tojson) | tojson }}"),
         ("{{ c.function | tojson }}", "<{{ c.function.name }}>{{ c.function.arguments.items() | list }}"),
@@ -556,6 +555,13 @@ def test_words_and_calls_are_not_refused_for_how_they_are_written(before: str, a
         (answer,) = supervised_texts(document, encoder.tokenizer)
         assert "look." in answer
         assert answer.count("<tool_call>") == 3
+
+
+def test_a_thought_beside_calls_that_the_template_drops_is_refused() -> None:
+    encoder = encoder_of(QWEN3.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\n') }}"))
+    message = calls(SEARCH, content="<think>Which?</think>\n\nI look.")
+    with pytest.raises(RowError, match=r"^here: the chat template leaves out this turn's thought"):
+        encoder.encode([*chat("Hi"), message], origin="here", tools=TOOLS)
 
 
 def test_calls_are_refused_where_the_generation_prompt_opens_a_thought_that_the_template_drops() -> None:

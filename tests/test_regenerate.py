@@ -122,11 +122,20 @@ def test_every_conversation_is_answered_as_told_in_order_and_the_counts_add_up(
     prompts = write_rows(tmp_path / "prompts.jsonl", rows)
     written = write(prompts, tmp_path / "out", [base_folder], servers=[server.url])
     ours = [(row, *expected(row, ChatEncoder(tokenizer), server.reply)) for row in rows]
-    assert read_rows(written.path) == [
+    answered, ids = read_rows(written.path), []
+    for row in answered:
+        ids.append(row.pop("token_ids"))
+    assert answered == [
         {**row, "messages": messages, "finish_reason": reason, "target": str(base_folder)}
         for row, messages, reason in ours
         if messages
     ]
+    for row, token_ids in zip(answered, ids, strict=True):
+        assert token_ids["tokenizer"] == ChatEncoder(tokenizer).tokenizer_fingerprint
+        for prompt, answer in token_ids["turns"]:
+            assert server.reply(prompt)["token_ids"] == answer
+        num_turns = sum(message["role"] == "assistant" for message in row["messages"])
+        assert len(token_ids["turns"]) == num_turns
     rejects = read_rows(tmp_path / "out" / "rejects.jsonl")
     rejected = [(n, row) for n, (row, messages, _) in enumerate(ours, start=1) if not messages]
     assert [(r["origin"], json.loads(r["row"])) for r in rejects] == [(f"{prompts}:{n}", row) for n, row in rejected]

@@ -1,20 +1,28 @@
 """From messages to token ids with an exact loss mask, by rendering the tokenizer's own chat template.
 
-The supervised part of an assistant turn is what the template puts between the generation prompt and the end of the
-turn, including the end-of-turn token: its text, and its thoughts and tool calls as the template writes them. Both ends
-are found by rendering, never by searching for one family's strings. Text is tokenized in pieces cut at those ends,
-because that is how it comes to be when a model writes it: first the prompt's ids, then its own.
+The label of an assistant turn continues the generation prompt: the template's text between that prompt and the end of
+the turn, end-of-turn token included. Both ends are found by rendering, never by searching for one family's strings.
+Text is tokenized in pieces cut at those ends, as an engine does: the prompt's ids first, then the model's own.
 
-Templates that tell the model what day it is (Llama 3.2 and SmolLM3, by `strftime_now`) are always told `DAY`: the
-tokens of a chat, and the names under which a target's answers to it are kept, are the same tomorrow. Where a template
-takes the date as an argument, the user's own goes first: data.template_kwargs={date_string: 24 Dec 2025}.
+Rules for answers, each checked for every turn:
+  * Content stays: a template may trim or pad its ends, and nothing else.
+  * One thought at most, at the start: `<think>...</think>` in content, or reasoning_content.
+  * A generation prompt that opens a thought (DeepSeek-R1) is continued: the opening tag is stripped from the answer,
+    and an answer without a thought closes it first. One that closes the thought (enable_thinking=false) allows none.
+  * No special token of the tokenizer in an answer: it would end the turn, or never be generated.
+
+Templates with a clock (`strftime_now` in Llama 3.2 and SmolLM3) receive the fixed date `DAY`, so that the tokens of a
+chat and the names of cached answers do not change overnight. data.template_kwargs={date_string: 24 Dec 2025} overrides
+it where the template takes an argument.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -24,10 +32,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pard_train.data.schemas import check_messages
 from pard_train.errors import RowError, UserError
+from pard_train.runs import fingerprint
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 
+OPEN, CLOSE = "<think>", "</think>"  # of thoughts
+NO_THOUGHT = f"\n{CLOSE}\n\n"  # closes a thought that the generation prompt has opened
 DAY = datetime(2024, 7, 26)  # "today" of every template; Llama's name the same where they have no clock
 _DATE_PARTS = [f"%{flag}{letter}" for letter in "aAbBcdDeFGhHIjklmMnpRsSTuUVwWxXyYzZ" for flag in ("", "-")]
 
@@ -43,11 +54,13 @@ class Document:
         input_ids: int32 [L].
         loss_mask: bool [L]; True for every token of an assistant turn, its end-of-turn token included.
         origin: where it came from, such as `chats.jsonl:17`.
+        is_rendered: the ids come from tokenizing text, so tokenizing the whole text must give them again.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     origin: str
+    is_rendered: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,12 +68,14 @@ class Pieces:
     """Text of one document, cut where the model's own writing begins and ends.
 
     Attributes:
-        texts: by turns what the model is given and what it writes.
+        texts: prompt and answer in turn.
         origin: where it came from.
+        num_altered: answers whose ends the template trims or pads.
     """
 
     texts: list[str]
     origin: str
+    num_altered: int = 0
 
 
 class ChatEncoder:
@@ -79,10 +94,20 @@ class ChatEncoder:
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template: use an instruct model, "
                 "or put chat_template.jinja beside its tokenizer"
             )
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {
+            *tokenizer.all_special_tokens
+        }
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self._has_thoughts = CLOSE in str(self.template_kwargs.get("chat_template") or tokenizer.chat_template)
         self.turn_suffix = self._find_turn_suffix()
         self.end_token = self._find_end_token()
         self.end_of_turn = self._find_end_of_turn()
         self._check_pieces()
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Content hash of the tokenizer, 12 hexadecimal digits."""
+        return fingerprint(self.tokenizer.backend_tokenizer.to_str())
 
     def render(self, messages: Messages, *, generation_prompt: bool = False, tools: Tools = None) -> str:
         """The conversation as text. Raises UserError where the template refuses it."""
@@ -127,7 +152,9 @@ class ChatEncoder:
             ]
         except UserError as error:
             raise RowError(origin, str(error)) from error
-        return [Pieces(document, origin) for document in _join_turns(prompts, answers)]
+        altered = sum(self._is_altered(messages[stop], answer) for stop, answer in zip(stops, answers, strict=True))
+        first, *others = _join_turns(prompts, answers)
+        return [Pieces(first, origin, altered), *(Pieces(document, origin) for document in others)]
 
     def tokenize(self, pieces: Sequence[Pieces]) -> list[Document]:
         """Documents of many conversations, in one call of the tokenizer."""
@@ -168,23 +195,55 @@ class ChatEncoder:
 
     def _answer(self, prompt: str, text: str, message: Mapping[str, Any], *, is_cut: bool) -> str:
         """What the model writes after `prompt`, with its end of turn unless it was cut."""
-        if not text.startswith(prompt):
-            # A reasoning template that opens the thought itself (DeepSeek-R1) or drops it when it renders an answer:
-            # what the model writes after the prompt is the content as it stands.
-            if message.get("tool_calls"):
-                raise UserError(_LOST.format("tool_calls"))
-            answer = message["content"]
-        elif not text.endswith(self.turn_suffix):
-            raise UserError(f"the template does not end this turn with {self.turn_suffix!r} as it ends others")
-        else:
+        if found := self._special.search(f"{message['content']}\n{message.get('reasoning_content') or ''}"):
+            raise UserError(f"an answer holds the control token {found[0]}: end the answer there, or remove the row")
+        opens, closes = prompt.rstrip().endswith(OPEN), prompt.rstrip().endswith(CLOSE)
+        thought, words = self._split(message, opens, is_cut)
+        if closes and thought:
+            raise UserError("an answer holds a thought, but the generation prompt has closed it: remove the thought")
+        if text.startswith(prompt):
+            if not text.endswith(self.turn_suffix):
+                raise UserError(f"the template does not end this turn with {self.turn_suffix!r} as it ends others")
             answer = text[len(prompt) : len(text) - len(self.turn_suffix)]
-        if _thought(message) not in answer:
+            if not (is_cut or message.get("tool_calls") or answer.strip().endswith(words.strip())):
+                raise UserError(_LOST.format("content, or a part of it"))
+        elif message.get("tool_calls"):
+            raise UserError(_LOST.format("tool_calls"))
+        else:
+            answer = _continued(message, prompt) if opens else message["content"]
+        if thought not in answer:
             raise UserError(
-                "the chat template leaves out this turn's reasoning_content: put it into content, or remove it"
+                "the chat template leaves out this turn's thought: use a model whose template writes it, or remove it"
             )
         if self.end_token and self.end_token in answer:
             raise UserError(f"an answer holds {self.end_token}, which ends a turn: end it there, or remove the row")
-        return _cut_answer(answer, message) if is_cut else answer + self.end_of_turn
+        return _cut_answer(answer, message, prompt if opens else None) if is_cut else answer + self.end_of_turn
+
+    def _split(self, message: Mapping[str, Any], opens: bool, is_cut: bool) -> tuple[str, str]:
+        """(thought, words) of an answer.
+
+        Args:
+            message: of the assistant.
+            opens: the generation prompt has opened a thought, which content may continue.
+            is_cut: the answer hit its length limit, perhaps within its thought.
+        """
+        content, thought = message["content"], _thought(message)
+        inner = content.lstrip().removeprefix(OPEN)
+        begins = inner != content.lstrip()
+        if not (self._has_thoughts or opens):
+            return thought, content
+        if OPEN in inner or CLOSE in inner.partition(CLOSE)[2] or (thought and (begins or CLOSE in content)):
+            raise UserError("an answer holds more than one thought: keep the first, or remove the row")
+        if CLOSE in inner and (begins or opens):
+            return inner.partition(CLOSE)[0].strip(), inner.partition(CLOSE)[2]
+        if CLOSE in inner or (begins and not is_cut):
+            raise UserError(f"an answer holds {OPEN} or {CLOSE} without the other: complete the thought, or remove it")
+        return (inner.strip(), "") if begins else (thought, content)
+
+    def _is_altered(self, message: Mapping[str, Any], answer: str) -> bool:
+        """Whether a template trims or pads an answer that is plain content."""
+        is_plain = not (message.get("tool_calls") or _thought(message) or CLOSE in answer)
+        return is_plain and answer.removesuffix(self.end_of_turn) != message["content"]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -214,7 +273,11 @@ class ChatEncoder:
         return before + token
 
     def _check_pieces(self) -> None:
-        texts = self.pieces(_PROBE, origin="a first try")[0].texts
+        content = _PROBE[-1]["content"]
+        if self.render(_PROBE[:1], generation_prompt=True).rstrip().endswith(OPEN):
+            content = f"It is{NO_THOUGHT}{content}"  # an empty thought begins with line ends, which merge with others
+        probe = [*_PROBE[:-1], {**_PROBE[-1], "content": content}]
+        texts = self.pieces(probe, origin="a first try")[0].texts
         if list(chain(*self._ids(texts))) != self._ids(["".join(texts)])[0]:
             raise UserError(
                 f"the tokenizer of {self.tokenizer.name_or_path} changes text that is tokenized in pieces; "
@@ -246,14 +309,29 @@ def _without_one(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
         yield "content beside its tool_calls", {**message, "content": thought + end_of_thought}
 
 
-def _cut_answer(answer: str, message: Mapping[str, Any]) -> str:
-    """An answer up to where the length limit cut it: without what a template adds to a thought that never ended."""
+def _continued(message: Mapping[str, Any], prompt: str) -> str:
+    """An answer that continues the thought that the generation prompt has opened."""
+    content, thought = message["content"], _thought(message)
+    if content.lstrip().startswith(OPEN):
+        space = prompt[prompt.rindex(OPEN) + len(OPEN) :]  # between tag and thought, usually a line end
+        return content.lstrip().removeprefix(OPEN).removeprefix(space)
+    return content if CLOSE in content else thought + NO_THOUGHT + content
+
+
+def _cut_answer(answer: str, message: Mapping[str, Any], opened: str | None) -> str:
+    """An answer up to where the length limit cut it: without what a template adds to an unfinished thought.
+
+    Args:
+        answer: as the template writes it.
+        message: of the assistant.
+        opened: the generation prompt, if it has opened a thought.
+    """
     if message.get("tool_calls"):
-        raise UserError("a tool call that was cut by the length limit cannot be taught")
-    thought = _thought(message)
+        raise UserError("a tool call that was cut by the length limit cannot be a label: remove the row")
+    thought, content = _thought(message), message["content"]
     if not thought:
-        return message["content"]
-    return answer if message["content"].strip() else answer[: answer.index(thought) + len(thought)]
+        return _continued(message, opened) if opened and content.lstrip().startswith(OPEN) else content
+    return answer if content.strip() else answer[: answer.index(thought) + len(thought)]
 
 
 def _thought(message: Mapping[str, Any]) -> str:
@@ -273,7 +351,27 @@ def _join_turns(prompts: Sequence[str], answers: Sequence[str]) -> list[list[str
     return documents
 
 
-def _document(ids: list[list[int]], origin: str) -> Document:
+def documents_of_ids(turns: Sequence[tuple[list[int], list[int]]], origin: str) -> list[Document]:
+    """Documents whose labels are a target's own token ids.
+
+    A turn continues the document before it if its prompt begins with all ids of that document.
+
+    Args:
+        turns: (prompt ids, answer ids).
+        origin: of the row.
+    """
+    documents: list[list[list[int]]] = []
+    done: list[int] = []
+    for prompt, answer in turns:
+        if done and prompt[: len(done)] == done:
+            documents[-1] += [prompt[len(done) :], answer]
+        else:
+            documents.append([prompt, answer])
+        done = prompt + answer
+    return [_document(pieces, origin, is_rendered=False) for pieces in documents]
+
+
+def _document(ids: list[list[int]], origin: str, *, is_rendered: bool = True) -> Document:
     is_written = np.arange(len(ids)) % 2 == 1
     input_ids = np.fromiter(chain.from_iterable(ids), dtype=np.int32)
-    return Document(input_ids, np.repeat(is_written, [len(piece) for piece in ids]), origin)
+    return Document(input_ids, np.repeat(is_written, [len(piece) for piece in ids]), origin, is_rendered)

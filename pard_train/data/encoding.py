@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
 from pard_train.config import DataConfig, SourceConfig
-from pard_train.data.chat import ChatEncoder, Document, Pieces
+from pard_train.data.chat import ChatEncoder, Document, Pieces, documents_of_ids
 from pard_train.data.rows import OnBadRow, Rejects, Row, read_rows, source_version, stop
-from pard_train.data.schemas import to_chat
+from pard_train.data.schemas import Chat, to_chat
 from pard_train.errors import RowError, UserError
 from pard_train.layout import supervised_runs
 from pard_train.runs import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, write_json
 
-ENCODING_VERSION = 2  # raise it when the same rows would become other tokens
+ENCODING_VERSION = 3  # raise it when the same rows would become other tokens
 REJECTS_FILE = "rejects.jsonl"
 DOCUMENTS_FOLDER = "documents"
 ROWS_PER_WORKER = 500  # fewer are not worth a process
@@ -37,6 +38,8 @@ DOCUMENTS = datasets.Features(
         "input_ids": datasets.List(datasets.Value("int32")),
         "runs": datasets.List(datasets.Value("int32")),  # first and past-the-last token of every supervised run
         "origin": datasets.Value("string"),
+        "from_token_ids": datasets.Value("int32"),  # answers whose labels are a target's own ids
+        "altered": datasets.Value("int32"),  # rendered answers whose ends the template trims or pads
         "outcome": datasets.Value("string"),  # kept | truncated | dropped | rejected
         "note": datasets.Value("string"),  # of a rejected row: the reason and the row
     }
@@ -124,19 +127,38 @@ def _encode_rows(
 
 def _encode_batch(batch: dict[str, list[str]], config: DataConfig, encoder: ChatEncoder) -> dict[str, list[Any]]:
     """Rows as documents, tokenized in one call; a rejected row keeps its place."""
-    entries: list[Pieces | dict[str, Any]] = []
+    entries: list[Pieces | Document | dict[str, Any]] = []
     for text, origin in zip(batch["row"], batch["origin"], strict=True):
         try:
-            chat = to_chat(json.loads(text), source_of(config), origin)
-            is_cut = chat.finish_reason == "length"
-            entries += encoder.pieces(chat.messages, origin=origin, is_cut=is_cut, tools=chat.tools)
+            entries += encode_chat(to_chat(json.loads(text), source_of(config), origin), encoder, origin)
         except RowError as error:
             if config.bad_rows == "error":
                 raise
             entries.append(_result([], [], error.origin, "rejected", json.dumps([error.reason, text])))
-    documents = iter(encoder.tokenize([entry for entry in entries if isinstance(entry, Pieces)]))
-    results = [_fit(next(documents), config) if isinstance(entry, Pieces) else entry for entry in entries]
+    tokenized = iter(encoder.tokenize([entry for entry in entries if isinstance(entry, Pieces)]))
+    results = []
+    for entry in entries:
+        if isinstance(entry, Pieces):
+            entry_result = {**_fit(next(tokenized), config), "altered": entry.num_altered}
+        elif isinstance(entry, Document):
+            entry_result = _fit(entry, config)
+            entry_result["from_token_ids"] = len(entry_result["runs"]) // 2
+        else:
+            entry_result = entry
+        results.append({"from_token_ids": 0, "altered": 0, **entry_result})
     return {name: [result[name] for result in results] for name in DOCUMENTS}
+
+
+def encode_chat(chat: Chat, encoder: ChatEncoder, origin: str) -> Sequence[Document | Pieces]:
+    """Documents of one chat: a target's own token ids if the row has them for this tokenizer, else rendered text.
+
+    Raises:
+        RowError: if the chat cannot be rendered without loss.
+    """
+    if chat.token_ids is not None and chat.token_ids.tokenizer == encoder.tokenizer_fingerprint:
+        return documents_of_ids(chat.token_ids.turns, origin)
+    is_cut = chat.finish_reason == "length"
+    return encoder.pieces(chat.messages, origin=origin, is_cut=is_cut, tools=chat.tools)
 
 
 def _fit(document: Document, config: DataConfig) -> dict[str, Any]:
@@ -172,7 +194,8 @@ def _count_outcomes(encoded: datasets.Dataset) -> dict[str, int]:
     truncated = outcomes.get("truncated", 0)
     documents, dropped = outcomes.get("kept", 0) + truncated, outcomes.get("dropped", 0)
     # A row may be several documents (templates that drop earlier thoughts): rendered = documents + dropped.
-    return {"rendered": documents + dropped, "documents": documents, "truncated": truncated, "dropped": dropped}
+    counts = {"rendered": documents + dropped, "documents": documents, "truncated": truncated, "dropped": dropped}
+    return counts | {name: pc.sum(encoded.data.column(name)).as_py() or 0 for name in ("from_token_ids", "altered")}
 
 
 def _list_rejected(encoded: datasets.Dataset, rejects: Rejects) -> None:
@@ -185,7 +208,7 @@ def _list_rejected(encoded: datasets.Dataset, rejects: Rejects) -> None:
 def _save_documents(encoded: datasets.Dataset, folder: Path) -> datasets.Dataset:
     is_document = pc.is_in(encoded.data.column("outcome"), pa.array(["kept", "truncated"])).to_numpy()
     documents = encoded if is_document.all() else encoded.select(np.flatnonzero(is_document))
-    documents.remove_columns(["outcome", "note"]).save_to_disk(str(folder))
+    documents.remove_columns(["outcome", "note", "from_token_ids", "altered"]).save_to_disk(str(folder))
     return datasets.load_from_disk(str(folder))
 
 
@@ -212,7 +235,7 @@ def corpus_identity(config: DataConfig, encoder: ChatEncoder) -> dict[str, Any]:
 def encoder_identity(encoder: ChatEncoder) -> dict[str, Any]:
     """Fingerprint of the tokenizer, the chat template and its arguments."""
     return {
-        "tokenizer": fingerprint(encoder.tokenizer.backend_tokenizer.to_str()),
+        "tokenizer": encoder.tokenizer_fingerprint,
         "chat_template": fingerprint(encoder.tokenizer.chat_template),
         "template_kwargs": encoder.template_kwargs,
     }

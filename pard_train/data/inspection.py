@@ -17,6 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig
 from pard_train.core.objectives import slot_weights
 from pard_train.data.chat import ChatEncoder, Document
+from pard_train.data.rows import OnBadRow, stop
 from pard_train.errors import RowError, UserError
 from pard_train.layout import (
     IGNORE_INDEX,
@@ -86,25 +87,32 @@ def part_of(document: Document, tokens: slice) -> Document:
     return replace(document, input_ids=document.input_ids[tokens], loss_mask=document.loss_mask[tokens])
 
 
-def check_examples(documents: Iterable[Document], encoder: ChatEncoder, data: DataConfig) -> Counter[str]:
+def check_examples(
+    documents: Iterable[Document], encoder: ChatEncoder, data: DataConfig, *, on_bad_row: OnBadRow = stop
+) -> Counter[str]:
     """Check that documents have supervised tokens, ends of turns, and the tokens of their text tokenized whole.
 
     Args:
         documents: of a data set or its first rows.
         encoder: that made them.
         data: says what becomes of overlong documents.
+        on_bad_row: error callback for a document whose text has other tokens when it is tokenized whole.
 
     Returns:
         The sum of `count_supervised`.
 
     Raises:
         UserError: if no token is supervised, or no end of a turn.
-        RowError: for the first document whose text becomes other tokens.
+        RowError: from the callback.
     """
     counts: Counter[str] = Counter()
     for document in documents:
-        if len(document.input_ids) != data.max_length:  # else it may have been cut within a word
-            check_pieces(document, encoder)
+        if document.is_rendered and len(document.input_ids) != data.max_length:  # else it may be cut within a word
+            try:
+                check_pieces(document, encoder)
+            except RowError as error:
+                on_bad_row(error, "")
+                continue
         counts.update(count_supervised(document, encoder, data))
     if not counts["supervised"]:
         raise UserError(

@@ -5,7 +5,7 @@
     alpaca     instruction, input, output, history                               (Alpaca, LLaMA-Factory)
     prompt     a question and its answer, under any of their usual names
 
-Every schema may have a system prompt (`system`), `tools` and `finish_reason` beside it.
+Every schema may have a system prompt (`system`), `tools`, `finish_reason` and `token_ids` beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from pard_train.config import SourceConfig
@@ -47,11 +48,40 @@ class Chat:
         messages: checked (see `check_messages`). They may end with a question, as a prompt that awaits its answer.
         tools: JSON schemas of the functions that the model may call, each {"type": "function", "function": {...}}.
         finish_reason: why the last answer ended; `length` if it hit a limit.
+        token_ids: the ids that a target was given and wrote, if the row has them.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     finish_reason: str | None = None
+    token_ids: TokenIds | None = None
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Answers of a target as its own token ids.
+
+    Attributes:
+        tokenizer: fingerprint of the target's tokenizer.
+        turns: (prompt ids, answer ids) of every turn.
+    """
+
+    tokenizer: str
+    turns: list[tuple[list[int], list[int]]]
+
+    @classmethod
+    def of(cls, value: Any, origin: str) -> TokenIds | None:
+        """The `token_ids` of a row. Raises RowError if they are malformed."""
+        if value is None:
+            return None
+        try:
+            turns = [(list(map(index, prompt)), list(map(index, answer))) for prompt, answer in value["turns"]]
+            is_complete = bool(turns) and all(prompt and answer for prompt, answer in turns)
+        except (KeyError, TypeError, ValueError):
+            is_complete = False
+        if not is_complete or not isinstance(value.get("tokenizer"), str):
+            raise RowError(origin, "token_ids must be {tokenizer: FINGERPRINT, turns: [[prompt ids, answer ids], ...]}")
+        return cls(value["tokenizer"], turns)
 
 
 def to_chat(row: Row, source: SourceConfig, origin: str) -> Chat:
@@ -73,7 +103,8 @@ def to_chat(row: Row, source: SourceConfig, origin: str) -> Chat:
         raise RowError(origin, "ends with a system prompt, so nothing is asked")
     if fault := _not_storable(row.get("finish_reason")):
         raise RowError(origin, f"finish_reason has {fault}")
-    return Chat(messages, _tools(row.get("tools"), origin), row.get("finish_reason"))
+    ids = TokenIds.of(row.get("token_ids"), origin)
+    return Chat(messages, _tools(row.get("tools"), origin), row.get("finish_reason"), ids)
 
 
 def check_messages(messages: Any, origin: str) -> None:

@@ -94,7 +94,8 @@ class TokenStore(Sequence[Document]):
         return (
             f"{count['rows']:,} rows -> {count['documents']:,} documents, {count['tokens']:,} tokens, "
             f"{count['supervised']:,} supervised ({count['rejected']:,} rows rejected, {count['dropped']:,} overlong "
-            f"documents dropped, {count['truncated']:,} truncated)"
+            f"documents dropped, {count['truncated']:,} truncated; {count.get('from_token_ids', 0):,} answers as "
+            f"token ids, {count.get('altered', 0):,} trimmed or padded by the template)"
         )
 
 

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pard_train.errors import UserError
 from pard_train.generation.decoding import end_ids_of
-from pard_train.model import check_same_tokenizer, load_config, load_tokenizer, required_mask_token_of
+from pard_train.mask_token import required_mask_token_of
+from pard_train.model import check_same_tokenizer, load_config, load_tokenizer
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 

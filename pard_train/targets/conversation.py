@@ -109,11 +109,13 @@ class AnsweredChat:
         messages: up to the last answer; empty if there is none.
         is_cut: the last answer hit the length limit.
         reason: why the chat has no further answer.
+        turns: (prompt ids, answer ids) of every answer.
     """
 
     messages: Messages
     is_cut: bool
     reason: str
+    turns: list[tuple[list[int], list[int]]]
 
 
 def answer_chat(row: Mapping[str, Any], encoder: ChatEncoder, limits: Limits) -> Conversation[AnsweredChat]:
@@ -127,23 +129,25 @@ def answer_chat(row: Mapping[str, Any], encoder: ChatEncoder, limits: Limits) ->
         limits: when an answer ends.
     """
     messages: Messages = []
+    ids: list[tuple[list[int], list[int]]] = []
     turns = question_turns(row["messages"])
     chat, reply = ask_in_turn(turns, encoder, limits, row.get("tools")), None
     for question in turns:
         try:
             prompt = chat.send(reply)  # type: ignore[arg-type]  # None starts it
         except UserError as error:
-            return AnsweredChat(messages, False, str(error))
+            return AnsweredChat(messages, False, str(error), ids)
         reply = yield prompt
         if isinstance(reply, Refusal):
-            return AnsweredChat(messages, False, f"refused by the server: {reply.reason}")
+            return AnsweredChat(messages, False, f"refused by the server: {reply.reason}", ids)
         text = answer_text(reply, encoder, limits)
         if not text.strip():
-            return AnsweredChat(messages, False, "the answer is empty")
+            return AnsweredChat(messages, False, "the answer is empty", ids)
         messages += [*question, {"role": "assistant", "content": text}]
+        ids.append((prompt, reply.ids))
         if reply.is_cut:
-            return AnsweredChat(messages, True, "cut by the length limit")
-    return AnsweredChat(messages, False, "no user message")
+            return AnsweredChat(messages, True, "cut by the length limit", ids)
+    return AnsweredChat(messages, False, "no user message", ids)
 
 
 def question_turns(messages: Messages) -> list[Messages]:

@@ -191,13 +191,17 @@ def _assemble(prompts_file: Path, jobs: list[Conversations[AnsweredChat]], folde
             counts["answered"] += 1
             counts["answers"] += sum(message["role"] == "assistant" for message in chat.messages)
             counts["cut"] += chat.is_cut
-            answers.write(_as_line(row, chat, job.target.name))
+            answers.write(_as_line(row, chat, job))
         if not counts["answered"]:
             raise UserError(f"{prompts_file}: no conversation of {counts['rows']} was answered; the last: {reason}")
     return counts
 
 
-def _as_line(row: Row, chat: AnsweredChat, target: str) -> str:
+def _as_line(row: Row, chat: AnsweredChat, job: Conversations[AnsweredChat]) -> str:
+    """A row of answers, with the target's own token ids unless a server gave text only (then no end is among them)."""
     finish = "length" if chat.is_cut else "stop"
-    answered = {**row, "messages": chat.messages, "finish_reason": finish, "target": target}
+    answered = {**row, "messages": chat.messages, "finish_reason": finish, "target": job.target.name}
+    ended = chat.turns[:-1] if chat.is_cut else chat.turns
+    if all(answer[-1] in job.limits.end_ids for _, answer in ended):
+        answered["token_ids"] = {"tokenizer": job.target.encoder.tokenizer_fingerprint, "turns": chat.turns}
     return json.dumps(answered, ensure_ascii=False) + "\n"
