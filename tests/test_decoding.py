@@ -21,7 +21,8 @@ from pard_train.generation.decoding import Limits, Step, decode, decode_batch, e
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter, Task
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, Sampling, SequenceRandom, probabilities
-from pard_train.model import add_mask_token, set_draft_keys
+from pard_train.mask_token import set_draft_keys
+from pard_train.model import add_mask_token
 
 MAX_K = 6
 

@@ -20,7 +20,7 @@ from pard_train.acceptance.estimate import ScoredText, estimate_acceptance, expe
 from pard_train.generation.decoding import Limits, decode_batch
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.sampling import Sampling, probabilities
-from pard_train.model import set_draft_keys
+from pard_train.mask_token import set_draft_keys
 
 WORDS, MASK, ROWS = 4, 5, 6  # a vocabulary that can be enumerated
 LENGTH, K = 3, 2

@@ -26,7 +26,8 @@ from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, decode, end_ids_of
 from pard_train.generation.proposers import Drafter
-from pard_train.model import choose_mask_token, inspect_base, load_causal_lm, load_tokenizer
+from pard_train.mask_token import choose_mask_token
+from pard_train.model import inspect_base, load_causal_lm, load_tokenizer
 from pard_train.publishing.export import export
 from pard_train.training.trainer import train
 

@@ -14,15 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
+from pard_train.mask_token import choose_mask_token, mask_token_of
 from pard_train.model import (
     add_mask_token,
     check_same_tokenizer,
-    choose_mask_token,
     inspect_base,
     load_causal_lm,
     load_config,
     load_tokenizer,
-    mask_token_of,
     resize_vocabulary,
     vocabulary_tensors,
     write_initial_draft,

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from pard_train.config import Config, DataConfig, DraftConfig, ModelConfig, TrainerConfig
-from pard_train.model import inspect_base, set_draft_keys, write_initial_draft
+from pard_train.mask_token import set_draft_keys
+from pard_train.model import inspect_base, write_initial_draft
 
 NUM_ROWS = 320  # of the embedding; the tokenizer uses 300, so ids 300..319 are spare
 VOCABULARY = 300

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import Sampling, SequenceRandom, draw, probabilities
-from pard_train.model import load_causal_lm, load_config, load_tokenizer, required_mask_token_of
+from pard_train.mask_token import required_mask_token_of
+from pard_train.model import load_causal_lm, load_config, load_tokenizer
 
 # Legend: B texts, K draft tokens, V vocabulary rows of the draft model, W entries of its tokenizer.
 

@@ -25,14 +25,8 @@ from pard_train.data.store import TokenStore, open_store
 from pard_train.device import device_name
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout
-from pard_train.model import (
-    inspect_base,
-    load_causal_lm,
-    load_tokenizer,
-    required_mask_token_of,
-    write_initial_draft,
-    write_model_folder,
-)
+from pard_train.mask_token import required_mask_token_of
+from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
 from pard_train.runs import check_run, claim_run, newest_checkpoint, read_json, require_same, write_json
 from pard_train.training.arguments import training_settings
 from pard_train.training.callbacks import CurrentIntervals, DataEpoch, ProfileSteps, SealCheckpoint, ShortProgress
