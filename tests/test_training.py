@@ -62,9 +62,7 @@ def test_training_lowers_the_loss_and_raises_the_expected_accepted_length(
     assert "lm_head.weight" not in weights(draft)  # tied embeddings stay tied
 
 
-def test_the_log_has_the_throughput_of_each_window(
-    base_folder: Path, chats_file: Path, tmp_path: Path
-) -> None:
+def test_the_log_has_the_throughput_of_each_window(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=3, gradient_accumulation_steps=2)
     train(config)
     base = inspect_base(config.model, config.draft)
@@ -291,13 +289,6 @@ def test_trackers_write_beside_metrics_jsonl(
     assert len(log_lines(config)) == 1
 
 
-def test_an_extra_argument_that_trainer_lacks_is_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
-    config = experiment(base_folder, chats_file, tmp_path / "run", extra={"learning_rat": 1})
-    with pytest.raises(UserError, match=r"trainer\.extra\.learning_rat is not a field"):
-        train(config)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_start_that_fails_on_bad_data_leaves_the_output_folder_free(
     base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
@@ -395,13 +386,3 @@ def test_more_steps_than_the_epochs_hold_are_no_further_epochs(
     assert (
         f"trainer.max_steps=1000: trainer.num_train_epochs ends after {last['step']} steps" in capsys.readouterr().out
     )
-
-
-@pytest.mark.parametrize("name", ["label_smoothing_factor", "data_seed", "save_only_model", "fp16"])
-def test_an_extra_argument_that_would_do_nothing_or_harm_is_refused(
-    base_folder: Path, chats_file: Path, tmp_path: Path, name: str
-) -> None:
-    config = experiment(base_folder, chats_file, tmp_path / "run", extra={name: 1})
-    with pytest.raises(UserError, match=rf"trainer\.extra\.{name} "):
-        train(config)
-    assert not (tmp_path / "run").exists()

@@ -66,6 +66,7 @@ class ProfileSteps(TrainerCallback):
     """
 
     def __init__(self, folder: Path, num_steps: int):
+        self.num_steps = num_steps
         self.profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=WARM_UP_STEPS, warmup=1, active=num_steps, repeat=1),
             on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)),
