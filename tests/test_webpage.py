@@ -192,7 +192,7 @@ def test_more_panels_than_fit_are_folded_away(whole: dict[str, Any]) -> None:
     assert "<summary>6 more</summary>" in section
 
 
-def test_both_colour_schemes_define_the_same_colours_with_enough_contrast() -> None:
+def test_both_color_schemes_define_the_same_colors_with_enough_contrast() -> None:
     css = (TEMPLATES / "page.css").read_text()
     light, dark = (
         dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)
@@ -203,7 +203,7 @@ def test_both_colour_schemes_define_the_same_colours_with_enough_contrast() -> N
             assert contrast(scheme[name], scheme["card"]) >= ratio, (name, scheme[name])
         assert contrast(scheme["run-text"], scheme["run"]) >= 7
         assert contrast(scheme["alert"], scheme["alert-card"]) >= 4.5
-    assert "text-decoration: underline" in css[css.index("\nmark {") :]  # colour is not the only cue
+    assert "text-decoration: underline" in css[css.index("\nmark {") :]  # color is not the only cue
 
 
 def contrast(one: str, other: str) -> float:
@@ -212,9 +212,9 @@ def contrast(one: str, other: str) -> float:
     return (values[1] + 0.05) / (values[0] + 0.05)
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance of WCAG 2.2."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
@@ -233,7 +233,7 @@ def marks(svg: str, style: str) -> list[tuple[float, float]]:
 
 
 def lines(svg: str, color: str) -> list[tuple[float, float]]:
-    """Left and right end of the straight lines of a colour."""
+    """Left and right end of the straight lines of a color."""
     found = re.findall(r'<path d="M ([\d.]+) [\d.]+ L ([\d.]+) [\d.]+ "[^>]*stroke: var\(--(\w+)\)', svg)
     return [(float(left), float(right)) for left, right, name in found if name == color]
 

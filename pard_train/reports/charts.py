@@ -1,7 +1,7 @@
 """Charts: described as data, drawn by matplotlib as SVG for the page and as PNG for Markdown and trackers.
 
 The page's CSS holds the only palette. An SVG refers to it by name (`var(--c0)`), so one drawing fits the light and the
-dark scheme. Every series has a colour and a marker, so colour is never the only cue.
+dark scheme. Every series has a color and a marker, so color is never the only cue.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MARKERS = "os^Dv"
 GLYPHS = "●■▲◆▼"  # the same markers as text
 WIDTH, HEIGHT = 320, 200  # of a chart, in CSS pixels or points of 1/72 inch
 ROW_HEIGHT = 18  # in an interval chart
-MARGINS = {"line": (42, 12, 8, 38), "bar": (42, 12, 8, 38), "interval": (14, 44, 2, 38)}  # left, right, top, bottom
+MARGINS = {"line": (48, 12, 8, 38), "bar": (48, 12, 8, 38), "interval": (14, 44, 2, 38)}  # left, right, top, bottom
 NUM_COLUMNS, TITLE_HEIGHT, LEGEND_HEIGHT = 3, 44, 18  # of a PNG; a title has two lines
 SETTINGS: dict[Any, Any] = {
     **{"svg.fonttype": "none", "text.parse_math": False, "font.size": 11.5, "axes.titlesize": 11.5, "savefig.dpi": 110},
@@ -88,12 +88,12 @@ class Chart:
 
 
 def assign_styles(charts: Iterable[Chart]) -> dict[str, int]:
-    """The number of a colour and marker for every series name, the same in all charts."""
+    """The number of a color and marker for every series name, the same in all charts."""
     return {name: number for number, name in enumerate(dict.fromkeys(name for c in charts for name in c.series))}
 
 
 def draw_svg(chart: Chart, styles: Mapping[str, int]) -> Markup:
-    """A chart as an inline SVG element: text stays text, and the colours are variables of the page."""
+    """A chart as an inline SVG element: text stays text, and the colors are variables of the page."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -109,7 +109,7 @@ def draw_svg(chart: Chart, styles: Mapping[str, int]) -> Markup:
 
 
 def _slim(tag: str) -> str:
-    """A tag with the page's colours and short numbers, without ids that nothing refers to."""
+    """A tag with the page's colors and short numbers, without ids that nothing refers to."""
     tag = re.sub(r' id="\w[\w.]*_\d+"| transform="rotate\(-0[^"]*"|font-family: [^;"]*;? ?', "", tag)
     tag = re.sub(r"(\d\.\d\d)\d+", r"\1", tag.replace("xlink:href", "href"))
     return re.sub("#[0-9a-f]{6}", lambda color: VARIABLES.get(color[0], color[0]), tag)
@@ -148,7 +148,7 @@ def _settings(*, salt: str = "") -> Iterator[None]:
 
 
 def _look(number: int) -> dict[str, Any]:
-    """Colour and marker of a series."""
+    """Color and marker of a series."""
     color, marker = COLORS[f"c{number % NUM_COLORS}"], MARKERS[number % len(MARKERS)]
     edge = {"markeredgecolor": COLORS["card"], "markeredgewidth": 0.8}
     return {"color": color, "marker": marker, "markersize": 6.5, "linewidth": 2, "clip_on": False, **edge}

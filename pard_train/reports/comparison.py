@@ -18,6 +18,7 @@ from pard_train.reports.records import (
     failure_line,
     flatten,
     grouped,
+    label_of,
     read_result,
     with_interval,
 )
@@ -73,17 +74,17 @@ class Comparison:
 
     @property
     def results(self) -> list[tuple[str, Record]]:
-        """(name of the result, row) of all pairs, the first result before the others."""
-        return [(self.first, p.first) for p in self.pairs] + [(p.name, p.later) for p in self.pairs]
+        """(name of the result, row) of all compared rows, those of the first result before the others."""
+        named = [(self.first, p.first) for p in self.pairs] + [(p.name, p.later) for p in self.pairs]
+        return list({(name, id(row)): (name, row) for name, row in named}.values())
 
 
 def compare(results: Mapping[str, str], folder: Path, *, min_ratio: float | None = None) -> Comparison:
-    """Compare every later result with the first; write compare.md and compare.html.
+    """Compare every later result with the first; write compare.md and compare.html, which lists ratios below min_ratio.
 
     Args:
         results: evaluation folder or acceptance.json by name.
         folder: output folder.
-        min_ratio: smallest ratio of tau that passes; the page lists the others.
 
     Raises:
         UserError: if a result cannot be read, or if no rows are comparable.
@@ -93,17 +94,12 @@ def compare(results: Mapping[str, str], folder: Path, *, min_ratio: float | None
         raise UserError(f"nothing to compare: {'; '.join(comparison.notes)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COMPARISON_FILE).write_text(render_comparison(comparison))
-    page = render_comparison_page(comparison, ratios_below(comparison, min_ratio))
-    (folder / COMPARISON_PAGE).write_text(page)
+    (folder / COMPARISON_PAGE).write_text(render_comparison_page(comparison, ratios_below(comparison, min_ratio)))
     return comparison
 
 
 def compare_results(results: Mapping[str, Result]) -> Comparison:
-    """Pair the rows of every later result with those of the first.
-
-    Args:
-        results: acceptance.json by name.
-    """
+    """Pair the rows of every later result with those of the first; results by name."""
     first, *later = results
     old = results[first]["records"]
     pairs: list[Pair] = []
@@ -120,11 +116,11 @@ def compare_results(results: Mapping[str, Result]) -> Comparison:
 def _pair_up(name: str, old: list[Record], new: list[Record]) -> tuple[list[Pair], list[str]]:
     """Comparable rows, and why the others are not."""
     pairs, reasons = [], []
-    candidates_of_all: list[Record] = []
+    seen: list[Record] = []
     for record in new:
         same_key = [r for r in old if all(r.get(field) == record.get(field) for field in KEY)]
         candidates = [r for r in same_key if r["draft"] == record["draft"]] or same_key
-        candidates_of_all += candidates
+        seen += candidates
         if not candidates:
             reasons.append(f"{case_of(record)}, {record['mode']}: the first result has no such row")
         elif len(candidates) > 1:
@@ -135,31 +131,28 @@ def _pair_up(name: str, old: list[Record], new: list[Record]) -> tuple[list[Pair
             reasons.append(f"{case_of(record)}: {', '.join(found)}")
         else:
             pairs.append(Pair(name, candidates[0], record))
-    return pairs, reasons + [
-        f"{rows}: this result has no such row" for rows in _summarize(old, paired=candidates_of_all)
-    ]
+    return pairs, [*reasons, *(f"{rows}: this result has no such row" for rows in _summarize(old, paired=seen))]
 
 
 def _summarize(records: list[Record], *, paired: Sequence[Record]) -> list[str]:
     """The rows of a result that are not paired, in few lines: whole benchmarks, else draft, mode, K and benchmarks."""
     ids = set(map(id, paired))
-    number, lost = grouped(records, case_of), grouped((r for r in records if id(r) not in ids), case_of)
-    whole = [case for case, mine in lost.items() if len(mine) == len(number[case])]
+    sizes, lost = (grouped(rows, case_of) for rows in (records, [r for r in records if id(r) not in ids]))
+    whole = [case for case, mine in lost.items() if len(mine) == len(sizes[case])]
     rest = [r for case, mine in lost.items() if case not in whole for r in mine]
-    by_place = grouped(rest, lambda r: (f"draft {r['draft']}, {_how(r)}", case_of(r)))
     lines: dict[str, list[str]] = {}
-    for (rows, case), mine in by_place.items():
+    for (rows, case), mine in grouped(rest, lambda r: (f"draft {r['draft']}, {_how(r)}", case_of(r))).items():
         ks = ", ".join(str(r["num_draft_tokens"]) for r in mine)
         lines.setdefault(f"{rows}, K={ks}", []).append(case)
-    return whole + [f"{rows}: {', '.join(cases)}" for rows, cases in lines.items()]
+    return [*whole, *(f"{rows}: {', '.join(cases)}" for rows, cases in lines.items())]
 
 
 def _how(record: Record) -> str:
     """Mode, and the differences from greedy PARD decoding of one answer at a time."""
-    parts = [record["mode"], record.get("estimator", ""), record["method"] if record["method"] != "pard" else ""]
+    parts = [record["mode"], record["method"] if record["method"] != "pard" else ""]
     parts += [f"T={record['temperature']:g}" if record["temperature"] else ""]
     parts += [f"batch {record['batch_size']}" if (record["batch_size"] or 1) > 1 else ""]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(filter(None, parts))
 
 
 def ratios_below(comparison: Comparison, min_ratio: float | None) -> list[str]:
@@ -173,11 +166,6 @@ def ratios_below(comparison: Comparison, min_ratio: float | None) -> list[str]:
         if p.ratio < min_ratio
     ]
     return misses + [f"{rows}: not compared" for rows in comparison.missing]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Markdown and page
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
@@ -208,7 +196,8 @@ def _pair_row(pair: Pair, *, with_draft: bool) -> list[str]:
 def render_comparison(comparison: Comparison) -> str:
     """The comparison as Markdown."""
     parts = ["# Comparison", MEANING, *(table.markdown() for table in comparison_tables(comparison))]
-    return "\n\n".join(parts + ["\n".join(f"- {note}" for note in comparison.notes)] * bool(comparison.notes)) + "\n"
+    parts += ["\n".join(f"- {note}" for note in comparison.notes)] if comparison.notes else []
+    return "\n\n".join(parts) + "\n"
 
 
 def render_comparison_page(comparison: Comparison, misses: list[str]) -> str:
@@ -222,9 +211,10 @@ def _section(comparison: Comparison) -> Section:
     results = [(name, r) for name, r in comparison.results if r["mode"] != "live"] or comparison.results
     k = max(r["num_draft_tokens"] for _, r in results)
     shown = [(name, r) for name, r in results if r["num_draft_tokens"] == k]
-    has_several = len(distinct((name, r["draft"]) for name, r in shown)) > len(distinct(name for name, _ in shown))
+    labels = distinct((name, label_of(r)) for name, r in shown)
+    has_several = len(labels) > len(dict(labels))
     cells = {
-        target: [tau_cell(r["benchmark"], f"{name}, {r['draft']}" if has_several else name, r) for name, r in mine]
+        target: [tau_cell(r["benchmark"], f"{name}: {label_of(r)}" if has_several else name, r) for name, r in mine]
         for target, mine in grouped(shown, lambda named: named[1]["target"]).items()
     }
     text = f"Mean accepted length tau at K={k}, with 95% intervals."

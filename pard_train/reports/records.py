@@ -48,19 +48,12 @@ TERMS = {
     "in alternation; prefill is included.",
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def read_result(path: Path) -> Result:
-    """Read acceptance.json of any known schema version.
-
-    Args:
-        path: the file, or the output folder of an evaluation.
+    """Read acceptance.json, given as a file or as the folder of an evaluation.
 
     Raises:
-        UserError: if the file is missing, is no JSON, or has another schema version.
+        UserError: if the file is missing, is not JSON, or has an unknown schema version.
     """
     file = path / ACCEPTANCE_FILE if path.is_dir() else path
     try:
@@ -94,11 +87,6 @@ def renamed(record: Record) -> Record:
     return record
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Selecting and grouping
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def distinct(values: Iterable[Item]) -> list[Item]:
     """Every value once, in order of first appearance."""
     return list(dict.fromkeys(values))
@@ -110,11 +98,6 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
-
-
-def by_target(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records by target."""
-    return grouped(records, lambda r: r["target"])
 
 
 def case_of(record: Record) -> str:
@@ -163,11 +146,6 @@ def pooled_by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
     everywhere = {r["benchmark"] for r in records}
     by_label = grouped(records, label_of)
     return {label: mine for label, mine in by_label.items() if {r["benchmark"] for r in mine} == everywhere}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def pooled_tau(records: Sequence[Record]) -> float:

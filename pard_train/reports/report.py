@@ -6,6 +6,7 @@ import csv
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pard_train.reports.charts import write_png
 from pard_train.reports.records import (
     PICTURE_FILE,
     TERMS,
+    Record,
     Result,
     acceptance_records,
     at_largest_k,
@@ -48,10 +50,8 @@ def write_report(
     """Write report.md, report.html, acceptance.png, acceptance.csv and groups.csv.
 
     Args:
-        result: acceptance.json.
+        result, predictions, samples: contents of the JSON files of these names, acceptance.json being the result.
         folder: output folder.
-        predictions: predictions.json.
-        samples: samples.json.
     """
     picture = f"![tau and survival]({PICTURE_FILE})\n"
     (folder / REPORT_FILE).write_text(f"{render_report(result)}\n{picture}\n{render_details(result)}")
@@ -68,19 +68,19 @@ def render_report(result: Result) -> str:
     parts = ["# Acceptance length"]
     if result["failures"]:
         parts += ["## Failed", "\n".join(f"- {failure_line(f)}" for f in result["failures"])]
-    parts += ["## tau by number of draft tokens", TERMS["tau"], f"vLLM tau: {TERMS['vLLM tau']}"]
-    parts = [*parts[:-2], *(textwrap.fill(text, WIDTH - 2) for text in parts[-2:]), *_fitting_tau_tables(result)]
+    parts += ["## tau by number of draft tokens", *map(_term, ("tau", "vLLM tau")), *_tau_tables(result)]
     if timed := timed_records(result):
-        parts += ["## Measured speed", textwrap.fill(f"speed-up: {TERMS['speed-up']}", WIDTH - 2)]
-        parts += [table.markdown() for table in speed_tables(timed)]
+        parts += ["## Measured speed", _term("speed-up"), *(table.markdown() for table in speed_tables(timed))]
     return "\n\n".join(parts) + "\n"
 
 
-def _fitting_tau_tables(result: Result) -> list[str]:
-    """Tables with as many columns of K as the terminal has room for; the pooled rows only if there are too many."""
-    records = acceptance_records(result)
-    wide_first = [tau_tables(records, most_k=most_k) for most_k in range(6, 1, -1)]
-    tables = [next((t for t in sizes if _width(t) <= WIDTH), sizes[-1]) for sizes in zip(*wide_first, strict=True)]
+def _term(name: str) -> str:
+    return textwrap.fill(f"{name}: {TERMS[name]}", WIDTH)
+
+
+def _tau_tables(result: Result) -> list[str]:
+    """tau of every target; the pooled rows only if there are too many rows for a terminal."""
+    tables = [_fitting(mine) for mine in grouped(acceptance_records(result), itemgetter("target")).values()]
     if sum(len(table.rows) for table in tables) <= MAX_ROWS:
         return [table.markdown() for table in tables]
     pooled = [replace(table, rows=[row for row in table.rows if row[0] == "all"] or table.rows) for table in tables]
@@ -88,8 +88,13 @@ def _fitting_tau_tables(result: Result) -> list[str]:
     return [*(table.markdown() for table in pooled), where]
 
 
-def _width(table: Table) -> int:
-    return max(map(len, table.markdown().splitlines()))
+def _fitting(records: Sequence[Record]) -> Table:
+    """tau on one target, with as many columns of K as the terminal has room for."""
+    for max_ks in range(6, 1, -1):
+        (table,) = tau_tables(records, max_ks=max_ks)
+        if max(map(len, table.markdown().splitlines())) <= WIDTH:
+            break
+    return table
 
 
 def render_details(result: Result) -> str:
@@ -116,14 +121,11 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def tau_below(result: Result, thresholds: dict[str, float]) -> list[str]:
-    """Missed thresholds.
+    """One line for every missed threshold and for every failed or missing measurement.
 
     Args:
         result: acceptance.json.
-        thresholds: minimum tau at the largest K by benchmark; `all` pools the benchmarks.
-
-    Returns:
-        One line for every draft and target below a threshold, and for every failed or missing measurement.
+        thresholds: minimum tau at the largest K by benchmark, for every draft and target; `all` pools the benchmarks.
     """
     records = at_largest_k([r for r in acceptance_records(result) if not r["temperature"]])
     misses = []

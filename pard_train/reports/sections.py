@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from pard_train.reports.charts import Chart, Point
@@ -12,7 +13,6 @@ from pard_train.reports.records import (
     Result,
     acceptance_records,
     at_largest_k,
-    by_target,
     case_of,
     distinct,
     grouped,
@@ -107,7 +107,7 @@ def _charts(
 
 def _tau(records: list[Record], largest: list[Record]) -> Section:
     cells = {}
-    for target, mine in by_target(largest).items():
+    for target, mine in grouped(largest, itemgetter("target")).items():
         cells[target] = [tau_cell(r["benchmark"], label_of(r), r) for r in mine]
         if len(distinct(r["benchmark"] for r in mine)) > 1:
             pooled = pooled_by_label(mine).items()
@@ -170,7 +170,7 @@ def _predicted(predictions: list[dict[str, Any]]) -> Section:
         return f"{p['target']}, batch size {p['batch_size']}, {p['context_length']} tokens of context, {p['device']}"
 
     axes: dict[str, Any] = {"kind": "line", "x_label": "draft tokens K", "y_label": "speed-up", "baseline": 1.0}
-    charts = _charts(predictions, points, title=title, name=lambda p: p["draft"], **axes)
+    charts = _charts(predictions, points, title=title, name=itemgetter("draft"), **axes)
     text = "Computed from tau and the measured time of each forward pass. A ring marks the best K."
     tables = [prediction_table(predictions)] if predictions else []
     return Section("prediction", "Prediction", "Predicted speed-up by K", text, charts, tables)

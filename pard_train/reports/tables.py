@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from pard_train.reports.records import (
     KINDS,
     Record,
     at_largest_k,
-    by_target,
     distinct,
     grouped,
     groups_of,
@@ -26,13 +26,7 @@ NONE = "-"  # in a cell without a number
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text.
-
-    Attributes:
-        header, rows: of equal length.
-        num_names: leading columns that hold names, aligned left; the others hold numbers, aligned right.
-        caption: title; may be empty.
-    """
+    """Cells as text; the first `num_names` columns hold names, aligned left, the others numbers, aligned right."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -52,21 +46,19 @@ class Table:
         return "\n".join(([self.caption, ""] if self.caption else []) + [f"| {row} |" for row in rows])
 
 
-def tau_tables(records: Sequence[Record], *, most_k: int = 6) -> list[Table]:
+def tau_tables(records: Sequence[Record], *, max_ks: int = 6) -> list[Table]:
     """tau by benchmark, draft and K, one table per target; interval, vLLM tau and answers belong to the largest K.
 
-    Args:
-        records: of every target, draft, benchmark and K.
-        most_k: number of columns of K, which include the smallest and the largest.
+    At most max_ks columns of K include the smallest and the largest.
     """
-    return [_tau_table(target, mine, most_k) for target, mine in by_target(records).items()]
+    return [_tau_table(target, mine, max_ks) for target, mine in grouped(records, itemgetter("target")).items()]
 
 
-def _tau_table(target: str, records: list[Record], most_k: int) -> Table:
+def _tau_table(target: str, records: list[Record], max_ks: int) -> Table:
     ks = sorted(distinct(r["num_draft_tokens"] for r in records))
-    if len(ks) > most_k:
-        ks = [ks[round(i * (len(ks) - 1) / (most_k - 1))] for i in range(most_k)]
-    by_benchmark = grouped(records, lambda r: r["benchmark"])
+    if len(ks) > max_ks:
+        ks = [ks[round(i * (len(ks) - 1) / (max_ks - 1))] for i in range(max_ks)]
+    by_benchmark = grouped(records, itemgetter("benchmark"))
     parts = by_benchmark | ({"all": records} if len(by_benchmark) > 1 else {})
     rows = [_tau_row(name, mine, ks, label) for name, mine in parts.items() for label in distinct(map(label_of, mine))]
     header = ["benchmark", "draft", *(f"K={k}" for k in ks), "95% interval", "vLLM tau", "answers"]
@@ -94,7 +86,7 @@ def speed_tables(records: Sequence[Record]) -> list[Table]:
     header = ["draft", "benchmark", "speed-up", "tokens/s", "target alone", "tau", "K", "batch", "identical"]
     return [
         Table(header, [_speed_row(r) for r in mine], num_names=2, caption=f"speed on target {target}")
-        for target, mine in by_target(records).items()
+        for target, mine in grouped(records, itemgetter("target")).items()
     ]
 
 

@@ -6,6 +6,7 @@ Jinja escapes every text, and the page's content security policy forbids scripts
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -20,7 +21,6 @@ from pard_train.reports.records import (
     Result,
     acceptance_records,
     at_largest_k,
-    by_target,
     distinct,
     flatten,
     grouped,
@@ -33,7 +33,7 @@ from pard_train.reports.sections import Section, build_sections
 from pard_train.reports.tables import fingerprint_table, record_table
 
 SETTINGS = ("max_new_tokens", "dtype", "temperature", "top_p", "system_prompt", "template_kwargs", "prompt_template")
-Legend = list[tuple[str, int, str]]  # name, number of the colour, marker
+Legend = list[tuple[str, int, str]]  # name, number of the color, marker
 
 
 def fill(template: str, sections: Sequence[Section], **content: Any) -> str:
@@ -58,13 +58,7 @@ def _drawn(sections: Sequence[Section]) -> list[tuple[Section, Legend, list[tupl
 
 
 def render_page(result: Result, predictions: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> str:
-    """The page of one evaluation.
-
-    Args:
-        result: acceptance.json.
-        predictions: predictions.json; may be empty.
-        samples: samples.json; may be empty.
-    """
+    """The page of one evaluation, from its acceptance.json, predictions.json and samples.json."""
     records = result["records"]
     settings = [flatten({name: r[name] for name in SETTINGS}) for r in records]
     return fill(
@@ -74,7 +68,7 @@ def render_page(result: Result, predictions: Sequence[dict[str, Any]], samples: 
         terms=TERMS,
         tiles=_tiles(acceptance_records(result)),
         failures=result["failures"],
-        questions=grouped(samples, lambda s: (s["target"], s["benchmark"], s["prompt_id"], s["question"])),
+        questions=grouped(samples, itemgetter("target", "benchmark", "prompt_id", "question")),
         record_table=record_table(records),
         fingerprints=fingerprint_table(records),
         settings=[(name, " · ".join(distinct(str(row[name]) for row in settings))) for name in SETTINGS],
@@ -85,7 +79,7 @@ def render_page(result: Result, predictions: Sequence[dict[str, Any]], samples: 
 def _tiles(records: list[Record]) -> list[tuple[str, str, str]]:
     """(number, unit, subject): the best draft of every target over all benchmarks, then the number of answers."""
     tiles = []
-    for target, mine in by_target(at_largest_k(records)).items():
+    for target, mine in grouped(at_largest_k(records), itemgetter("target")).items():
         if best := max(pooled_by_label(mine).values(), key=pooled_tau, default=[]):
             vllm, k = pooled_vllm_tau(best), max(r["num_draft_tokens"] for r in best)
             subject = f"{label_of(best[0])} on {target}" + (f", vLLM tau {vllm:.2f}" if vllm else "")
