@@ -156,7 +156,7 @@ def test_the_named_benchmarks_are_the_ones_whose_results_are_published() -> None
 
 
 def test_the_docs_name_every_benchmark_with_its_size_license_and_exact_instruction() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "benchmarks.md").read_text()
     cells = [[cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| `")]
     rows = {row[0].strip("| `"): row[1:] for row in cells if len(row) == 6}
     assert {name: (row[0], row[3]) for name, row in rows.items()} == {
