@@ -26,7 +26,8 @@ from transformers import __version__ as transformers_version
 from pard_train.data.chat import ChatEncoder
 from pard_train.engines import candidates
 from pard_train.engines.candidates import Draft, PardCandidates, StopRule, generate, write_custom_generate
-from pard_train.generation.decoding import Drafter, Limits, decode
+from pard_train.generation.decoding import Limits, decode
+from pard_train.generation.proposers import Drafter
 from pard_train.mask_token import set_draft_keys
 from pard_train.model import add_mask_token
 

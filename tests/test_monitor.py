@@ -22,7 +22,7 @@ from pard_train.acceptance.replay import replay
 from pard_train.config import Config, MonitorConfig
 from pard_train.errors import UserError
 from pard_train.evaluation.monitor import AcceptanceMonitor, BestDraft, Measurement, build_monitor, copy_model
-from pard_train.generation.decoding import Drafter
+from pard_train.generation.proposers import Drafter
 from pard_train.training.trainer import train
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,8 @@ from pard_train.acceptance.chains import PromptAnswer, pack_texts
 from pard_train.acceptance.counting import accepted_by_step, count_as_vllm, walk
 from pard_train.acceptance.replay import replay, replay_all
 from pard_train.core.attention import IMPLEMENTATIONS
-from pard_train.generation.decoding import Drafter, Limits, decode
+from pard_train.generation.decoding import Limits, decode
+from pard_train.generation.proposers import Drafter
 from pard_train.mask_token import set_draft_keys
 from pard_train.model import add_mask_token
 

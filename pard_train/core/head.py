@@ -125,12 +125,9 @@ def _loss_and_gradient(
 
     Args:
         logits: [C, V]; overwritten with the softmax's part of their gradient.
-        known_logits: those of the known tokens, [C, 1 + k].
-        known: int64 [C, 1 + k].
-        teacher_logprobs: float [C, k] or None.
-        weight: float32 [C].
-        objective: its terms.
-        needs_gradient: whether to compute the gradient.
+        known_logits: of `known`, [C, 1 + k].
+        known, teacher_logprobs, weight: int64 [C, 1 + k], float [C, k] or None, and float32 [C].
+        objective, needs_gradient: as in `_score_chunk`.
 
     Returns:
         As `_score_chunk`, and the full gradient of the known tokens' logits.
@@ -268,13 +265,7 @@ class SlotHead:
     def scoring(
         self, targets: SlotTargets, objective: ObjectiveConfig, reweigh: Reweigh | None = None
     ) -> Iterator[None]:
-        """Within the context, a forward pass over S slots returns their loss as its `logits`, and sets `scores`.
-
-        Args:
-            targets: of S slots.
-            objective: its terms.
-            reweigh: as in `score_slots`.
-        """
+        """Within the context, a forward pass over S slots returns their loss as its `logits`, and sets `scores`."""
         self._task, self.scores = (targets, objective, reweigh), None
         try:
             yield

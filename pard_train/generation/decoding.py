@@ -15,12 +15,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.downloads import local_model
-from pard_train.generation.proposers import Drafter, DraftStream, Proposal, Proposer, Task
+from pard_train.generation.proposers import DraftStream, Proposal, Proposer, Task
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, NO_TOKEN, Sampling, SequenceRandom, probabilities, verify
 from pard_train.model import load_config
-
-__all__ = ["Decoded", "Drafter", "Limits", "Step", "decode", "decode_batch", "end_ids_of", "num_leading_matches"]
 
 # Legend: B unfinished answers, K draft tokens, V vocabulary of the target.
 
@@ -119,20 +117,9 @@ def decode_batch(
     num_draft_tokens: int = 0,
     sampling: Sampling = GREEDY,
 ) -> list[Decoded]:
-    """Decode a batch of answers, each as `decode` would.
+    """Decode a batch of answers, each as `decode` would: it does not depend on the rest of the batch.
 
     Each answer advances by what it accepts. The KV cache has the length of the longest text for every prompt.
-
-    Args:
-        target: target model.
-        prompts: rendered prompts, decoded as one batch.
-        limits: when an answer ends.
-        drafter: proposes up to K tokens per step; None decodes one token at a time.
-        num_draft_tokens: K.
-        sampling: how tokens are chosen; the answer to a prompt does not depend on the rest of the batch.
-
-    Returns:
-        Answers in the order of `prompts`.
     """
     answers: list[list[Step]] = [[] for _ in prompts]
     if not prompts:
@@ -203,7 +190,7 @@ def _verify(
         logits: [B, M + 1, V], aligned at the end, where M <= K is the most draft tokens of any answer.
         proposal: draft tokens.
         sampling: how tokens are chosen.
-        uniforms: random numbers, as many for every step whatever is proposed, float64 [B, K + 1]; None if greedy.
+        uniforms: float64 [B, K + 1], also if fewer tokens are proposed; None if greedy.
     """
     drafts = proposal.tokens
     if uniforms is None:

@@ -20,7 +20,7 @@ from pard_train.model import load_causal_lm, load_config, load_tokenizer
 
 # Legend: B texts, K draft tokens, V vocabulary rows of the draft model, W entries of its tokenizer.
 
-MAX_NGRAM = 3  # tokens at the end of a text that prompt lookup searches for, at most
+MAX_NGRAM = 3  # longest end of a text that prompt lookup searches for
 
 
 @dataclass(frozen=True)
@@ -193,25 +193,18 @@ class SequentialStream:
 
 
 class PromptLookup:
-    """No model: the tokens that followed the latest earlier occurrence of the last n-gram.
-
-    Args:
-        max_ngram: tokens at the end of the text to search for; fewer, down to one, if they do not occur.
-    """
-
-    def __init__(self, max_ngram: int = MAX_NGRAM):
-        self.max_ngram = max_ngram
+    """No model: the tokens that followed the latest earlier occurrence of the last n-gram, from MAX_NGRAM down to 1."""
 
     def start(self, task: Task) -> LookupStream:
         """Start B texts."""
-        return LookupStream(self.max_ngram, task)
+        return LookupStream(task)
 
 
 class LookupStream:
     """Index of where every n-gram of every text ended last."""
 
-    def __init__(self, max_ngram: int, task: Task):
-        self.max_ngram, self.num_draft_tokens = max_ngram, task.num_draft_tokens
+    def __init__(self, task: Task):
+        self.num_draft_tokens = task.num_draft_tokens
         self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(task.num_rows)]
         self._num_indexed = [0] * task.num_rows
 
@@ -225,10 +218,10 @@ class LookupStream:
     def _look_up(self, row: int, text: list[int]) -> list[int]:
         ends = self._ends[row]
         for end in range(self._num_indexed[row] + 1, len(text)):  # excludes the end of the text, which is searched for
-            for size in range(1, min(self.max_ngram, end) + 1):
+            for size in range(1, min(MAX_NGRAM, end) + 1):
                 ends[tuple(text[end - size : end])] = end
         self._num_indexed[row] = len(text) - 1
-        for size in range(min(self.max_ngram, len(text)), 0, -1):
+        for size in range(min(MAX_NGRAM, len(text)), 0, -1):
             place = ends.get(tuple(text[-size:]))
             if place is not None:
                 return text[place : place + self.num_draft_tokens]

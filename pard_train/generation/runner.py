@@ -114,8 +114,7 @@ def cached_attention(
     Args:
         module: the layer's attention, which has its index.
         query: [B, H, N, D].
-        key: of the new tokens, [B, H / G, N, D].
-        value: [B, H / G, N, D].
+        key, value: of the new tokens, [B, H / G, N, D].
         cache_view: where keys and values are written and read.
 
     Returns:
