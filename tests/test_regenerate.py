@@ -29,6 +29,7 @@ from pard_train.data.rows import source_version
 from pard_train.downloads import unpack_smollm2
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, decode
+from pard_train.model import load_tokenizer
 from pard_train.targets.answers import prompt_key
 from pard_train.targets.regeneration import Written, write_answers
 
@@ -130,8 +131,9 @@ def test_every_conversation_is_answered_as_told_in_order_and_the_counts_add_up(
         for row, messages, reason in ours
         if messages
     ]
+    of_target = ChatEncoder(load_tokenizer(str(base_folder))).tokenizer_fingerprint
     for row, token_ids in zip(answered, ids, strict=True):
-        assert token_ids["tokenizer"] == ChatEncoder(tokenizer).tokenizer_fingerprint
+        assert token_ids["tokenizer"] == of_target
         for prompt, answer in token_ids["turns"]:
             assert server.reply(prompt)["token_ids"] == answer
         num_turns = sum(message["role"] == "assistant" for message in row["messages"])

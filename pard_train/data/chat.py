@@ -106,17 +106,8 @@ class ChatEncoder:
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Content hash of the tokenizer, 12 hexadecimal digits, whatever padding and truncation its last call left on."""
-        backend = self.tokenizer.backend_tokenizer
-        padding, truncation = backend.padding, backend.truncation
-        backend.no_padding()
-        backend.no_truncation()
-        content = backend.to_str()
-        if padding:
-            backend.enable_padding(**padding)
-        if truncation:
-            backend.enable_truncation(**truncation)
-        return fingerprint(content)
+        """Content hash of the tokenizer, 12 hexadecimal digits."""
+        return fingerprint(self.tokenizer.backend_tokenizer.to_str())
 
     def render(self, messages: Messages, *, generation_prompt: bool = False, tools: Tools = None) -> str:
         """The conversation as text. Raises UserError where the template refuses it."""
