@@ -92,6 +92,12 @@ def assign_styles(charts: Iterable[Chart]) -> dict[str, int]:
     return {name: number for number, name in enumerate(dict.fromkeys(name for c in charts for name in c.series))}
 
 
+def legend_of(charts: Iterable[Chart], styles: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """Name, CSS class and marker as text of every series."""
+    numbers = {name: styles[name] for name in assign_styles(charts)}
+    return [(name, f"c{n % NUM_COLORS}", GLYPHS[n % len(GLYPHS)]) for name, n in numbers.items()]
+
+
 def draw_svg(chart: Chart, styles: Mapping[str, int]) -> Markup:
     """A chart as an inline SVG element: text stays text, and the colors are variables of the page."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pard_train.commands import command
 from pard_train.errors import UserError
 
 ACCEPTANCE_FILE = "acceptance.json"
@@ -59,7 +60,7 @@ def read_result(path: Path) -> Result:
     try:
         result = json.loads(file.read_text())
     except FileNotFoundError:
-        raise UserError(f"{file} does not exist: give an output folder of recipes/evaluate.py, or its file") from None
+        raise UserError(f"{file} does not exist: give an output folder of {command('evaluate')}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): evaluate again") from None
     found = result.get("schema_version") if isinstance(result, dict) else None

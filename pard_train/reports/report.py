@@ -50,8 +50,9 @@ def write_report(
     """Write report.md, report.html, acceptance.png, acceptance.csv and groups.csv.
 
     Args:
-        result, predictions, samples: contents of the JSON files of these names, acceptance.json being the result.
+        result: acceptance.json.
         folder: output folder.
+        predictions, samples: predictions.json and samples.json.
     """
     picture = f"![tau and survival]({PICTURE_FILE})\n"
     (folder / REPORT_FILE).write_text(f"{render_report(result)}\n{picture}\n{render_details(result)}")
@@ -68,7 +69,7 @@ def render_report(result: Result) -> str:
     parts = ["# Acceptance length"]
     if result["failures"]:
         parts += ["## Failed", "\n".join(f"- {failure_line(f)}" for f in result["failures"])]
-    parts += ["## tau by number of draft tokens", *map(_term, ("tau", "vLLM tau")), *_tau_tables(result)]
+    parts += ["## tau by number of draft tokens", *map(_term, ("tau", "vLLM tau")), *_tau_markdown(result)]
     if timed := timed_records(result):
         parts += ["## Measured speed", _term("speed-up"), *(table.markdown() for table in speed_tables(timed))]
     return "\n\n".join(parts) + "\n"
@@ -78,7 +79,7 @@ def _term(name: str) -> str:
     return textwrap.fill(f"{name}: {TERMS[name]}", WIDTH)
 
 
-def _tau_tables(result: Result) -> list[str]:
+def _tau_markdown(result: Result) -> list[str]:
     """tau of every target; the pooled rows only if there are too many rows for a terminal."""
     tables = [_fitting(mine) for mine in grouped(acceptance_records(result), itemgetter("target")).values()]
     if sum(len(table.rows) for table in tables) <= MAX_ROWS:

@@ -10,9 +10,8 @@ from operator import itemgetter
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-from pard_train.reports.charts import GLYPHS, NUM_COLORS, TEMPLATES, Chart, assign_styles, draw_svg
+from pard_train.reports.charts import TEMPLATES, assign_styles, draw_svg, legend_of
 from pard_train.reports.records import (
     KINDS,
     TAU,
@@ -33,28 +32,20 @@ from pard_train.reports.sections import Section, build_sections
 from pard_train.reports.tables import fingerprint_table, record_table
 
 SETTINGS = ("max_new_tokens", "dtype", "temperature", "top_p", "system_prompt", "template_kwargs", "prompt_template")
-Legend = list[tuple[str, int, str]]  # name, number of the color, marker
 
 
 def fill(template: str, sections: Sequence[Section], **content: Any) -> str:
     """A page from a file in templates/, with every text escaped and every chart drawn."""
-    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
-    return environment.get_template(template).render(sections=_drawn(sections), **content)
-
-
-def _drawn(sections: Sequence[Section]) -> list[tuple[Section, Legend, list[tuple[Chart, Markup]]]]:
-    """Sections with legend and SVGs; a draft looks the same in all of them."""
     styles = assign_styles(chart for section in sections for chart in section.charts)
-    legends = [[(name, styles[name]) for name in assign_styles(section.charts)] for section in sections]
-    return [
-        (
-            section,
-            [(name, style % NUM_COLORS, GLYPHS[style % len(GLYPHS)]) for name, style in legend],
-            [(chart, draw_svg(chart, styles)) for chart in section.charts],
-        )
-        for section, legend in zip(sections, legends, strict=True)
-    ]
+    drawn = [(s, legend_of(s.charts, styles), [(c, draw_svg(c, styles)) for c in s.charts]) for s in sections]
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(template).render(sections=drawn, **content)
 
 
 def render_page(result: Result, predictions: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> str:
