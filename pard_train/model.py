@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,17 +56,17 @@ def _explained(path: str, what: str) -> Iterator[None]:
 def load_tokenizer(
     path: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Tokenizer of a folder or hub model. Raises UserError."""
+    """Tokenizer of a model. Raises UserError if it cannot be loaded."""
     with _explained(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(local_model(path), trust_remote_code=trust_remote_code, revision=revision)
 
 
 def load_config(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
-    """Model configuration, checked to be one that can draft.
+    """Config of a model that can draft.
 
     Raises:
-        UserError: if it cannot be read, has no rotary positions, or has layers without full attention (a mask slot
-            stands at the position of the token it replaces; sliding windows and recurrent layers count slots instead).
+        UserError: if it cannot be read, has no rotary positions, or has layers without full attention. (A mask token
+            takes the position of the token it replaces; sliding windows and recurrent layers count entries instead.)
     """
     with _explained(path, "config"):
         config = AutoConfig.from_pretrained(local_model(path), trust_remote_code=trust_remote_code, revision=revision)
@@ -82,7 +82,7 @@ def load_config(path: str, *, trust_remote_code: bool = False, revision: str | N
 
 
 def num_rows_of(path: str) -> int:
-    """Vocabulary rows of a model, be it one that could draft or not. Raises UserError if its config cannot be read."""
+    """Vocabulary rows of any causal LM. Raises UserError if its config cannot be read."""
     with _explained(path, "config"):
         return AutoConfig.from_pretrained(local_model(path)).get_text_config().vocab_size
 
@@ -112,20 +112,15 @@ def load_causal_lm(
             device_map=device_map,
             output_loading_info=True,
         )
-    check_complete(path, found["missing_keys"])
+    if missing := found["missing_keys"]:
+        raise UserError(f"{path}: {len(missing)} weights are missing, such as {min(missing)}: download the model again")
     if default_device().type == "cpu":
         use_onednn(model)
     return model
 
 
-def check_complete(path: str, missing: Collection[str]) -> None:
-    """Refuse a model some of whose weights are nowhere. Raises UserError naming one of them."""
-    if missing:
-        raise UserError(f"{path}: {len(missing)} weights are missing, {min(missing)} among them: get the folder again")
-
-
 def vocabulary_tensors(model: PreTrainedModel) -> list[Tensor]:
-    """The embedding, the output head unless it is tied to it, and the head's bias if it has one; each [V, ...]."""
+    """The embedding, the output head unless tied, and the head's bias if it has one; each [V, ...]."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tensors = [embedding] if head.weight is embedding else [embedding, head.weight]
     bias = getattr(head, "bias", None)
@@ -134,10 +129,10 @@ def vocabulary_tensors(model: PreTrainedModel) -> list[Tensor]:
 
 @torch.no_grad()
 def resize_vocabulary(model: PreTrainedModel, num_rows: int) -> None:
-    """Append rows, each the mean of the rows before, so that none can win an arg max.
+    """Append rows, each the mean of the existing rows, so that none can win an arg max.
 
-    The logit of a mean row is the mean of all logits, which is below the largest. (A zero row would have logit 0 and
-    beat any vocabulary whose logits are all negative.) Tied embeddings stay tied.
+    The logit of a mean row is the mean of all logits, which is below the largest. (A zero row would have logit 0, above
+    a vocabulary whose logits are all negative.) Tied embeddings stay tied.
 
     Raises:
         ValueError: if `num_rows` is below the present number.
@@ -157,7 +152,7 @@ def resize_vocabulary(model: PreTrainedModel, num_rows: int) -> None:
 
 @torch.no_grad()
 def add_mask_token(model: PreTrainedModel, mask_token_id: int) -> None:
-    """Give the mask token a fresh row: the mean of the others. Appends the row if the id is one past the end."""
+    """Set the row of the mask token to the mean of the others. Appends the row if the id is one past the end."""
     if mask_token_id == model.config.vocab_size:
         resize_vocabulary(model, mask_token_id + 1)
         return
@@ -168,18 +163,18 @@ def add_mask_token(model: PreTrainedModel, mask_token_id: int) -> None:
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that has been found fit to draft, before its weights are loaded.
+    """A checked base model, before its weights are loaded.
 
     Attributes:
-        config: where it is.
-        path: folder or hub name.
+        config: path, revision and loading options.
+        num_rows: of its vocabulary.
         tokenizer: its tokenizer.
-        mask_token_id: of the draft model to be.
+        mask_token_id: of the draft to be made from it.
         is_draft: it already is a draft model, whose mask token and row are kept.
     """
 
     config: ModelConfig
-    path: str
+    num_rows: int
     tokenizer: PreTrainedTokenizerBase
     mask_token_id: int
     is_draft: bool
@@ -197,14 +192,14 @@ def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
     existing = mask_token_of(model_config)
     if existing is None:
         mask_token_id = choose_mask_token(tokenizer, model_config.vocab_size, draft)
-        return Base(config, path, tokenizer, mask_token_id, is_draft=False)
+        return Base(config, model_config.vocab_size, tokenizer, mask_token_id, is_draft=False)
     wanted = tokenizer.get_vocab().get(draft.mask_token) if draft.mask_token else draft.mask_token_id
     if wanted not in (None, existing):
         raise UserError(
-            f"draft.mask_token_id={wanted}, but {config.path} already is a draft model with mask token {existing}: "
-            "leave draft.mask_token_id and draft.mask_token null"
+            f"draft.mask_token_id={wanted}, but {path} already is a draft model with mask token {existing}: leave "
+            "draft.mask_token_id and draft.mask_token null"
         )
-    return Base(config, path, tokenizer, existing, is_draft=True)
+    return Base(config, model_config.vocab_size, tokenizer, existing, is_draft=True)
 
 
 def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path) -> None:
@@ -217,13 +212,13 @@ def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path) -> None
     """
     if folder.exists():
         return
-    trust, revision = base.config.trust_remote_code, base.config.revision
-    model = load_causal_lm(base.path, trust_remote_code=trust, revision=revision)
+    path, trust, revision = base.config.path, base.config.trust_remote_code, base.config.revision
+    model = load_causal_lm(path, trust_remote_code=trust, revision=revision)
     if not base.is_draft:
         add_mask_token(model, base.mask_token_id)
-        model.config.pard_base = base.config.path
+        model.config.pard_base = path
     set_draft_keys(model.config, base.mask_token_id, num_draft_tokens)
-    write_model_folder(model, base.path, folder, revision=revision)
+    write_model_folder(model, path, folder, revision=revision)
 
 
 def write_model_folder(
@@ -238,8 +233,8 @@ def write_model_folder(
 
     Args:
         model: gives config, generation config and, unless `state_dict` is given, the weights.
-        tokenizer_source: folder or hub name whose tokenizer files are copied byte for byte; a tokenizer that is loaded
-            and saved again may come out with another class and other rules.
+        tokenizer_source: model whose tokenizer files are copied byte for byte; loading and saving a tokenizer may
+            change its class and rules.
         folder: must not exist.
         revision: of a hub name.
         state_dict: weights gathered from shards.
@@ -252,7 +247,7 @@ def write_model_folder(
 
 
 def copy_tokenizer(source: str, folder: Path, *, revision: str | None = None) -> None:
-    """Copy the tokenizer files and chat template of a folder or hub model byte for byte."""
+    """Copy the tokenizer files and chat template of a model byte for byte."""
     for name in TOKENIZER_FILES:
         file = file_of(source, name, revision=revision)
         if file is not None:
@@ -260,7 +255,7 @@ def copy_tokenizer(source: str, folder: Path, *, revision: str | None = None) ->
 
 
 def file_of(path: str, name: str, *, revision: str | None = None) -> Path | None:
-    """A file of a folder or hub model, None if it has no such file."""
+    """A file of a model, None if it has no such file."""
     found = cached_file(
         local_model(path),
         name,
@@ -274,11 +269,7 @@ def file_of(path: str, name: str, *, revision: str | None = None) -> Path | None
 def check_same_tokenizer(
     draft: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, draft_name: str, target_name: str
 ) -> None:
-    """Check that two models speak the same ids.
-
-    Raises:
-        UserError: naming the first entry that differs.
-    """
+    """Check that two models use the same token ids. Raises UserError naming the first entry that differs."""
     ours, theirs = draft.get_vocab(), target.get_vocab()
     if ours == theirs:
         return
@@ -286,5 +277,5 @@ def check_same_tokenizer(
     token = differing[0]
     raise UserError(
         f"draft {draft_name} and target {target_name} have different tokenizers: {len(differing)} entries differ, the "
-        f"first is {token!r} (id {ours.get(token)} and {theirs.get(token)}); a draft serves targets of its own family"
+        f"first is {token!r} (id {ours.get(token)} and {theirs.get(token)}); use a target of the draft's family"
     )

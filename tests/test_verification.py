@@ -623,7 +623,7 @@ def test_smollm2_drafts_for_itself_as_replay_says(engine_python: str, settings: 
     base = inspect_base(ModelConfig(path=str(unpack_smollm2())), DraftConfig(mask_token="<empty_output>"))
     write_initial_draft(base, 8, tmp_path / "draft")
     config = settings(
-        target=base.path,
+        target=base.config.path,
         draft=str(tmp_path / "draft"),
         benchmarks=["humaneval"],
         max_prompts=3,

@@ -147,9 +147,7 @@ def check_targets(base: Base, targets: Sequence[str]) -> None:
     Raises:
         UserError: if a target has another tokenizer than the base, or fewer rows than the draft will have.
     """
-    trust, revision = base.config.trust_remote_code, base.config.revision
-    num_rows = load_config(base.path, trust_remote_code=trust, revision=revision).vocab_size
-    find_sizes(targets, base.config.path, max(num_rows, base.mask_token_id + 1), base.tokenizer)
+    find_sizes(targets, base.config.path, max(base.num_rows, base.mask_token_id + 1), base.tokenizer)
 
 
 def find_sizes(
