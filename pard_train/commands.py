@@ -42,18 +42,12 @@ PROGRAMS = {
     "compare": Program("recipes", ("compare",)),
     "verify": Program("recipes", ("model", "draft", "targets", "data", "verify")),
     "generate": Program("recipes", (*_WRITING, "draft", "generate")),
-    "quickstart": Program(
-        "recipes", (*_TRAINING, "inference", "prepare", "regenerate", "evaluate", "export"), shares_work=False
-    ),
+    "quickstart": Program("recipes", (*_TRAINING, "inference", "prepare", "regenerate", "evaluate", "export")),
 }
 
 
 def command(name: str) -> str:
-    """How a user calls a program: by its file in a checkout, by its console command where a wheel is installed.
-
-    >>> command("export") in ("python recipes/export.py", "pard-export")
-    True
-    """
+    """How a user calls a program: `python recipes/export.py` in a checkout, `pard-export` where a wheel is installed."""
     return f"pard-{name}" if HOME == PACKAGE else f"python {PROGRAMS[name].folder}/{name}.py"
 
 

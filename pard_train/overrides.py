@@ -64,20 +64,16 @@ def with_section(arguments: Sequence[str], program: str) -> list[str]:
     """Arguments with the program's own section written out: `benchmarks=` of evaluate.py is `evaluate.benchmarks=`."""
     settings = {setting.name for setting in all_settings()}
 
-    def full(argument: str) -> str:
+    def _full(argument: str) -> str:
         marks, name, rest = re.fullmatch(r"([+~]*)([^=.@]*)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
         is_short = name not in settings and not options(name) and f"{program}.{name}" in settings
         return f"{marks}{program}.{name}{rest}" if is_short else argument
 
-    return [full(argument) for argument in arguments]
+    return [_full(argument) for argument in arguments]
 
 
 def check_overrides(arguments: Sequence[str], *, is_multirun: bool = False) -> list[Override]:
-    """Parse command line overrides and check that every name in them exists.
-
-    Args:
-        arguments: as given, without options such as --help.
-        is_multirun: several values of a setting start several runs.
+    """Parse command line overrides (no options such as --help) and check that every name in them exists.
 
     Raises:
         UserError: naming the first override that cannot be parsed, or whose setting, group or option does not exist.

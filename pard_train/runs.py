@@ -64,13 +64,7 @@ def check_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
 
 
 def claim_run(folder: Path, settings: dict[str, Any], config: dict[str, Any] | None = None) -> None:
-    """Write what a run is made with into its folder. Called by one process, after `check_run`.
-
-    Args:
-        folder: output folder.
-        settings: those that decide the result, for config.json.
-        config: all settings, for run.json.
-    """
+    """Write the settings that decide the result to config.json, all of them to run.json. Called by one process."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG_FILE).exists():
         write_json(folder / CONFIG_FILE, {"settings_version": SETTINGS_VERSION, **settings})
@@ -78,14 +72,10 @@ def claim_run(folder: Path, settings: dict[str, Any], config: dict[str, Any] | N
 
 
 def claim_product(product: Path, made_from: dict[str, Any]) -> None:
-    """Write what a step of a longer job is made from into NAME.json beside its product, before it is made.
-
-    Args:
-        product: file or folder that the step writes.
-        made_from: JSON-like.
+    """Write the inputs of a step into NAME.json beside its product, before the step runs.
 
     Raises:
-        UserError: if the product exists and was made from something else.
+        UserError: if the product exists and was made from other inputs.
     """
     record = product.with_name(f"{product.name}.json")
     if product.exists() and record.exists():
@@ -233,11 +223,7 @@ def seal_checkpoint(folder: Path) -> None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Check that every file of a checkpoint has the size it was sealed with.
-
-    Raises:
-        UserError: naming the file that is missing or truncated.
-    """
+    """Check the size of every file of a checkpoint. Raises UserError naming a missing or truncated file."""
     for name, size in read_json(folder / SEAL_FILE).items():
         path = folder / name
         found = path.stat().st_size if path.exists() else 0
@@ -248,11 +234,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None if it has none.
-
-    Raises:
-        UserError: if that checkpoint is damaged.
-    """
+    """The newest complete checkpoint of a run, None if it has none. Raises UserError if it is damaged."""
     for checkpoint in _checkpoints(folder):
         if (checkpoint / SEAL_FILE).exists():
             check_checkpoint(checkpoint)

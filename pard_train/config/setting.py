@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -51,14 +51,7 @@ class Rule:
 
 
 def setting(default: Any, comment: str, *, free: bool = False, **bounds: Any) -> Any:
-    """A dataclass field with its rule. Lists and dicts are copied for every instance.
-
-    Args:
-        default: value, or MISSING.
-        comment: see `Rule`.
-        free: see `Rule.is_free`.
-        bounds: `low`, `above`, `high` or `choices` of `Rule`.
-    """
+    """A dataclass field with its `Rule`. Lists and dicts are copied for every instance."""
     metadata = {"rule": Rule(comment, is_free=free, **bounds)}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -79,12 +72,8 @@ def rule_of(config_field: Any) -> Rule:
 def check_ranges(config: Any, prefix: str = "") -> None:
     """Check every setting of a configuration, and of the groups in it, against its rule.
 
-    Args:
-        config: dataclass instance.
-        prefix: of the names in an error, such as `evaluate.`.
-
     Raises:
-        UserError: naming the first setting whose value is not allowed.
+        UserError: naming the first setting whose value is not allowed, with `prefix` before its name.
     """
     for config_field in fields(config):
         name, value, rule = prefix + config_field.name, getattr(config, config_field.name), rule_of(config_field)
@@ -108,10 +97,5 @@ def _items(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 def decisive(config: Any) -> dict[str, Any]:
     """The settings that decide a result, as JSON-like values: a configuration without its free settings."""
 
-    def entries(node: Any) -> Iterator[tuple[str, Any]]:
-        for config_field in fields(node):
-            if not rule_of(config_field).is_free:
-                value = getattr(node, config_field.name)
-                yield config_field.name, decisive(value) if is_dataclass(value) else value
-
-    return dict(entries(config))
+    values = {f.name: getattr(config, f.name) for f in fields(config) if not rule_of(f).is_free}
+    return {name: decisive(value) if is_dataclass(value) else value for name, value in values.items()}
