@@ -47,7 +47,7 @@ PROGRAMS = {
 
 
 def command(name: str) -> str:
-    """How a user calls a program: `python recipes/export.py` in a checkout, `pard-export` where a wheel is installed."""
+    """How a user calls a program: `python recipes/export.py` in a checkout, `pard-export` from a wheel."""
     return f"pard-{name}" if HOME == PACKAGE else f"python {PROGRAMS[name].folder}/{name}.py"
 
 
