@@ -117,26 +117,26 @@ def _tau(records: list[Record], largest: list[Record]) -> Section:
 
 
 def _tau_by_k(records: list[Record]) -> Section:
-    def point(r: Record) -> list[Point]:
+    def _point(r: Record) -> list[Point]:
         return [Point(r["num_draft_tokens"], *(r[name] for name in TAU))]
 
     shown = records if len(distinct(r["num_draft_tokens"] for r in records)) > 1 else []
-    charts = _charts(shown, point, low=1.0, kind="line", x_label="draft tokens K", y_label="tau")
+    charts = _charts(shown, _point, low=1.0, kind="line", x_label="draft tokens K", y_label="tau")
     return Section("k", "K", "tau by number of draft tokens", "Bands are 95% intervals.", charts)
 
 
 def _per_step(records: list[Record]) -> list[Section]:
-    def survival(r: Record) -> list[Point]:
+    def _survival(r: Record) -> list[Point]:
         return [Point(position, share) for position, share in enumerate(r["survival"], start=1)]
 
-    def histogram(r: Record) -> list[Point]:
+    def _histogram(r: Record) -> list[Point]:
         return [Point(accepted, count / r["num_steps"]) for accepted, count in enumerate(r["histogram"])]
 
     text = "Share of steps that accept the draft tokens up to each position."
-    charts = _charts(records, survival, kind="line", x_label="draft position", y_label="survival")
+    charts = _charts(records, _survival, kind="line", x_label="draft position", y_label="survival")
     sections = [Section("positions", "Survival", "Survival by draft position", text, charts)]
     text = "Share of steps by number of accepted draft tokens. Bars follow the order of the legend."
-    charts = _charts(records, histogram, kind="bar", x_label="accepted draft tokens", y_label="share of steps")
+    charts = _charts(records, _histogram, kind="bar", x_label="accepted draft tokens", y_label="share of steps")
     return [*sections, Section("histogram", "Histogram", "Accepted draft tokens per step", text, charts)]
 
 
@@ -161,16 +161,16 @@ def _speed(records: list[Record]) -> Section:
 
 
 def _predicted(predictions: list[dict[str, Any]]) -> Section:
-    def points(p: dict[str, Any]) -> list[Point]:
+    def _points(p: dict[str, Any]) -> list[Point]:
         best = p["recommended_num_draft_tokens"]
         found = [(row["num_draft_tokens"], row["speedup"]) for row in p["rows"]]
         return [Point(k, speedup, is_marked=k == best) for k, speedup in found]
 
-    def title(p: dict[str, Any]) -> str:
+    def _title(p: dict[str, Any]) -> str:
         return f"{p['target']}, batch size {p['batch_size']}, {p['context_length']} tokens of context, {p['device']}"
 
     axes: dict[str, Any] = {"kind": "line", "x_label": "draft tokens K", "y_label": "speed-up", "baseline": 1.0}
-    charts = _charts(predictions, points, title=title, name=itemgetter("draft"), **axes)
+    charts = _charts(predictions, _points, title=_title, name=itemgetter("draft"), **axes)
     text = "Computed from tau and the measured time of each forward pass. A ring marks the best K."
     tables = [prediction_table(predictions)] if predictions else []
     return Section("prediction", "Prediction", "Predicted speed-up by K", text, charts, tables)
