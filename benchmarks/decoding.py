@@ -1,13 +1,12 @@
-"""How fast live decoding is: our loop and transformers' own in turns, and each kind of step against the machine.
+"""Speed of live decoding: our loop and transformers' own, and each kind of step against the machine's limits.
 
     python benchmarks/decoding.py                                # SmolLM2-135M on the CPU: minutes on two cores
     python benchmarks/decoding.py --dtype bfloat16
     python benchmarks/decoding.py --target Qwen/Qwen2.5-7B-Instruct --draft outputs/my-draft/export --dtype bfloat16 \\
         --num-draft-tokens 12 --compiled                         # on a GPU
 
-Without --draft, the draft is the target's own weights with an untrained mask token: what it accepts is luck, what it
-costs is not. Answers are all of one length, so that every method writes the same number of tokens. Prints tables and
-writes benchmarks/results/DATE-decoding.md.
+Without --draft, the draft is the target's own weights with an untrained mask token: its acceptance means nothing, its
+cost does. All answers have the same length. Prints tables and writes benchmarks/results/DATE-decoding.md.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ MATRIX_SIZE = 2048
 
 @dataclass(frozen=True)
 class Bench:
-    """What is decoded, and with what.
+    """Models, prompts and limits of the benchmark.
 
     Attributes:
         model: the target, as transformers loads it.
@@ -53,9 +52,9 @@ class Bench:
         drafter: draft model.
         assistant: the same weights for transformers, which wants a vocabulary of the target's size.
         prompts: rendered prompts.
-        limits: so many tokens, whatever they are.
+        limits: a fixed number of tokens.
         k: draft tokens.
-        rounds: times that every method decodes all prompts.
+        rounds: how often every method decodes all prompts.
     """
 
     model: PreTrainedModel
@@ -69,7 +68,7 @@ class Bench:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Methods in turns
+# Methods, interleaved
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +83,7 @@ def our_ways(bench: Bench) -> dict[str, Way]:
         "ours, plain": way(None, bench.target),
         "ours, PARD draft": way(bench.drafter, bench.target),
         "ours, same draft one token at a time": way(SequentialDrafter(bench.drafter), bench.target),
-        "ours, prompt look-up": way(PromptLookup(), bench.target),
+        "ours, prompt lookup": way(PromptLookup(), bench.target),
     }
     if bench.target.is_packed:
         ways["ours, plain, weights not packed"] = way(None, Runner(bench.model, is_packed=False))
@@ -92,13 +91,13 @@ def our_ways(bench: Bench) -> dict[str, Way]:
 
 
 def transformers_ways(bench: Bench, batch_size: int) -> dict[str, Way]:
-    """`generate` of transformers; with a draft it takes one prompt at a time."""
+    """`generate` of transformers; with a draft it supports one prompt at a time."""
     ways = {"transformers, plain": lambda batch: generate(bench, batch)}
     if batch_size == 1:
         ways["transformers, assisted (draft one token at a time)"] = lambda batch: generate(
             bench, batch, assistant_model=bench.assistant
         )
-        ways["transformers, prompt look-up"] = lambda batch: generate(
+        ways["transformers, prompt lookup"] = lambda batch: generate(
             bench, batch, prompt_lookup_num_tokens=bench.k, max_matching_ngram_size=3
         )
     return ways
@@ -122,7 +121,7 @@ def generate(bench: Bench, batch: list[list[int]], **settings: object) -> list[D
 
 
 def methods(bench: Bench, batch_size: int) -> Iterator[list[str]]:
-    """All methods at one batch size, in turns."""
+    """All methods at one batch size, interleaved."""
     yield ["method", "tokens/s (median, range)", "ratio to ours, plain", "tau", "texts equal to ours, plain"]
     ways = our_ways(bench) | transformers_ways(bench, batch_size)
     batches = [bench.prompts[start : start + batch_size] for start in range(0, len(bench.prompts), batch_size)]
@@ -148,14 +147,14 @@ def methods(bench: Bench, batch_size: int) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine can do at best: bytes and floating-point operations per second."""
+    """The machine's limits: bytes and floating-point operations per second."""
 
     bandwidth: float
     arithmetic: float
 
 
 def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
-    """The copy of a large tensor, read and written, and the product of two square matrices."""
+    """Measured by copying a large tensor (read and write), and by a product of two square matrices."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target, matrix = torch.empty_like(source), torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device).to(dtype)
 
@@ -171,7 +170,7 @@ def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
 
 @dataclass(frozen=True)
 class Work:
-    """What one forward pass has to do at least."""
+    """Least work of one forward pass."""
 
     bytes_moved: float
     operations: float
@@ -182,7 +181,7 @@ class Work:
 
 
 def work_of(model: PreTrainedModel, batch_size: int, context: int, num_new: int, num_logits: int) -> Work:
-    """Every weight is read once, and every key and value of the context; the head works on the logits asked for."""
+    """Reads every weight once and every cached key and value; the head computes the requested logits only."""
     head = model.get_output_embeddings().weight
     linear = [m.weight for m in model.base_model.modules() if isinstance(m, nn.Linear)]
     layers, size = model.config.num_hidden_layers, head.element_size()
@@ -202,23 +201,22 @@ def transformers_seconds(
     cache = DynamicCache(config=model.config)
 
     @torch.inference_mode()
-    def read(ids: Tensor, num_logits: int) -> None:
+    def forward(ids: Tensor, num_logits: int) -> None:
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=num_logits).logits[:, -1, 0].tolist()
 
-    read(torch.tensor([text] * batch_size, device=model.device), 1)
+    forward(torch.tensor([text] * batch_size, device=model.device), 1)
     new = torch.tensor([text[:num_new]] * batch_size, device=model.device)
-    has_read: list[bool] = []
+    prefilled = cache.get_seq_length()
 
-    def forget() -> None:
-        if has_read:
+    def reset() -> None:
+        if cache.get_seq_length() > prefilled:
             cache.crop(-num_new)
-        has_read.append(True)
 
-    return median_seconds(lambda: read(new, num_logits), before=forget)
+    return median_seconds(lambda: forward(new, num_logits), before=reset)
 
 
 def steps(bench: Bench, batch_sizes: list[int], machine: Machine) -> Iterator[list[str]]:
-    """Single forward passes beside what they cost at least."""
+    """Single forward passes against the machine's limits."""
     yield ["forward pass", "batch", "MB", "GFLOP", "limit ms", "ours ms", "ours / limit", "transformers ms"]
     k, draft = bench.k, bench.drafter.model
     context = max(map(len, bench.prompts)) + bench.limits.max_new_tokens // 2
@@ -244,7 +242,7 @@ def steps(bench: Bench, batch_sizes: list[int], machine: Machine) -> Iterator[li
 
 
 def load_assistant(path: str, target: PreTrainedModel, k: int) -> PreTrainedModel:
-    """A draft model as transformers' assisted generation wants it, with so many tokens per step, whatever they are."""
+    """A draft model for transformers' assisted generation, with a fixed number of tokens per step."""
     model = as_transformers_loads(path, target.dtype)
     model.resize_token_embeddings(target.config.vocab_size)
     model.generation_config.num_assistant_tokens = k
@@ -305,7 +303,7 @@ def main() -> None:
         limits = f"copy {machine.bandwidth / 1e9:.1f} GB/s, matrix product {machine.arithmetic / 1e9:.0f} GFLOP/s"
         sections = {
             f"Batch {size}: {len(bench.prompts)} prompts, {arguments.max_new_tokens} tokens each, K {bench.k}, "
-            f"{bench.rounds} rounds in turns": methods(bench, size)
+            f"{bench.rounds} rounds, interleaved": methods(bench, size)
             for size in arguments.batch_sizes
         }
         sections[f"Forward passes against the machine ({limits})"] = steps(bench, arguments.batch_sizes, machine)

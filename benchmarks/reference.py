@@ -5,7 +5,7 @@ that wraps around the end; a float32 mask of (K * L) x (K * L) for every padded 
 cut; attention that is not fused; logits in float32 for every slot; gradient checkpointing. It is the oracle of tests,
 which give it our chains, and the baseline of benchmarks/training.py, which lets it draw its own.
 
-One thing is unlike the original: labels stand where `loss_mask` says, so that both sides learn from the same tokens.
+One thing differs from the original: labels follow `loss_mask`, so that both sides learn from the same tokens.
 The original has its labels in the prompt too, and none at the end of a turn.
 """
 

@@ -64,7 +64,7 @@ def main() -> None:
         for prompt in load_benchmark(name, -(-arguments.prompts // len(arguments.benchmarks))).prompts
     ][: arguments.prompts]
     runner = Runner(target)
-    assert drafter.runner  # both are made ready before the clock starts
+    assert drafter.runner  # prepare both before timing
     texts, seconds = timed(lambda: decode_batch(runner, prompts, limits))
     print(f"{len(prompts)} answers written in {seconds:.1f} s", flush=True)
     pairs = [(prompt, text.tokens) for prompt, text in zip(prompts, texts, strict=True)]
@@ -113,7 +113,7 @@ def measure(
     num_text = sum(len(prompt) + trace.num_tokens - 1 for (prompt, _), trace in zip(pairs, traces, strict=True))
     num_own_texts = sum(answer.tokens == text for answer, (_, text) in zip(live, pairs, strict=True))
     rows = [Row("live decoding", seconds, num_text + num_masks, traces, num_own_texts)]
-    naive_model = Runner(drafter.model).model  # with the same arranged weights
+    naive_model = Runner(drafter.model).model  # with the same packed weights
     naive_model.set_attn_implementation("sdpa")
 
     def add(name: str, run: Callable[[], tuple[list[np.ndarray], int]]) -> None:

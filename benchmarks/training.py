@@ -1,4 +1,4 @@
-"""How fast training is: our step beside the dense step of PARD's public reference, in turns in one process.
+"""Training speed: our step against the dense step of PARD's public reference, interleaved in one process.
 
     python benchmarks/training.py                          # some minutes on two cores
     python benchmarks/training.py --models smollm2-135m --lengths 300 --rounds 5
@@ -80,7 +80,7 @@ class Setting:
 
     @property
     def tokens_per_second(self) -> float:
-        """Supervised tokens a second: answer tokens learned, whatever chains hang on them."""
+        """Supervised tokens per second: answer tokens, each counted once for all chains."""
         return self.num_tokens / self.median
 
 
@@ -138,7 +138,7 @@ def build_config(name: str) -> PretrainedConfig:
 
 
 def compare(name: str, length: int, k: int, device: torch.device, arguments: argparse.Namespace) -> list[Setting]:
-    """Both sides at one model, length and K, step by step in turns."""
+    """Both sides at one model, length and K, step by step, interleaved."""
     torch.compiler.reset()  # a run has one size of packs, so that no other is compiled for
     config = build_config(name)
     shape = ModelShape.of(config)
@@ -338,7 +338,7 @@ def run_step(setting: Setting, step: Step, device: torch.device) -> None:
 
 
 def wait() -> None:
-    """Until the device has done what it was told."""
+    """Wait for the device."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
@@ -380,12 +380,12 @@ def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
     """The page."""
     size = 2 if arguments.precision == "bf16" else 4
     lines = [
-        f"# Training: our step beside the dense reference, {time.strftime('%Y-%m-%d')}",
+        f"# Training: our step against the dense reference, {time.strftime('%Y-%m-%d')}",
         "",
         f"{device_name()}, {torch.get_num_threads()} threads, {arguments.precision}; {origin()}.",
         f"A step trains on {arguments.tokens:,} tokens of documents or on one document, {arguments.prompt_share:.0%} "
-        f"of each a prompt: forward, backward, clipping, AdamW. {arguments.rounds} timed steps of each side, in "
-        f"turns, after {WARM_STEPS} that are not timed, the first of which shows the memory. "
+        f"of each a prompt: forward, backward, clipping, AdamW. {arguments.rounds} timed steps of each side, "
+        f"interleaved, after {WARM_STEPS} that are not timed, the first of which shows the memory. "
         + ("Both sides' float32 products go through oneDNN. " if arguments.same_products else "")
         + ("Our model is compiled. " if arguments.compile else "")
         + (f"Documents are up to {arguments.spread:.0%} shorter than said." if arguments.spread else ""),
@@ -444,7 +444,7 @@ def reference_of(setting: Setting, settings: Sequence[Setting]) -> Setting | Non
 
 
 def cost_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
-    """Model FLOPs by stage and bytes beside the measured time."""
+    """Model FLOPs by stage, bytes, and the measured rate."""
     chip = chip_of(device_name())
     lines = [
         "| model | tokens | K | side | layers | head | attention | all, TFLOP | TFLOP/s | share of peak | bytes, GB | "
