@@ -323,6 +323,23 @@ def test_the_command_prints_a_row_and_draws_its_picture(base_folder: Path, chats
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_kind_of_bad_row_is_counted_with_its_first_origin(
+    base_folder: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    control = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a<|endoftext|>b"}]
+    rows = chats_file.read_text().splitlines()[:2]
+    bad = json.dumps({"messages": control})
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join([rows[0], bad, '{"broken', rows[1], bad]))
+    config = experiment(base_folder, chats, tmp_path)
+    with pytest.raises(RowError, match=r"chats.jsonl:2: .*control token <\|endoftext\|>"):
+        run(config)
+    shown = capsys.readouterr().out
+    assert re.search(r"checked: documents 2 ", shown)
+    assert re.search(rf"bad rows: 2 x .*control token <\|endoftext\|>.* \(first: {chats}:2\)", shown)
+    assert re.search(rf"bad rows: 1 x .*\(first: {chats}:3\)", shown)
+
+
 def test_a_row_that_is_not_there_is_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     config = experiment(base_folder, chats_file, tmp_path)
     with pytest.raises(UserError, match=r"^show.row=40: \S+ has no such row"):
