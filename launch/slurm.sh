@@ -5,7 +5,7 @@
 #   sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh experiment=qwen2.5-0.5b deepspeed=zero1 \
 #       data.source=answers.jsonl output_dir=outputs/my-draft
 #
-# A job that SLURM starts again (preempted, a node lost, `scontrol requeue`) goes on from its newest checkpoint.
+# A job that SLURM starts again (preempted, a node lost, `scontrol requeue`) resumes from its newest checkpoint.
 # NUM_PROCESSES and PROGRAM as in launch/torchrun.sh.
 #SBATCH --job-name=pard-train
 #SBATCH --ntasks-per-node=1
@@ -16,6 +16,6 @@ cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && set -- "$@" resume=true
 export NUM_NODES="$SLURM_JOB_NUM_NODES"
 nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
-export MASTER="${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))"  # a port of its own, since jobs may share a node
+export MASTER="${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))"  # its own port, since jobs may share a node
 # One task that fails ends the job, which would wait for it otherwise.
 exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec launch/torchrun.sh "$@"' bash "$@"

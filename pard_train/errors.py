@@ -1,4 +1,4 @@
-"""The exceptions for what a user can mend, and for results that miss their threshold."""
+"""Exceptions: bad input, bad rows of data, and results below their threshold."""
 
 
 class UserError(ValueError):

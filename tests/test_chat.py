@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny import CHATML, build_tokenizer, conversations
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
@@ -174,6 +175,20 @@ def test_a_document_begins_with_the_prompt_that_a_serving_engine_feeds(template:
     assert rendered.startswith(encoder.tokenizer.decode(document.input_ids))  # all of it, in order, nothing twice
     if template == LLAMA3:
         assert document.input_ids.tolist().count(encoder.tokenizer.convert_tokens_to_ids("<|begin_of_text|>")) == 1
+
+
+def test_a_tokenizer_that_adds_bos_by_itself_gives_one_bos() -> None:
+    """Llama 3's template writes BOS, and its tokenizer's post-processor would add another one."""
+    encoder = encoder_of(LLAMA3)
+    bos = encoder.tokenizer.convert_tokens_to_ids("<|begin_of_text|>")
+    encoder.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]
+    )
+    assert encoder.tokenizer("the cat")["input_ids"].count(bos) == 1  # unless it is told not to
+    messages = chat("Hi", "the cat", "why", "it runs")
+    (document,) = encoder.encode(messages, origin="here")
+    assert encoder.encode_prompt(messages[:1]).count(bos) == 1
+    assert document.input_ids.tolist().count(bos) == 1
 
 
 def test_an_answer_that_begins_with_newlines_is_tokenized_apart_from_its_prompt() -> None:
