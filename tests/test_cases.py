@@ -27,8 +27,8 @@ from pard_train.targets.cases import (
     Case,
     ScoredCase,
     Turn,
+    answer_prompt,
     case_identity,
-    interview,
     longest_text,
     score_case,
     write_case,
@@ -72,7 +72,7 @@ def carried_on(
     """The turns of every prompt's conversation, one conversation after another."""
     turns: list[Turn] = []
     for prompt in prompts:
-        conversation = interview(prompt, encoder, LIMITS, system)
+        conversation = answer_prompt(prompt, encoder, LIMITS, system)
         try:
             ids = next(conversation)
             while True:

@@ -1,15 +1,14 @@
-"""What a target thinks of every supervised token: its log-probability and the most likely alternatives, cached on disk.
+"""A target's log-probabilities of supervised tokens and their most likely alternatives, cached on disk.
 
-Training then has a teacher (CAT, arXiv 2605.08632; KD; LK, arXiv 2602.23881) without a target in memory, however large
-the target is. Of S supervised tokens, in the order of the store's documents, a folder of scores holds
+They are the teacher of CAT (arXiv 2605.08632), KD and LK (arXiv 2602.23881): training needs no target in memory. For S
+supervised tokens, in the order of the store's documents, a folder of scores holds
 
     label_logprobs.npy  float16 [S]      log p(token | the true text before it), in nats
     top_ids.npy         int32   [S, k]   the k most likely tokens, most likely first
     top_logprobs.npy    float16 [S, k]   and their log-probabilities
 
-which is 2 + 6 k bytes per token, and `done.npy` (bool [D]), so that a run that was killed goes on with what is missing.
-The log-probabilities are those of all the target's rows; the k are chosen among the tokenizer's tokens, so that a draft
-with fewer rows knows them all.
+which is 2 + 6 k bytes per token, and `done.npy` (bool [D]), from which an interrupted run resumes. Probabilities are
+normalised over all rows of the target; the k tokens are chosen among the tokenizer's, which every draft has rows for.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from pard_train.core.head import gives_plain_logits
 from pard_train.data.chat import Document
 from pard_train.data.store import TokenStore, new_array
 from pard_train.errors import UserError
-from pard_train.runs import MANIFEST_FILE, new_file, read_json
+from pard_train.runs import MANIFEST_FILE, new_file, read_json, require_same
 
 # Legend: D documents, B of a batch, L tokens of the longest, S supervised tokens, C of a chunk, H hidden size,
 # V vocabulary, k top_k.
 
-ROWS_PER_CHUNK = 1024  # positions whose logits are in memory at once: 0.6 GB in float32 for 152k tokens
-TOKENS_PER_READ = 2**16  # while all scores are summed up
+ROWS_PER_CHUNK = 1024  # positions per chunk of logits: 0.6 GB in float32 for 152k tokens
+TOKENS_PER_READ = 2**16  # when all scores are summed
 _FILES = {"label_logprobs": np.float16, "top_ids": np.int32, "top_logprobs": np.float16, "done": np.bool_}
 
 
 class TokenScores(NamedTuple):
-    """Scores of R supervised tokens, in the order of the text."""
+    """Scores of R supervised tokens in text order."""
 
     label_logprobs: np.ndarray  # float16 [R]
     top_ids: np.ndarray  # int32 [R, k]
@@ -50,9 +49,9 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """Memory-mapped scores of a store. Shapes as in the module's text; `first[i]` is document i's first token.
+    """Memory-mapped scores of a store, with the shapes above; `first[i]` is the index of document i's first token.
 
-    A copy in another process maps the same files: pickling takes the folder's name along and no score.
+    Pickling stores the folder only: another process maps the same files.
     """
 
     folder: Path
@@ -64,7 +63,7 @@ class Scores:
 
     @classmethod
     def open(cls, folder: Path, store: TokenStore, *, top_k: int, create: bool = False) -> Scores:
-        """The scores of a store. Raises UserError if they belong to another one or are missing."""
+        """Open, or create, the scores of a store. Raises UserError if they are missing or belong to another store."""
         first = np.concatenate([[0], np.cumsum(store.num_supervised())])
         shapes = {
             "label_logprobs": (int(first[-1]),),
@@ -82,14 +81,14 @@ class Scores:
             found = np.load(path, mmap_mode="r").shape
             if found != shape:
                 raise UserError(
-                    f"{path} has shape {found}, but the tokens need {shape}: it belongs to other tokens or another "
-                    "top_k; delete the folder, or choose another"
+                    f"{path} has shape {found}, but the tokens need {shape}, so it belongs to other tokens or another "
+                    "top_k: delete the folder, or choose another"
                 )
         return cls.load(folder, first, mode="r+" if create else "r")
 
     @classmethod
     def load(cls, folder: Path, first: np.ndarray, mode: Literal["r", "r+"] = "r") -> Scores:
-        """The files as they are."""
+        """Map the files without checks."""
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in _FILES}
         return cls(folder=folder, first=first, **arrays)
 
@@ -101,11 +100,11 @@ class Scores:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What data_scripts/score.py wrote beside finished scores: the target and how it was read."""
+        """Target, identity and counts, written once all documents are scored."""
         return read_json(self.folder / MANIFEST_FILE)
 
     def summary(self) -> str:
-        """One line of whose scores these are."""
+        """One line: target, dtype, k and counts."""
         manifest = self.manifest
         identity, outside = manifest["identity"], manifest["mass_outside_top_k"]
         return (
@@ -114,54 +113,51 @@ class Scores:
         )
 
     def of_document(self, index: int) -> TokenScores:
-        """One document's supervised tokens."""
+        """Scores of one document."""
         where = slice(int(self.first[index]), int(self.first[index + 1]))
         return TokenScores(self.label_logprobs[where], self.top_ids[where], self.top_logprobs[where])
 
     def mass_outside(self) -> float:
-        """Mean probability of what is not among the k, over all tokens: what kd and lk know nothing of."""
+        """Mean probability outside of the k tokens, which kd and lk leave out."""
         starts = range(0, len(self.top_logprobs), TOKENS_PER_READ)
         sums = [np.exp(self.top_logprobs[i : i + TOKENS_PER_READ].astype(np.float64)).sum() for i in starts]
         return max(0.0, 1 - sum(sums) / max(len(self.top_logprobs), 1))
 
 
 def open_teacher(folder: Path, store: TokenStore) -> Scores:
-    """Finished scores to train with.
+    """Open the scores of a teacher.
 
     Args:
-        folder: that data_scripts/score.py wrote.
-        store: that is trained on.
+        folder: written by data_scripts/score.py.
+        store: the training data.
 
     Raises:
-        UserError: if the folder holds no scores, not yet all of them, or those of other tokens.
+        UserError: if the folder holds no scores, unfinished ones, or those of other tokens.
     """
     if not (folder / MANIFEST_FILE).is_file():
         choices = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_FILE}")))
-        reason = f"choose one of {choices}" if choices else "make it, or finish it, with data_scripts/score.py"
-        raise UserError(f"data.scores={folder}: no {MANIFEST_FILE}, so not the whole scores of a target: {reason}")
+        fix = f"choose one of {choices}" if choices else "write it, or finish it, with data_scripts/score.py"
+        raise UserError(f"data.scores={folder} has no {MANIFEST_FILE}, so no finished scores: {fix}")
     manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
     if "mass_outside_top_k" not in manifest:
-        raise UserError(
-            f"data.scores={folder} holds no scores of this version: give a folder that data_scripts/score.py wrote"
-        )
-    scored, trained = (_content(identity) for identity in (manifest["tokens"], store.manifest["identity"]))
-    for name in sorted(scored.keys() | trained.keys()):
-        if scored.get(name) != trained.get(name):
-            raise UserError(
-                f"data.scores={folder} belongs to tokens of another {name} ({scored.get(name)}) than those trained on "
-                f"({trained.get(name)}): score these with data_scripts/score.py score.tokens={store.folder}"
-            )
+        raise UserError(f"data.scores={folder} has no scores of this version: give a folder from data_scripts/score.py")
+    require_same(
+        _content(manifest["tokens"]),
+        _content(store.manifest["identity"]),
+        what=f"data.scores={folder} belongs to other tokens than those of this training",
+        fix=f"score these with data_scripts/score.py score.tokens={store.folder}",
+    )
     scores = Scores.open(folder, store, top_k=manifest["identity"]["top_k"])
     if not scores.done.all():
         raise UserError(
             f"data.scores={folder}: {int((~scores.done).sum()):,} of {len(scores):,} documents are not scored yet: run "
-            "data_scripts/score.py again, it goes on where it stopped"
+            "data_scripts/score.py again, which resumes"
         )
     return scores
 
 
 def _content(identity: dict[str, Any]) -> dict[str, Any]:
-    """What decides the tokens, wherever the file they were made of stands."""
+    """The entries that decide the tokens: all but the path of their source."""
     return {name: value for name, value in identity.items() if name != "source"}
 
 
@@ -174,18 +170,18 @@ def write_scores(
     process: PartialState,
     num_tokens: int | None = None,
 ) -> None:
-    """Fill in what is missing, every process its share.
+    """Compute missing scores; the processes share the work.
 
     Args:
-        load_target: called once, and only if something is missing.
+        load_target: called at most once, if scores are missing.
         store: the tokens.
         scores: opened for writing.
-        batch_tokens: tokens of a forward pass, padding included; a longer document goes alone.
-        process: this one among those of the launcher, all of them on one machine.
-        num_tokens: as in `score_documents`.
+        batch_tokens: tokens per forward pass, padding included; a longer document is a batch of its own.
+        process: of the launcher, all on one machine.
+        num_tokens: as for `score_documents`.
     """
     batches = list(_batches(store.lengths(), np.flatnonzero(~scores.done), batch_tokens))
-    process.wait_for_everyone()  # or a rank would leave out what another has already marked, and take other shares
+    process.wait_for_everyone()  # all ranks must list the same batches, so none may mark a document before
     mine = batches[process.process_index :: process.num_processes]
     if mine:
         target = load_target()
@@ -197,13 +193,13 @@ def write_scores(
                 stop = start + int(document.loss_mask.sum())
                 for array, values in zip(scores.of_document(index), results, strict=True):
                     array[:] = values[start:stop].numpy()
-                scores.done[index] = True  # after its values: what is marked is whole
+                scores.done[index] = True  # after its values
                 start = stop
     process.wait_for_everyone()
 
 
 def _batches(lengths: np.ndarray, documents: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
-    """Documents of similar length, longest first, so that too large a batch fails at once."""
+    """Batches of documents of similar length, longest first, so that running out of memory happens at once."""
     batch: list[int] = []
     for index in documents[np.argsort(-lengths[documents], kind="stable")].tolist():
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
@@ -218,15 +214,15 @@ def _batches(lengths: np.ndarray, documents: np.ndarray, batch_tokens: int) -> I
 def score_documents(
     target: PreTrainedModel, documents: list[Document], top_k: int, num_tokens: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of the supervised tokens of B documents, one after the other.
+    """Scores of the supervised tokens of B documents, concatenated.
 
-    Documents are padded on the right, where causal attention cannot see.
+    Padding is on the right, which causal attention never reads.
 
     Args:
         target: a causal LM.
-        documents: of which no token is supervised that has no token before it.
+        documents: their first tokens are not supervised.
         top_k: k.
-        num_tokens: the k are chosen among ids below this; None takes all rows of the target.
+        num_tokens: the k tokens have ids below this; None: all rows of the target.
 
     Returns:
         float16 [S], int32 [S, k], float16 [S, k] on the CPU.
@@ -239,7 +235,7 @@ def score_documents(
         label[number, : len(document.input_ids)] = torch.from_numpy(document.loss_mask)
     row, column = torch.nonzero(label, as_tuple=True)
     labels, parts, start = ids[row, column], [], 0
-    for logits in _logits(target, ids.to(target.device), row, column - 1):  # perhaps on the last device of several
+    for logits in _logits(target, ids.to(target.device), row, column - 1):  # of the last device, if there are several
         parts.append(_score_rows(logits, labels[start : start + len(logits)].to(logits.device), top_k, num_tokens))
         start += len(logits)
     label_logprobs, top_ids, top_logprobs = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
@@ -247,13 +243,13 @@ def score_documents(
 
 
 def _logits(target: PreTrainedModel, ids: Tensor, row: Tensor, column: Tensor) -> Iterator[Tensor]:
-    """Logits [C, V] at the S places (row, column) of `ids`, in their order, some at a time."""
+    """Logits [C, V] at S places (row, column) of `ids`, in order, chunk by chunk."""
     if gives_plain_logits(target):
         hidden = target.base_model(ids, use_cache=False).last_hidden_state[row, column]  # [S, H]
         for start in range(0, len(row), ROWS_PER_CHUNK):
             yield target.get_output_embeddings()(hidden[start : start + ROWS_PER_CHUNK])
         return
-    for number in range(len(ids)):  # only the whole model knows what becomes of its logits after the head
+    for number in range(len(ids)):  # the model changes its logits after the head (scaling, soft-capping)
         places = column[row == number].to(ids.device)
         yield target(ids[number : number + 1], use_cache=False, logits_to_keep=places).logits[0]
 

@@ -1,4 +1,4 @@
-"""Target models that write text: conversations, their cached answers, servers, regenerated data, scores.
+"""Target models: conversations, cached answers, servers, regenerated data, and scores.
 
 In the order of imports: target, answers, conversation, servers, writing, compatibility, cases, regeneration, scoring.
 """

@@ -1,6 +1,6 @@
-"""A target's answers: a cache that survives kills, and generation in this process.
+"""A target's answers: their cache on disk, and generation in this process.
 
-An answer is found by the ids of its prompt, so prompts may be added, shuffled or shared among processes, and every
+The key of an answer is a hash of its prompt's ids. Prompts may be added, shuffled or shared among processes: every
 answer is reused.
 """
 
@@ -31,7 +31,7 @@ class Answer:
 
     Attributes:
         ids: the target's tokens, its end-of-turn token included.
-        is_cut: it hit the length limit instead of ending.
+        is_cut: the length limit ended it.
     """
 
     ids: list[int]
@@ -39,18 +39,18 @@ class Answer:
 
 
 def prompt_key(prompt: Sequence[int]) -> str:
-    """Name of a prompt by its ids: 16 hexadecimal digits."""
+    """Hash of a prompt's ids, 16 hexadecimal digits."""
     return hashlib.blake2b(np.asarray(prompt, dtype="<i4").tobytes(), digest_size=8).hexdigest()
 
 
 class AnswerCache(Mapping[str, Answer]):
-    """Answers by prompt key, in JSONL files with one answer per line. Memory holds file offsets, not answers.
+    """Answers by prompt key, one per line of JSONL files. Memory holds file offsets, not answers.
 
     Every process appends to its own file and reads all files. A truncated last line is ignored.
 
     Args:
-        own: file that new answers are appended to; created if it does not exist.
-        others: files that are read only. If two files hold an answer, the first one's counts.
+        own: file that new answers are appended to; created if missing.
+        others: files to read. If two files hold an answer, the first file's counts.
     """
 
     def __init__(self, own: Path, others: Iterable[Path] = ()):
@@ -111,10 +111,10 @@ class AnswerCache(Mapping[str, Answer]):
 
 
 def split_batches(prompts: Mapping[str, list[int]], batch_size: int) -> list[list[str]]:
-    """Keys of prompts in batches of similar length, longest first, so that running out of memory shows at once.
+    """Keys of prompts in batches of similar length, longest first, so that running out of memory happens at once.
 
-    Batches are written whole, so after a kill the remaining prompts form the same batches as before. Answers depend
-    neither on kills nor on the number of processes.
+    A batch is cached as a whole, so the prompts left after an interruption form the same batches: answers depend
+    neither on interruptions nor on the number of processes.
     """
     keys = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
     return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
@@ -136,10 +136,10 @@ def write_batches(
         model: the target.
         prompts: ids by key.
         batches: keys, from `split_batches`.
-        cache: what answers are added to.
+        cache: receives the answers.
         limits: when an answer ends.
         sampling: how tokens are chosen.
-        description: shown beside the progress bar; without one, no bar.
+        description: of the progress bar; empty for none.
     """
     with tqdm(total=sum(map(len, batches)), desc=description, unit="answer", disable=not description) as bar:
         for keys in batches:
@@ -150,7 +150,7 @@ def write_batches(
 
 @torch.inference_mode()
 def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, sampling: Sampling) -> list[Answer]:
-    """Answers to a batch, left-padded with a token that is never attended to."""
+    """Answers to a batch, left-padded; attention masks the padding."""
     width, padding = max(map(len, prompts)), min(limits.end_ids)
     ids = torch.full((len(prompts), width), padding)
     mask = torch.zeros_like(ids)
@@ -163,7 +163,7 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
             attention_mask=mask.to(model.device),
             max_new_tokens=limits.max_new_tokens,
             do_sample=False,
-            logits_processor=LogitsProcessorList([] if sampling.is_greedy else [DrawnToken(prompts, sampling)]),
+            logits_processor=LogitsProcessorList([] if sampling.is_greedy else [_SampledToken(prompts, sampling)]),
             eos_token_id=sorted(limits.end_ids),
             pad_token_id=padding,
         )
@@ -173,9 +173,9 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
 
 @contextmanager
 def _plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Replace a model's generation config, whose penalties, beams and stop strings are not greedy decoding.
+    """Replace a model's generation config: it may set penalties, beams and stop strings.
 
-    `generate` fills any config it is given from the model's own, so the model's own has to go.
+    `generate` fills gaps of any other config from the model's own.
     """
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -184,21 +184,17 @@ def _plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-class DrawnToken(LogitsProcessor):
-    """Makes greedy decoding draw: the one token left to it is drawn from a stream that each prompt has of its own.
+class _SampledToken(LogitsProcessor):
+    """Draws the next token with one random generator per prompt, and leaves only that token to greedy decoding.
 
-    Sampling of `generate` draws for a batch as a whole, so an answer would change with whatever is asked beside it.
+    The sampling of `generate` draws for the whole batch: an answer would depend on the other prompts of its batch.
     """
 
     def __init__(self, prompts: list[list[int]], sampling: Sampling):
-        self._random, self._rows, self._sampling = (
-            SequenceRandom(prompts, sampling),
-            list(range(len(prompts))),
-            sampling,
-        )
+        self._random, self._rows, self._sampling = SequenceRandom(prompts, sampling), [*range(len(prompts))], sampling
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] of which one a row is not minus infinity."""
+        """Scores [B, V]: 0 for the drawn token of each row, minus infinity elsewhere."""
         uniforms = self._random.uniform(self._rows, 1)[:, 0].to(scores.device)
         tokens = draw(probabilities(scores, self._sampling), uniforms)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)

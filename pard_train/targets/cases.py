@@ -1,6 +1,6 @@
-"""Cases: what one target answers to one benchmark, turn by turn, written once and cached.
+"""Cases: the answers of one target to one benchmark, turn by turn, generated once and cached.
 
-Greedy acceptance is a function of these answers (see `acceptance/replay.py`), so no target is needed once they exist.
+Greedy acceptance is a function of these answers (see `acceptance/replay.py`), so it needs no target once they exist.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Turn:
     """One answer of a target.
 
     Attributes:
-        prompt_ids: everything before it, as rendered.
-        answer: what the target wrote.
+        prompt_ids: the rendered conversation before it.
+        answer: of the target.
         prompt_id: of the benchmark's prompt.
         category: of that prompt; empty if it has none.
         number: 0 for the first answer of a conversation.
-        question: the last message before it, for people.
+        question: content of the last message before it, for tables.
     """
 
     prompt_ids: list[int]
@@ -55,14 +55,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Case:
-    """What one target answered to one benchmark.
+    """The answers of one target to one benchmark.
 
     Attributes:
         target: its label.
         benchmark: the prompts.
         turns: every answer, conversation by conversation.
         limits: when an answer ends.
-        identity: everything that decides the answers, for records and cached results.
+        identity: everything that decides the answers, for records and names of cached results.
     """
 
     target: str
@@ -81,15 +81,15 @@ def write_case(
     system_prompt: str | None = None,
     sampling: Sampling = GREEDY,
 ) -> Case:
-    """The target's answers to a benchmark, from the cache or, if it lacks some, from the target.
+    """The target's answers to a benchmark: cached ones, and missing ones from the target.
 
     Args:
-        target: who answers.
+        target: writes the answers.
         benchmark: the prompts.
-        folder: of the cache; its file names hold a fingerprint of everything that decides the answers.
+        folder: of the cache, whose file names hold a fingerprint of everything that decides the answers.
         max_new_tokens: of each answer.
         system_prompt: put before every conversation that has none.
-        sampling: how the target chooses its tokens; servers are only asked greedily.
+        sampling: how the target chooses its tokens; greedy if servers answer.
 
     Raises:
         UserError: if the chat template or a server refuses a prompt.
@@ -99,8 +99,8 @@ def write_case(
     name = f"{target.label.replace('/', '--')}-{benchmark.name}-{fingerprint(identity)}.jsonl"
 
     def start() -> Iterator[Conversation[list[Turn]]]:
-        """Every prompt's conversation."""
-        return (interview(prompt, target.encoder, limits, system_prompt) for prompt in benchmark.prompts)
+        """A conversation per prompt."""
+        return (answer_prompt(prompt, target.encoder, limits, system_prompt) for prompt in benchmark.prompts)
 
     answers = Conversations(
         target=target,
@@ -134,13 +134,13 @@ def case_identity(
     }
 
 
-def interview(
+def answer_prompt(
     prompt: Prompt, encoder: ChatEncoder, limits: Limits, system_prompt: str | None = None
 ) -> Conversation[list[Turn]]:
     """A conversation in which the target answers every turn of a benchmark's prompt.
 
     Args:
-        prompt: of a benchmark.
+        prompt: of the benchmark.
         encoder: of the target's tokenizer.
         limits: when an answer ends.
         system_prompt: put before a conversation that has none.
@@ -162,7 +162,7 @@ def interview(
 
 
 def _asked(prompt: Prompt, system_prompt: str | None) -> list[list[dict[str, Any]]]:
-    """The messages before each answer, with the system prompt before the first if there is none."""
+    """The messages before each answer; the first begin with the system prompt unless they have one."""
     has_one = prompt.turns[0][0]["role"] == "system"
     opening = [] if system_prompt is None or has_one else [{"role": "system", "content": system_prompt}]
     return [[*opening, *prompt.turns[0]], *map(list, prompt.turns[1:])]
@@ -171,7 +171,7 @@ def _asked(prompt: Prompt, system_prompt: str | None) -> list[list[dict[str, Any
 def longest_text(
     prompts: Sequence[Prompt], encoder: ChatEncoder, max_new_tokens: int, *, system_prompt: str | None = None
 ) -> int:
-    """Tokens of the longest possible conversation, every answer at its limit.
+    """Tokens of the longest possible conversation, with every answer at its length limit.
 
     Raises:
         UserError: if the chat template refuses a conversation, such as one with a system prompt.
@@ -191,7 +191,7 @@ def longest_text(
 
 @dataclass(frozen=True)
 class ScoredCase:
-    """A case sampled at a temperature, and its answers with the target's scores in the order of its turns."""
+    """A case sampled at a temperature, and its answers with the target's scores, in the order of its turns."""
 
     case: Case
     sampling: Sampling
@@ -199,10 +199,10 @@ class ScoredCase:
 
 
 def score_case(target: Target, case: Case, sampling: Sampling, folder: Path) -> ScoredCase:
-    """The target's scores of a case that it sampled, from the cache or from the target.
+    """The target's scores of a case that it sampled, cached or computed now.
 
     Args:
-        target: who answered.
+        target: of the case.
         case: from `write_case`.
         sampling: of the case.
         folder: of the cache.
@@ -226,9 +226,9 @@ def _write_scores(target: Target, case: Case, path: Path) -> None:
     """Write the scores of all answer tokens of a case, turn by turn."""
     turns = tqdm(case.turns, desc=f"{case.target} scores {case.benchmark.name}", unit="answer")
     parts = [score_documents(target.weights, [_document(turn)], TOP_K) for turn in turns]
-    label_logprobs, top_ids, top_logprobs = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    label_logprobs, _, top_logprobs = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     with new_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, label_logprobs=label_logprobs, top_ids=top_ids, top_logprobs=top_logprobs)
+        np.savez(file, label_logprobs=label_logprobs, top_logprobs=top_logprobs)
 
 
 def _document(turn: Turn) -> Document:

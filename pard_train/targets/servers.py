@@ -1,6 +1,6 @@
-"""Targets behind OpenAI-compatible servers (vLLM, SGLang): token ids go in, token ids come out.
+"""Targets behind OpenAI-compatible servers (vLLM, SGLang): token ids in, token ids out.
 
-A server receives the ids that our chat encoder rendered, so a target answers the prompt that is trained on.
+Servers receive the ids from our chat encoder, so that the target answers the prompt of the training example.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pard_train.targets.conversation import Refusal
 Result = TypeVar("Result")
 
 HTTP_LOGGERS = ("httpx", "httpx2")  # of openai before and since its version 3
-REFUSALS = (400, 413, 422)  # HTTP codes that blame the request: too long, above all
+REFUSALS = (400, 413, 422)  # HTTP codes of a request that no retry will mend, such as a prompt that is too long
 
 
 @dataclass(frozen=True, eq=False)
 class Server:
-    """A server and the name that it gives to one target."""
+    """A server, and its name for one target."""
 
     url: str
     client: AsyncOpenAI
@@ -51,19 +51,19 @@ class NoServerLeftError(UserError):
 
 
 class AbsentError(UserError):
-    """A server that does not answer."""
+    """A server does not answer."""
 
 
 @asynccontextmanager
 async def open_servers(
     config: InferenceConfig, targets: Sequence[str], asked: Collection[str]
 ) -> AsyncIterator[dict[str, list[Server]]]:
-    """The servers of each target, by the models that they list. A single target is served by every server.
+    """The servers of each target, matched by the models that they list. Every server serves a single target.
 
     Args:
-        config: addresses, time limit and retries. The key comes from the environment: OPENAI_API_KEY.
+        config: addresses, time limit and retries. OPENAI_API_KEY in the environment gives the key.
         targets: names of all targets of the job.
-        asked: those that must have a server. A server that does not answer is skipped if each has another.
+        asked: those that need a server. A server that does not answer is skipped if each has another.
 
     Raises:
         UserError: if a server serves none of the targets, or a target in `asked` has no server that answers.
@@ -86,7 +86,7 @@ async def open_servers(
                 found[name].append(Server(url, client, model))
         for name in asked:
             if not found[name]:
-                reasons = "; ".join(map(str, absent)) or "start one"
+                reasons = "; ".join(map(str, absent)) or "add one that does"
                 raise UserError(f"inference.servers: none of {list(config.servers)} serves {name}: {reasons}")
         for reason in absent:
             _print_once(f"skipped: {reason}")
@@ -95,18 +95,18 @@ async def open_servers(
 
 @cache
 def _print_once(line: str) -> None:
-    """Print a line the first time: servers are opened for every benchmark."""
+    """Print a line once, although servers are opened for every benchmark."""
     tqdm.write(line)
 
 
 async def _served_targets(url: str, client: AsyncOpenAI, targets: Sequence[str]) -> dict[str, str]:
-    """Name on a server of the model of each target."""
+    """The server's model name for each target that it serves."""
     try:
         models = (await client.models.list()).data
     except openai.APIError as error:
         raise AbsentError(
             f"inference.servers: {url} does not list its models ({_reason(error)}): start it, correct the address "
-            "(it ends with /v1), or take it off the list"
+            "(it ends with /v1), or remove it"
         ) from error
     served = {}
     for name in targets:
@@ -117,28 +117,28 @@ async def _served_targets(url: str, client: AsyncOpenAI, targets: Sequence[str])
     if not served:
         raise UserError(
             f"inference.servers: {url} serves {', '.join(model.id for model in models) or 'nothing'}, which is "
-            f"none of targets={list(targets)}: name its model there, or take it off the list"
+            f"none of targets={list(targets)}: add its model to targets, or remove the server"
         )
     return served
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line: the server's own words if it gave any."""
+    """One line about an error: the server's message if it sent one."""
     body = getattr(error, "body", None)
     words = (body.get("message") if isinstance(body, dict) else None) or str(error) or type(error).__name__
     return str(words).splitlines()[0][:300]
 
 
 class ServerPool:
-    """The servers of one target: each has at most so many requests under way, and one that fails is set aside.
+    """The servers of one target, each with a limit of concurrent requests. A server that fails is set aside.
 
     Args:
         servers: of the target.
         tokenizer: of the target.
         limits: when an answer ends.
         sampling: how tokens are chosen.
-        concurrency: requests under way at each server.
-        needs_ids: text alone will not do, as tokenizing it may give other tokens than the target's.
+        concurrency: requests at a time, per server.
+        needs_ids: refuse servers that return text alone, since tokenizing it may give other ids than the target's.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ServerPool:
             self._permits.put_nowait(server)
 
     async def ask(self, prompt: Sequence[int]) -> Answer | Refusal:
-        """The answer to one prompt, from whichever server is free.
+        """The answer to one prompt, from the first server with a free permit.
 
         Raises:
             NoServerLeftError: if every server has failed.
@@ -188,19 +188,19 @@ class ServerPool:
             raise
         choice = completion.choices[0]
         if choice.finish_reason not in ("stop", "length"):  # vLLM and SGLang: abort, when they are shut down
-            raise BrokenOffError(f"it ended an answer with finish_reason {choice.finish_reason}")
+            raise BrokenOffError(f"finish_reason {choice.finish_reason} of an answer")
         ids = getattr(choice, "token_ids", None)
         if ids is None and self.needs_ids:
             raise UserError(
                 f"inference.servers: {server.url} returns no token ids, without which replay is not exact: serve "
-                f"{server.model} with an engine that knows return_token_ids, as vLLM does, or leave servers empty"
+                f"{server.model} with an engine that supports return_token_ids, such as vLLM, or leave servers empty"
             )
         if ids is None:  # SGLang before July 2026 gives text only, and text is what is trained on
             ids = self.tokenizer(choice.text, add_special_tokens=False)["input_ids"]
         return Answer(ids, is_cut=choice.finish_reason == "length")
 
     def _settings(self, key: str) -> dict[str, Any]:
-        """Every setting by name: engines fill those left out from the model's generation config, penalties and all."""
+        """All sampling settings: engines take missing ones, penalties included, from the model's generation config."""
         return {
             "max_tokens": self.limits.max_new_tokens,
             "temperature": self.sampling.temperature,
@@ -227,7 +227,7 @@ class ServerPool:
 
 
 async def run_together(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results of all. If one fails the others are ended before its error goes on: they use what will be closed."""
+    """Results of all. If one raises, the others are cancelled before its error propagates and closes their clients."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         return await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""One target model: how it is named, tokenized and reached; its weights are loaded on first use."""
+"""A target model: name, tokenizer, end ids and fingerprint; weights are loaded on first use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Target:
 
     Args:
         name: folder, hub name or pypi: name.
-        names: of all targets of the job; they decide the label and how servers are matched.
+        names: of all targets of the job, for the label and to match servers.
         inference: dtype, devices and servers.
         dtype: instead of `inference.dtype`.
         template_kwargs: extra arguments of the chat template.
@@ -33,6 +33,7 @@ class Target:
 
     Attributes:
         label: short name for tables and files.
+        encoder: of chats, with the target's tokenizer.
         dtype: name of the dtype of the weights.
         end_ids: token ids that end a turn.
         fingerprint: of config and weights.
@@ -110,7 +111,7 @@ def first_target(config: Config) -> str:
 
 
 def short_name(name: str, among: Sequence[str]) -> str:
-    """Last part of a model's name, or all of it if another one ends the same.
+    """Last part of a model's name, or the whole name if another one ends the same.
 
     >>> [short_name(name, ["a/x", "b/x", "b/y"]) for name in ("a/x", "b/y")]
     ['a/x', 'y']
@@ -120,7 +121,7 @@ def short_name(name: str, among: Sequence[str]) -> str:
 
 
 def _check_revision_unused(config: Config) -> None:
-    """Refuse model.revision if the model is a target too: targets are read from their default branch."""
+    """Raise UserError if model.revision is set and the model is a target, too: targets have no revision."""
     model = config.model
     if model.revision and model.path in config.targets:
         raise UserError(

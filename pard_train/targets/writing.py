@@ -1,4 +1,4 @@
-"""Missing answers of conversations: from servers, or generated here by the processes of a launcher."""
+"""Generate missing answers of conversations: with servers, or in the processes of a launcher."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from pard_train.targets.servers import NoServerLeftError, Server, ServerPool, op
 
 
 def write_missing(jobs: Sequence[Conversations[Any]], process: PartialState | None = None) -> tuple[dict, int]:
-    """Fill the caches of conversations with every answer that they lack.
+    """Generate every missing answer of conversations into their caches.
 
     Args:
         jobs: of several targets with the same inference settings.
-        process: this one among those of a launcher, which share the work; None works alone.
+        process: of a launcher, whose processes share the work; None for a single process.
 
     Returns:
-        What wrote the answers, for manifests (`servers` with their models, or `dtype`), and the number of new tokens.
+        What generated the answers, for manifests (`servers` with their models, or `dtype`), and the number of new
+        tokens.
 
     Raises:
         UserError: if no server serves a target, or all of its servers have failed.
@@ -41,13 +42,8 @@ def write_missing(jobs: Sequence[Conversations[Any]], process: PartialState | No
     return {"dtype": jobs[0].target.dtype}, sum(gather_object([num_tokens])) if process else num_tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation here
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _generate(job: Conversations[Any], batch_size: int, process: PartialState | None) -> int:
-    """Write this process's share of the missing answers, turn after turn. Returns the number of new tokens."""
+    """Generate this process's share of the missing answers, turn by turn. Returns the number of new tokens."""
     rank, num_ranks = (process.process_index, process.num_processes) if process else (0, 1)
     num_tokens = 0
     while missing := _next_prompts(job, rank, process):
@@ -68,9 +64,9 @@ def _generate(job: Conversations[Any], batch_size: int, process: PartialState | 
 
 
 def _next_prompts(job: Conversations[Any], rank: int, process: PartialState | None) -> dict[str, list[int]]:
-    """The prompts by key of the earliest turn that lacks answers; the same in all processes.
+    """Prompts by key of the earliest turn with missing answers; the same in all processes.
 
-    Turn after turn, so that after a kill the rest falls into the same batches: in bfloat16 an answer may depend on the
+    Turn by turn, so that an interrupted run forms the same batches again: in bfloat16 an answer may depend on the
     padding of its batch.
     """
     with job.open_cache(rank) as cache:
@@ -85,13 +81,8 @@ def _wait(process: PartialState | None) -> None:
         process.wait_for_everyone()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Servers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 async def _ask_servers(jobs: Sequence[Conversations[Any]], inference: InferenceConfig) -> tuple[dict[str, Any], int]:
-    """Fill the caches, all targets at once."""
+    """Request the missing answers of all targets concurrently."""
     async with open_servers(inference, jobs[0].target.names, [job.target.name for job in jobs]) as found:
         num_tokens = await run_together(_ask_target(job, found[job.target.name], inference) for job in jobs)
     models = {name: {server.url: server.model for server in servers} for name, servers in found.items()}
@@ -99,7 +90,7 @@ async def _ask_servers(jobs: Sequence[Conversations[Any]], inference: InferenceC
 
 
 async def _ask_target(job: Conversations[Any], servers: list[Server], inference: InferenceConfig) -> int:
-    """Have the servers of one target answer its conversations. Returns the number of new tokens."""
+    """Request the missing answers of one target from its servers. Returns the number of new tokens."""
     pool = ServerPool(
         servers, job.target.tokenizer, job.limits, job.sampling, inference.concurrency, needs_ids=job.needs_ids
     )
@@ -108,9 +99,9 @@ async def _ask_target(job: Conversations[Any], servers: list[Server], inference:
         conversations = job.start()
 
         async def work() -> None:
-            """Carry on conversations until none is left."""
+            """Follow conversations to their ends until none is left."""
             for conversation in conversations:
-                await asyncio.sleep(0)  # thousands of known answers in a row must not block the other workers
+                await asyncio.sleep(0)  # thousands of cached answers in a row must not block the other workers
                 try:
                     prompt = next(conversation)
                     while True:
@@ -139,7 +130,7 @@ async def _ask_once(
     pool: ServerPool,
     in_flight: dict[str, asyncio.Event],
 ) -> None:
-    """Request an answer and store it. If another conversation has requested the same, wait for that."""
+    """Request an answer and cache it. If another conversation has requested the same one, wait for it."""
     if key in in_flight:
         await in_flight[key].wait()
         return
