@@ -84,7 +84,6 @@ class PackedChains:
         lengths: number of anchors of each text, one before each answer token.
         depth: of the slots computed last.
         chain: the chains of these slots, numbered anchor by anchor and text by text, int64 [A].
-        labels: the token of the text that each slot predicts, int64 [A].
     """
 
     def __init__(self, drafter: Drafter, texts: list[Text]):
@@ -102,7 +101,7 @@ class PackedChains:
 
     @property
     def labels(self) -> np.ndarray:
-        """See the class."""
+        """The token of the text that each slot predicts, int64 [A]."""
         return self._ids[self._first_id[self.chain] + self._anchor[self.chain] + self.depth + 1]
 
     def prefill(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The matrix of drafts, targets and benchmarks: replay, live speed, engines, one report; the monitor of training.
+"""Evaluation: acceptance, live speed and engine counters of drafts x targets x benchmarks; the monitor of training.
 
-In the order of imports: speed, matrix, measurement, samples, engine_records, evaluate, monitor.
+In the order of imports: speed, matrix, measurement, live, engine_records, evaluate, monitor.
 """

@@ -7,7 +7,7 @@ resumes an interrupted evaluation. A target that fails does not stop the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,9 @@ def evaluate(config: Config) -> Result:
         _check_pairs(drafts, target, benchmarks, settings)
     if settings.engine_python:
         require([check_engine(settings.engine_python)])
-    _claim_folder(config, paths)
+    decisive_settings = _settings(config, paths)
+    _check_folder(matrix.folder, decisive_settings)
+    claim_run(matrix.folder, decisive_settings, asdict(config))
 
     answered = [_measure_target(matrix, target, drafts, benchmarks) for target in targets]
     records = [record for answers in answered for record in answers.records]
@@ -105,8 +107,8 @@ def _measure_target(
 ) -> TargetAnswers:
     """Have a target write its answers and decode live; then unload it, which makes room for an engine."""
     answers, settings, folder = TargetAnswers(), matrix.settings, matrix.folder
-    limits = {"max_new_tokens": settings.max_new_tokens, "system_prompt": settings.system_prompt}
-    write = partial(write_case, target, folder=folder, **limits)
+    limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "system_prompt": settings.system_prompt}
+    write: Callable[..., Case] = partial(write_case, target, folder=folder, **limits)
     temperatures = [] if target.inference.servers else settings.temperatures  # scores need the target's weights
     for benchmark in benchmarks:
         with matrix.keep_going(target=target.label, benchmark=benchmark.name):
@@ -156,7 +158,7 @@ def _check_pairs(
     drafts: Sequence[Draft], target: Target, benchmarks: Sequence[Benchmark], settings: EvaluateConfig
 ) -> None:
     """Print what an engine or a user should know about each pair. Raises UserError if a pair cannot work."""
-    limits = {"max_new_tokens": settings.max_new_tokens, "system_prompt": settings.system_prompt}
+    limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "system_prompt": settings.system_prompt}
     longest = max(longest_text(benchmark.prompts, target.encoder, **limits) for benchmark in benchmarks)
     num_tokens = longest + max(*settings.num_draft_tokens, settings.live_num_draft_tokens)
     model = Model.load(target.name, trust_remote_code=target.trust_remote_code)
@@ -183,15 +185,13 @@ def draft_paths(config: Config) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _claim_folder(config: Config, drafts: dict[str, str]) -> None:
-    """Claim the output folder; the same evaluation may claim it again. Raises UserError if it holds anything else."""
-    folder, settings = Path(config.output_dir), _settings(config, drafts)
+def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Check that the output folder is empty or holds the same evaluation. Raises UserError."""
     stored = _stored_settings(folder)
     if stored is None:
         check_run(folder, settings, resume=True)
     else:
         require_same(stored, settings, what=f"output_dir={folder} holds an evaluation with other settings")
-    claim_run(folder, settings, asdict(config))
 
 
 def _settings(config: Config, drafts: dict[str, str]) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def find_result(config: Config) -> Result | None:
     folder, drafts = Path(config.output_dir), draft_paths(config)
     if not (folder / ACCEPTANCE_FILE).exists():
         return None
-    _claim_folder(config, drafts)
+    _check_folder(folder, _settings(config, drafts))
     result = read_result(folder)
     return None if result["failures"] or _named_in(result) != _named_now(config, drafts) else result
 

@@ -59,7 +59,7 @@ def build_monitor(config: Config) -> list[TrainerCallback]:
         load_config(target.name, trust_remote_code=model.trust_remote_code)
     cases, folder = [], cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    limits = {"max_new_tokens": monitor.max_new_tokens, "system_prompt": config.evaluate.system_prompt}
+    limits: dict[str, Any] = {"max_new_tokens": monitor.max_new_tokens, "system_prompt": config.evaluate.system_prompt}
     with FileLock(folder / "target_text.lock"), _accelerator_of_this_rank():
         for target in targets:
             cases += [write_case(target, benchmark, folder, **limits) for benchmark in benchmarks]

@@ -1,4 +1,4 @@
-"""Draft folders that engines load: the card, the export, the proof that an engine accepts what replay says.
+"""Export of draft folders that engines load, their model cards, and the verification of engines against replay.
 
-In the order of imports: card, export, verification.
+In the order of imports: hub, origin, card, export, differences, verification.
 """

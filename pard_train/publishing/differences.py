@@ -106,7 +106,7 @@ def _draft_difference(
     text = expectation.answer_ids + expectation.extra_ids
     draft, margins = _propose(drafter, expectation.prompt_ids + text[:first], num_draft_tokens)
     observed = answer.drafts[step][depth] if step < len(answer.drafts) else None
-    says = f"the target says {_describe(drafter, text, first + depth)}"
+    says = f"the target writes {_describe(drafter, text, first + depth)}"
     drafted = "" if observed is None else f" (the engine drafts {_describe(drafter, [observed], 0)})"
     return Difference(
         expectation.prompt_id,

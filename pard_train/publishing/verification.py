@@ -1,4 +1,4 @@
-"""Verification: a serving engine must accept of an exported draft what replay says.
+"""Verification: a serving engine must accept the draft tokens that replay predicts.
 
 The engine writes its greedy text twice, plainly and with the draft. The two texts must be equal, and at every step the
 engine must accept as many draft tokens as replay finds in that text. The first difference is reported with its prompt,
