@@ -112,6 +112,10 @@ def require(findings: Sequence[Finding]) -> None:
         raise UserError("; ".join(f"{finding.subject}: {finding.text}" for finding in errors))
 
 
+def _warn_unless(is_fine: bool, subject: str, fine: str, problem: str) -> Finding:
+    return Finding(OK, subject, fine) if is_fine else Finding(WARNING, subject, problem)
+
+
 def _mask_token(draft: Model) -> Finding:
     try:
         mask_token_id = required_mask_token_of(draft.config)
@@ -119,13 +123,12 @@ def _mask_token(draft: Model) -> Finding:
         return Finding(ERROR, "mask token", str(error))
     # As PARDForCausalLM of TensorRT-LLM 1.3 and 1.4 looks it up: a key that is null counts as present.
     theirs = getattr(draft.config, "pard_token", getattr(draft.config, "mask_token_id", draft.config.vocab_size))
-    if theirs != mask_token_id:
-        return Finding(
-            WARNING,
-            "mask token",
-            f"{mask_token_id}, but TensorRT-LLM would use pard_token={theirs}: export the draft with recipes/export.py",
-        )
-    return Finding(OK, "mask token", f"{mask_token_id}, within {draft.config.vocab_size} rows")
+    return _warn_unless(
+        theirs == mask_token_id,
+        "mask token",
+        f"{mask_token_id}, within {draft.config.vocab_size} rows",
+        f"{mask_token_id}, but TensorRT-LLM would use pard_token={theirs}: export the draft with recipes/export.py",
+    )
 
 
 def _tokenizer(draft: Model, target: Model) -> Finding:
@@ -138,11 +141,10 @@ def _tokenizer(draft: Model, target: Model) -> Finding:
 
 def _vocabulary(draft: Model, target: Model) -> Finding:
     ours, theirs = draft.config.vocab_size, target.config.vocab_size
-    if ours == theirs:
-        return Finding(OK, "vocabulary rows", f"{ours} in both")
-    return Finding(
-        WARNING,
+    return _warn_unless(
+        ours == theirs,
         "vocabulary rows",
+        f"{ours} in both",
         f"draft {ours}, target {theirs}: vLLM and SGLang refuse unequal sizes; serve the folder that recipes/export.py "
         f"writes with targets=[{target.name}]",
     )
@@ -150,22 +152,20 @@ def _vocabulary(draft: Model, target: Model) -> Finding:
 
 def _end_ids(draft: Model, target: Model) -> Finding:
     ours, theirs = (sorted(end_ids_of(model.name, model.tokenizer)) for model in (draft, target))
-    if set(theirs) <= set(ours):
-        return Finding(OK, "end of turn", f"ids {theirs}")
-    return Finding(
-        WARNING,
+    return _warn_unless(
+        set(theirs) <= set(ours),
         "end of turn",
+        f"ids {theirs}",
         f"the target ends a turn at {theirs}, the draft's generation_config.json has {ours}: add the missing ids there "
         "(evaluation uses the target's)",
     )
 
 
 def _template(draft: Model, target: Model) -> Finding:
-    if draft.tokenizer.chat_template == target.tokenizer.chat_template:
-        return Finding(OK, "chat template", "the same text in both")
-    return Finding(
-        WARNING,
+    return _warn_unless(
+        draft.tokenizer.chat_template == target.tokenizer.chat_template,
         "chat template",
+        "the same in both",
         "draft and target have different ones; engines and evaluation use the target's: render the training data with "
         "it for the best acceptance",
     )
@@ -186,27 +186,21 @@ def _context(model: Model, num_tokens: int) -> Finding:
 
 def _dtype(draft: Model, target: Model, dtype: str) -> Finding:
     stored = {str(model.config.dtype or "unknown").removeprefix("torch.") for model in (draft, target)}
-    if stored == {dtype}:
-        return Finding(OK, "dtype", f"{dtype}, as stored")
     text = f"loaded as {dtype}, stored as {' and '.join(sorted(stored))}"
-    if dtype == "float32":
-        return Finding(OK, "dtype", text)
-    return Finding(WARNING, "dtype", f"{text}: near ties may resolve otherwise than in an engine")
+    problem = f"{text}: near ties may resolve otherwise than in an engine"
+    return _warn_unless(stored == {dtype} or dtype == "float32", "dtype", text, problem)
 
 
 def _tensor_parallel(draft: Model, target: Model) -> Finding:
     """Check tensor parallelism: vLLM splits a draft as many ways as its target, so both must have the heads for it."""
-    ours, theirs = (_ways(model.config) for model in (draft, target))
+    ours, theirs = (
+        {ways for ways in (1, 2, 4, 8) if model.config.num_attention_heads % ways == 0} for model in (draft, target)
+    )
     common = sorted(ours & theirs)
     text = f"{', '.join(map(str, common))} ways divide the heads of both"
-    if max(common) == max(theirs):
-        return Finding(OK, "tensor parallelism", text)
-    return Finding(
-        WARNING,
+    return _warn_unless(
+        max(common) == max(theirs),
         "tensor parallelism",
+        text,
         f"{text}, {max(theirs)} ways the target's only; vLLM splits both alike: serve with {max(common)} at most",
     )
-
-
-def _ways(config: PretrainedConfig) -> set[int]:
-    return {ways for ways in (1, 2, 4, 8) if config.num_attention_heads % ways == 0}
