@@ -81,23 +81,6 @@ def test_every_program_is_a_console_command() -> None:
     assert files == set(PROGRAMS)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
-def test_commands_and_files_named_in_the_docs_exist(page: Path) -> None:
-    text = page.read_text()
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for name in re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE):
-        assert name in targets, f"make {name}"
-    for name in re.findall(
-        r"(?:recipes|data_scripts|launch|tests|benchmarks|pard_train|docs)/[\w./-]+\.(?:py|sh|md)", text
-    ):
-        assert (ROOT / name).is_file(), name
-    for name in re.findall(r"\bexperiment=([\w.-]+)", text):
-        assert (ROOT / "conf" / "experiment" / f"{name}.yaml").is_file(), name
-    for group, option in re.findall(r"\b(deepspeed|logger|draft|model|objective)=([a-z][\w.-]*)", text):
-        is_choice = (ROOT / "conf" / group).is_dir()
-        assert not is_choice or (ROOT / "conf" / group / f"{option}.yaml").is_file() or group == "draft", option
-
-
 def test_the_generated_reference_pages_are_current() -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "reference" / "generate.py"))["PAGES"]
     for page, render in pages.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pard_train.commands import CONFIG_DIR, HOME, PROGRAMS
+from pard_train.config import Config
 from pard_train.overrides import Setting, all_settings, options
 
 FOLDER = Path(__file__).parent
@@ -24,7 +25,8 @@ def configuration() -> str:
         "",
         "One tree of settings serves every program. Override a setting as `NAME=VALUE` on the command line.",
         "In a program named like a section, the section's prefix may be left out.",
-        "The last column marks settings that may change when a training run resumes, or when a program reuses its result.",
+        "The last column marks settings that may change when a training run resumes, "
+        "or when a program reuses its result.",
         "",
     ]
     lines += ["## Top level", "", *_table([s for s in settings if "." not in s.name and not is_dataclass(s.default)])]
@@ -70,6 +72,11 @@ def _shown(value: Any) -> str:
     return "{}" if value == {} else '""' if value == "" else str(value)
 
 
+def _anchor(section: str) -> str:
+    """Heading of configuration.md that a section's settings are under."""
+    return section if is_dataclass(getattr(Config(), section)) else "top-level"
+
+
 def commands() -> str:
     """Markdown of every program: its docstring and the sections that it reads."""
     lines = ["# Commands", "", GENERATED, ""]
@@ -81,7 +88,7 @@ def commands() -> str:
     for name, program in PROGRAMS.items():
         text = (HOME / program.folder / f"{name}.py").read_text()
         doc = (ast.get_docstring(ast.parse(text)) or "").strip()
-        sections = ", ".join(f"[{section}](configuration.md#{section})" for section in program.sections)
+        sections = ", ".join(f"[{section}](configuration.md#{_anchor(section)})" for section in program.sections)
         lines += ["", f"## {name}", "", f"`{program.folder}/{name}.py`, or `pard-{name}`. Settings: {sections}."]
         if program.shares_work:
             lines += ["", "Its processes share the work under torchrun."]
