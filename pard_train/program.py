@@ -189,7 +189,9 @@ def help_text(name: str, doc: str) -> str:
     """What --help prints: the program's docstring, its settings with defaults and comments, and its groups."""
     sections = (*PROGRAMS[name].sections, "output_dir", "seed", "resume")
     settings = [s for s in all_settings() if s.name.split(".")[0] in sections]
-    lines = [doc.strip(), "", "Settings (NAME=VALUE):" + ("" if name == "train" else f" {name}. may be left out"), ""]
+    settings.sort(key=lambda setting: setting.name.split(".")[0] != name)  # the program's own first
+    short = f"; `{name}.` may be left out" if any(s.name.startswith(f"{name}.") for s in settings) else ""
+    lines = [doc.strip(), "", f"Settings (NAME=VALUE{short}):"]
     for setting in settings:
         is_section = hasattr(setting.default, "__dataclass_fields__")
         value = "" if is_section else f"={_shown(setting.default)}"
