@@ -32,14 +32,22 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.data.schemas import check_messages
+from pard_train.data.thoughts import (
+    CLOSE,
+    NO_THOUGHT,
+    OPEN,
+    continue_thought,
+    cut_answer,
+    split_thought,
+    thought_of,
+    without_blank_thought,
+)
 from pard_train.errors import RowError, UserError
 from pard_train.runs import fingerprint
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 
-OPEN, CLOSE = "<think>", "</think>"  # of thoughts
-NO_THOUGHT = f"\n{CLOSE}\n\n"  # closes a thought that the generation prompt has opened
 DAY = datetime(2024, 7, 26)  # "today" of every template; Llama's name the same where they have no clock
 _DATE_PARTS = [f"%{flag}{letter}" for letter in "aAbBcdDeFGhHIjklmMnpRsSTuUVwWxXyYzZ" for flag in ("", "-")]
 
@@ -172,7 +180,7 @@ class ChatEncoder:
         try:
             template = self.tokenizer.get_chat_template(template_kwargs.pop("chat_template", None), given)
             return self.tokenizer.apply_chat_template(
-                [[_without_blank_thought(message) for message in messages] for messages in chats],
+                [[without_blank_thought(message) for message in messages] for messages in chats],
                 tools=given,
                 chat_template=_with_fixed_day(template),
                 tokenize=False,
@@ -204,7 +212,7 @@ class ChatEncoder:
         if found := self._special.search(json.dumps(parts, ensure_ascii=False)):
             raise UserError(f"an answer holds the control token {found[0]}: end the answer there, or remove the row")
         opens, closes = prompt.rstrip().endswith(OPEN), prompt.rstrip().endswith(CLOSE)
-        thought, words = self._split(message, opens, is_cut)
+        thought, words = split_thought(message, is_known=self._has_thoughts, opens=opens, is_cut=is_cut)
         if closes and thought:
             raise UserError("an answer holds a thought, but the generation prompt has closed it: remove the thought")
         if text.startswith(prompt):
@@ -216,7 +224,7 @@ class ChatEncoder:
         elif message.get("tool_calls"):
             raise UserError(_LOST.format("tool_calls"))
         else:
-            answer = _continued(message, prompt) if opens else self._alone(message)
+            answer = continue_thought(message, prompt) if opens else self._alone(message)
         if thought not in answer:
             raise UserError(
                 "the chat template leaves out this turn's thought: use a model whose template writes it, or remove it"
@@ -224,44 +232,19 @@ class ChatEncoder:
         if self.end_token and self.end_token in answer:
             raise UserError(f"an answer holds {self.end_token}, which ends a turn: end it there, or remove the row")
         if is_cut:
-            return _cut_answer(answer, message, prompt if opens else None, self.padding)
+            return cut_answer(answer, message, prompt if opens else None, self.padding)
         return answer + self.end_of_turn
 
     def _alone(self, message: Mapping[str, Any]) -> str:
-        """An answer as the template writes it after a plain question; for templates that rewrite histories (Mistral)."""
+        """An answer as the template writes it after a plain question, if it rewrites histories (Mistral)."""
         prompt, text = self.render(_PROBE[:1], generation_prompt=True), self.render([_PROBE[0], message])
         if not (text.startswith(prompt) and text.endswith(self.turn_suffix)):
             return message["content"]
         return text[len(prompt) : len(text) - len(self.turn_suffix)]
 
-    def _split(self, message: Mapping[str, Any], opens: bool, is_cut: bool) -> tuple[str, str]:
-        """(thought, words) of an answer.
-
-        Args:
-            message: of the assistant.
-            opens: the generation prompt has opened a thought, which content may continue.
-            is_cut: the answer hit its length limit, perhaps within its thought.
-        """
-        content, thought = message["content"], _thought(message)
-        inner = content.lstrip().removeprefix(OPEN)
-        begins = inner != content.lstrip()
-        if not (self._has_thoughts or opens):
-            return thought, content
-        if (
-            OPEN in inner
-            or CLOSE in inner.partition(CLOSE)[2]
-            or (thought and (begins or CLOSE in content + thought or OPEN in thought))
-        ):
-            raise UserError("an answer holds more than one thought: keep the first, or remove the row")
-        if CLOSE in inner and (begins or opens):
-            return inner.partition(CLOSE)[0].strip(), inner.partition(CLOSE)[2]
-        if CLOSE in inner or (begins and not is_cut):
-            raise UserError(f"an answer holds {OPEN} or {CLOSE} without the other: complete the thought, or remove it")
-        return (inner.strip(), "") if begins else (thought, content)
-
     def _is_altered(self, message: Mapping[str, Any], answer: str) -> bool:
         """Whether a template trims or pads an answer that is plain content."""
-        is_plain = not (message.get("tool_calls") or _thought(message) or CLOSE in answer)
+        is_plain = not (message.get("tool_calls") or thought_of(message) or CLOSE in answer)
         return is_plain and answer.removesuffix(self.end_of_turn) != message["content"]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -332,43 +315,6 @@ def _without_one(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
     thought, end_of_thought, words = message["content"].rpartition("</think>")
     if calls and words.strip():
         yield "content beside its tool_calls", {**message, "content": thought + end_of_thought}
-
-
-def _continued(message: Mapping[str, Any], prompt: str) -> str:
-    """An answer that continues the thought that the generation prompt has opened."""
-    content, thought = message["content"], _thought(message)
-    if content.lstrip().startswith(OPEN):
-        space = prompt[prompt.rindex(OPEN) + len(OPEN) :]  # between tag and thought, usually a line end
-        return content.lstrip().removeprefix(OPEN).removeprefix(space)
-    return content if CLOSE in content else thought + NO_THOUGHT + content
-
-
-def _cut_answer(answer: str, message: Mapping[str, Any], opened: str | None, padding: str) -> str:
-    """An answer up to where the length limit cut it: without what a template adds to an unfinished thought.
-
-    Args:
-        answer: as the template writes it.
-        message: of the assistant.
-        opened: the generation prompt, if it has opened a thought.
-        padding: that the template writes before an answer.
-    """
-    if message.get("tool_calls"):
-        raise UserError("a tool call that was cut by the length limit cannot be a label: remove the row")
-    thought, content = _thought(message), message["content"]
-    if not thought:
-        if opened:
-            return _continued(message, opened) if content.lstrip().startswith(OPEN) else content
-        return padding + content
-    return answer if content.strip() else answer[: answer.index(thought) + len(thought)]
-
-
-def _without_blank_thought(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without an empty `reasoning_content`, which Qwen3 would write beside the thought in content."""
-    return {key: value for key, value in message.items() if key != "reasoning_content" or (value and value.strip())}
-
-
-def _thought(message: Mapping[str, Any]) -> str:
-    return (message.get("reasoning_content") or "").strip()
 
 
 def _join_turns(prompts: Sequence[str], answers: Sequence[str]) -> list[list[str]]:
