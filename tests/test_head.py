@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from test_objective import CHUNK_SLOTS, NUM_DRAFT_TOKENS, LargestTensor, supervised_slots
+from test_objectives import CHUNK_SLOTS, NUM_DRAFT_TOKENS, LargestTensor, supervised_slots
 from test_terms import table_loss
 from tiny import NUM_ROWS, build_model
 from torch import Tensor, nn
