@@ -53,7 +53,7 @@ def with_requirements(texts: Iterable[str], stop: Iterable[str] = ()) -> list[st
 
 
 def needed_wheels(have: Iterable[str] = ()) -> dict[str, bool]:
-    """Packages of the project that a machine lacks, as NAME==VERSION, and whether one wheel of it serves every Python 3.
+    """Packages of the project that a machine lacks, as NAME==VERSION, and whether one wheel serves every Python 3.
 
     Args:
         have: names of the packages on the machine; without any, BASE and what that requires here.
