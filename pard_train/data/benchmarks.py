@@ -6,10 +6,10 @@ A named benchmark is an entry of NAMED: where its rows come from, which of their
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -43,37 +43,25 @@ IDS = ("id", "task_id", "question_id")  # of a row of a file; the first that it 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation that a target carries on.
+    """One conversation that a target carries on: the messages before each of its answers.
 
-    Attributes:
-        id: unique and stable within the benchmark.
-        turns: the messages put before each answer of the target. turns[0] may hold a system prompt and earlier messages
-            and ends with a question; later ones are follow-ups.
-        category: empty if it has none.
+    turns[0] may hold a system prompt and earlier messages and ends with a question; later turns are follow-ups.
     """
 
-    id: str
+    id: str  # unique and stable within the benchmark
     turns: tuple[Messages, ...]
     category: str = ""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Prompts that acceptance is measured on.
+    """Prompts that acceptance is measured on."""
 
-    Attributes:
-        name: short, for tables and file names.
-        prompts: in the order of their source.
-        source: where they come from, to the version.
-        license: of the prompts; `unknown` for a file.
-        instruction: the exact words of a prompt around the source's {question}.
-    """
-
-    name: str
-    prompts: tuple[Prompt, ...]
-    source: str
-    license: str
-    instruction: str
+    name: str  # for tables and file names
+    prompts: tuple[Prompt, ...]  # in the order of their source
+    source: str  # including its version
+    license: str  # of the prompts; `unknown` for a file
+    instruction: str  # exact text of a prompt around the source's {question}
 
     @property
     def fingerprint(self) -> str:
@@ -83,29 +71,17 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a named benchmark is made of its source's rows.
-
-    Attributes:
-        source: of the rows.
-        license: of the prompts.
-        num_prompts: the first so many rows are asked.
-        columns: the question: texts that are joined by blank lines, or one list of texts, each asked in its turn.
-        id: column of the id; the number of the row if empty.
-        category: column of the category; none if empty.
-        instruction: exact words of a prompt around its {question}.
-        max_words: a longer question is cut after so many; 0 cuts none.
-        categories: other names for some of the column's.
-    """
+    """How a named benchmark is built from the first rows of its source."""
 
     source: RowSource
     license: str
     num_prompts: int
-    columns: tuple[str, ...]
-    id: str = ""
-    category: str = ""
-    instruction: str = "{question}"
-    max_words: int = 0
-    categories: Mapping[str, str] = field(default_factory=dict)
+    columns: tuple[str, ...]  # the question: texts joined by blank lines, or one list of texts, one per turn
+    id: str = ""  # column of the id; if empty, the number of the row
+    category: str = ""  # column of the category, if any
+    instruction: str = "{question}"  # exact text of a prompt around its {question}
+    max_words: int = 0  # a longer question is cut; 0 cuts none
+    categories: Mapping[str, str] = field(default_factory=dict)  # new names of some categories
 
 
 _MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -178,19 +154,15 @@ def check_benchmark(source: str) -> None:
 
 
 def benchmark_name(source: str) -> str:
-    """What results call a benchmark: its name in the table, or that of its file without the suffix."""
+    """Name of a benchmark in results: that in NAMED, or of its file without the suffix."""
     return source if source in NAMED else Path(source).name.partition(".jsonl")[0]
 
 
 def load_benchmark(source: str, max_prompts: int = 0) -> Benchmark:
-    """A named benchmark, or the prompts of a JSONL file (see `file_prompt`).
+    """Load a named benchmark, or the prompts of a (gzipped) JSONL file (see `file_prompt`).
 
-    Args:
-        source: name, or path of a .jsonl file, which may be gzipped.
-        max_prompts: take so many; 0 takes all. The categories take turns, and each gives its first ones.
-
-    Raises:
-        UserError: for an unknown name, a source out of reach or a bad row.
+    `max_prompts` are taken round-robin from the categories, the first of each; 0 takes all. Raises UserError for an
+    unknown name, a source that cannot be read or a bad row.
     """
     check_benchmark(source)
     if source in NAMED:
@@ -207,33 +179,23 @@ def load_benchmark(source: str, max_prompts: int = 0) -> Benchmark:
 
 def _distinct(prompts: Iterable[tuple[Prompt, str]]) -> list[Prompt]:
     """Prompts of (prompt, origin). Raises RowError where an id stands twice."""
-    origins: dict[str, str] = {}
-    result = []
+    found: dict[str, tuple[Prompt, str]] = {}
     for prompt, origin in prompts:
-        if prompt.id in origins:
-            raise RowError(origin, f"id {prompt.id!r} stands at {origins[prompt.id]} too: ids must be unique")
-        origins[prompt.id] = origin
-        result.append(prompt)
-    return result
+        if prompt.id in found:
+            raise RowError(origin, f"id {prompt.id!r} stands at {found[prompt.id][1]} too: ids must be unique")
+        found[prompt.id] = prompt, origin
+    return [prompt for prompt, _ in found.values()]
 
 
 def _share(prompts: Sequence[Prompt], max_prompts: int) -> tuple[Prompt, ...]:
-    """So many prompts in their order, taken from the categories by turns; 0 takes all."""
-    seen: Counter[str] = Counter()
-    ranks = []
-    for index, prompt in enumerate(prompts):
-        ranks.append((seen[prompt.category], index))
-        seen[prompt.category] += 1
-    chosen = sorted(index for _, index in sorted(ranks)[: max_prompts or None])
-    return tuple(prompts[index] for index in chosen)
-
-
-def _question(text: str) -> Messages:
-    return ({"role": "user", "content": text},)
+    """The first prompts of every category, round-robin, in the order of the source; 0 takes all."""
+    seen: defaultdict[str, Iterator[int]] = defaultdict(count)
+    ranks = sorted((next(seen[prompt.category]), index) for index, prompt in enumerate(prompts))
+    return tuple(prompts[index] for index in sorted(index for _, index in ranks[: max_prompts or None]))
 
 
 def _named_prompts(name: str, recipe: Recipe) -> Iterator[tuple[Prompt, str]]:
-    """(prompt, origin). Raises UserError, naming what can be had instead, if the source is out of reach."""
+    """(prompt, origin). Raises UserError, naming the offline benchmarks, if the source cannot be read."""
     try:
         rows = list(islice(recipe.source.rows(), recipe.num_prompts))
     except UserError as error:
@@ -250,11 +212,12 @@ def _named_prompt(row: Row, number: int, recipe: Recipe) -> Prompt:
     questions = first if isinstance(first, list) else ["\n\n".join(row[column] for column in recipe.columns)]
     texts = [recipe.instruction.replace("{question}", _cut(question, recipe.max_words)) for question in questions]
     category = row[recipe.category] if recipe.category else ""
-    return Prompt(
-        str(row[recipe.id] if recipe.id else number),
-        tuple(map(_question, texts)),
-        recipe.categories.get(category, category),
-    )
+    name = str(row[recipe.id] if recipe.id else number)
+    return Prompt(name, _as_turns(texts), recipe.categories.get(category, category))
+
+
+def _as_turns(texts: Iterable[str]) -> tuple[Messages, ...]:
+    return tuple(({"role": "user", "content": text},) for text in texts)
 
 
 def _cut(text: str, max_words: int) -> str:
@@ -263,16 +226,10 @@ def _cut(text: str, max_words: int) -> str:
 
 
 def file_prompt(row: Row, origin: str) -> Prompt:
-    """The prompt that a row of a file holds: a `prompt`, `turns` or `messages`, and beside it an id and a `category`.
+    """Prompt of a row of a file: `prompt`, `turns` or `messages`, with an optional id and `category`.
 
-    A conversation that ends with an answer is asked again without it. A row without an id is named by its line.
-
-    Args:
-        row: as it was read.
-        origin: FILE:LINE, named in errors.
-
-    Raises:
-        RowError: naming the field and what is allowed.
+    A last answer among the messages is left out. A row without an id is named by its line (`origin` is FILE:LINE).
+    Raises RowError, naming the field and what is allowed.
     """
     forms = [form for form in ("prompt", "turns", "messages") if row.get(form) is not None]
     if len(forms) != 1:
@@ -293,7 +250,7 @@ def _turns(row: Row, form: str, origin: str) -> tuple[Messages, ...]:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         wanted = "a text that is" if form == "prompt" else "a list of texts that are"
         raise RowError(origin, f"`{form}` must be {wanted} not empty, found {row[form]!r:.80}")
-    turns = tuple(map(_question, texts))
+    turns = _as_turns(texts)
     for turn in turns:
         check_messages(turn, origin)
     return turns
@@ -310,16 +267,16 @@ def _history(row: Row, origin: str) -> Messages:
 
 
 def _id(row: Row, origin: str) -> str:
-    name = next((name for name in IDS if row.get(name) is not None), None)
-    if name is None:
-        return origin.rpartition(":")[2]
-    if isinstance(row[name], bool) or not isinstance(row[name], (str, int)):
-        raise RowError(origin, f"`{name}` must be a text or a whole number, found {row[name]!r:.80}")
-    return str(row[name])
+    name, value = next(
+        ((name, row[name]) for name in IDS if row.get(name) is not None), ("", origin.rpartition(":")[2])
+    )
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise RowError(origin, f"`{name}` must be a text or a whole number, found {value!r:.80}")
+    return str(value)
 
 
 def load_benchmarks(sources: Sequence[str], max_prompts: int = 0) -> list[Benchmark]:
-    """Several benchmarks. Raises UserError if one does not exist, before any is read, or if two have one name."""
+    """Load several benchmarks. Raises UserError if one does not exist, before any is read, or if two have one name."""
     for source in sources:
         check_benchmark(source)
     benchmarks = [load_benchmark(source, max_prompts) for source in sources]

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -47,6 +47,7 @@ from pard_train.runs import fingerprint
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
+Piece = TypeVar("Piece", str, list[int])
 
 DAY = datetime(2024, 7, 26)  # "today" of every template; Llama's name the same where they have no clock
 _DATE_PARTS = [f"%{flag}{letter}" for letter in "aAbBcdDeFGhHIjklmMnpRsSTuUVwWxXyYzZ" for flag in ("", "-")]
@@ -57,34 +58,21 @@ _PROBE = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "c
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens of one conversation.
+    """Tokens of one conversation."""
 
-    Attributes:
-        input_ids: int32 [L].
-        loss_mask: bool [L]; True for every token of an assistant turn, its end-of-turn token included.
-        origin: where it came from, such as `chats.jsonl:17`.
-        is_rendered: the ids come from tokenizing text, so tokenizing the whole text must give them again.
-    """
-
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
-    origin: str
-    is_rendered: bool = True
+    input_ids: np.ndarray  # int32 [L]
+    loss_mask: np.ndarray  # bool [L]; True for every token of an assistant turn, its end-of-turn token included
+    origin: str  # such as `chats.jsonl:17`
+    is_rendered: bool = True  # tokenized from text, so tokenizing the whole text must give the same ids
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Text of one document, cut where the model's own writing begins and ends.
+    """Text of one document, cut at both ends of every answer."""
 
-    Attributes:
-        texts: prompt and answer in turn.
-        origin: where it came from.
-        num_altered: answers whose ends the template trims or pads.
-    """
-
-    texts: list[str]
+    texts: list[str]  # prompt, answer, prompt, answer, ...
     origin: str
-    num_altered: int = 0
+    num_altered: int = 0  # answers whose ends the template trims or pads
 
 
 class ChatEncoder:
@@ -107,14 +95,18 @@ class ChatEncoder:
         self._has_thoughts = CLOSE in str(self.template_kwargs.get("chat_template") or tokenizer.chat_template)
         self.turn_suffix = self._find_turn_suffix()
         self.end_token = self._find_end_token()
-        self.end_of_turn = self._find_end_of_turn()
+        self.end_of_turn = "".join(self.turn_suffix.partition(self.end_token or "\0")[:2])  # all of it without a token
         self.padding = self._find_padding()
         self._check_pieces()
 
+    @cached_property
+    def _probe_prompt(self) -> str:
+        return self.render(_PROBE[:1], generation_prompt=True)
+
     def _control_tokens(self) -> list[str]:
         """Special tokens, and tokens of the template that are not marked so (role headers of DeepSeek-R1)."""
-        prompt, added = self.render(_PROBE[:1], generation_prompt=True), self.tokenizer.added_tokens_decoder.values()
-        found = {str(t) for t in added if t.special or (str(t) in prompt and str(t).strip())}
+        added = self.tokenizer.added_tokens_decoder.values()
+        found = {str(t) for t in added if t.special or (str(t) in self._probe_prompt and str(t).strip())}
         return sorted((found | {*self.tokenizer.all_special_tokens}) - {OPEN, CLOSE}, key=len, reverse=True)
 
     @cached_property
@@ -123,37 +115,36 @@ class ChatEncoder:
         return fingerprint(self.tokenizer.backend_tokenizer.to_str())
 
     def render(self, messages: Messages, *, generation_prompt: bool = False, tools: Tools = None) -> str:
-        """The conversation as text. Raises UserError where the template refuses it."""
+        """Render the conversation as text. Raises UserError where the template refuses it."""
         return self._render_all([messages], generation_prompt, tools)[0]
 
     def encode_prompt(self, messages: Messages, *, tools: Tools = None) -> list[int]:
-        """Ids that a serving engine feeds to the model to have `messages` answered."""
+        """Ids of the prompt that a serving engine sends to the model for `messages`."""
         return self._ids([self.render(messages, generation_prompt=True, tools=tools)])[0]
 
     def encode(self, messages: Messages, *, origin: str, is_cut: bool = False, tools: Tools = None) -> list[Document]:
-        """Documents with exact loss masks.
+        """Documents with exact loss masks: `pieces`, tokenized."""
+        return self.tokenize(self.pieces(messages, origin=origin, is_cut=is_cut, tools=tools))
 
-        One document with every assistant turn supervised, as long as the template renders a history just as it
-        rendered it when the turn was last; a new document where it does not (reasoning templates drop the thoughts
-        before the last question).
+    def pieces(self, messages: Messages, *, origin: str, is_cut: bool = False, tools: Tools = None) -> list[Pieces]:
+        """Render the documents of a conversation, every assistant turn supervised.
+
+        They are one as long as the template renders a history as it rendered it when its turn was the last. Where it
+        does not, a new document begins: reasoning templates drop the thoughts before the last question.
 
         Args:
-            messages: dicts with `role` and `content`; of an assistant also `tool_calls` and `reasoning_content`.
+            messages: dicts with `role` and `content`; an assistant's also `tool_calls` and `reasoning_content`.
             origin: named in errors.
-            is_cut: the last answer hit its length limit: its end-of-turn token is not taught.
-            tools: JSON schemas of functions that the template tells the model of.
+            is_cut: the last answer hit its length limit, so its end-of-turn token is not supervised.
+            tools: JSON schemas of the functions that the model may call.
 
         Raises:
             RowError: on an unknown role, no assistant turn, an empty answer, or a template that cannot be followed.
         """
-        return self.tokenize(self.pieces(messages, origin=origin, is_cut=is_cut, tools=tools))
-
-    def pieces(self, messages: Messages, *, origin: str, is_cut: bool = False, tools: Tools = None) -> list[Pieces]:
-        """The documents of `encode` before they are tokenized. Arguments and errors are those of `encode`."""
         check_messages(messages, origin)
         stops = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not stops:
-            raise RowError(origin, "no assistant turn, so nothing would be learnt from it")
+            raise RowError(origin, "no assistant turn, so it has no labels")
         try:
             prompts = self._render_all([messages[:stop] for stop in stops], True, tools)
             texts = self._render_all([messages[: stop + 1] for stop in stops], False, tools)
@@ -166,11 +157,11 @@ class ChatEncoder:
         except UserError as error:
             raise RowError(origin, str(error)) from error
         altered = sum(self._is_altered(messages[stop], answer) for stop, answer in zip(stops, answers, strict=True))
-        first, *others = _join_turns(prompts, answers)
+        first, *others = _join_turns(zip(prompts, answers, strict=True))
         return [Pieces(first, origin, altered), *(Pieces(document, origin) for document in others)]
 
     def tokenize(self, pieces: Sequence[Pieces]) -> list[Document]:
-        """Documents of many conversations, in one call of the tokenizer."""
+        """Tokenize the documents of many conversations in one call."""
         ids = iter(self._ids([text for document in pieces for text in document.texts]))
         return [_document([next(ids) for _ in document.texts], document.origin) for document in pieces]
 
@@ -193,11 +184,7 @@ class ChatEncoder:
             ) from error
 
     def _check_calls(self, messages: Messages, text: str, tools: Tools) -> None:
-        """Check that each tool call of the last turn, and what is said beside them, stands in the turn's text.
-
-        That is in it without which the template writes another text, however it trims, escapes or spells it: names and
-        words may stand elsewhere, too.
-        """
+        """Check that the last turn's text changes without any of its tool calls, or without its words before them."""
         for part, rest in _without_one(messages[-1]):
             try:
                 is_lost = self.render([*messages[:-1], rest], tools=tools) == text
@@ -207,7 +194,7 @@ class ChatEncoder:
                 raise UserError(_LOST.format(part))
 
     def _answer(self, prompt: str, text: str, message: Mapping[str, Any], *, is_cut: bool) -> str:
-        """What the model writes after `prompt`, with its end of turn unless it was cut."""
+        """Label text after `prompt`, with its end of turn unless it was cut."""
         parts = (message["content"], message.get("reasoning_content") or "", message.get("tool_calls") or [])
         if found := self._special.search(json.dumps(parts, ensure_ascii=False)):
             raise UserError(f"an answer holds the control token {found[0]}: end the answer there, or remove the row")
@@ -237,10 +224,10 @@ class ChatEncoder:
 
     def _alone(self, message: Mapping[str, Any]) -> str:
         """An answer as the template writes it after a plain question, if it rewrites histories (Mistral)."""
-        prompt, text = self.render(_PROBE[:1], generation_prompt=True), self.render([_PROBE[0], message])
-        if not (text.startswith(prompt) and text.endswith(self.turn_suffix)):
+        text = self.render([_PROBE[0], message])
+        if not (text.startswith(self._probe_prompt) and text.endswith(self.turn_suffix)):
             return message["content"]
-        return text[len(prompt) : len(text) - len(self.turn_suffix)]
+        return text[len(self._probe_prompt) : len(text) - len(self.turn_suffix)]
 
     def _is_altered(self, message: Mapping[str, Any], answer: str) -> bool:
         """Whether a template trims or pads an answer that is plain content."""
@@ -257,35 +244,27 @@ class ChatEncoder:
         text, content = self.render(_PROBE), _PROBE[-1]["content"]
         suffix = text[text.rindex(content) + len(content) :] if content in text else ""
         if not suffix:
-            raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} puts nothing after an answer, so a draft could "
-                "never learn where a turn ends"
-            )
+            name = self.tokenizer.name_or_path
+            raise UserError(f"the chat template of {name} writes nothing after an answer: a draft needs an end of turn")
         return suffix
 
     def _find_end_token(self) -> str | None:
-        """The special token that comes first after an answer, None if there is none."""
+        """The first special token after an answer, if any."""
         special = self.tokenizer.all_special_tokens + [str(t) for t in self.tokenizer.added_tokens_decoder.values()]
         found = [token for token in special if token in self.turn_suffix]
         return min(found, key=lambda token: self.turn_suffix.index(token) + len(token), default=None)
 
-    def _find_end_of_turn(self) -> str:
-        """The suffix up to the token that ends a turn; all of it if there is none."""
-        before, token, _ = self.turn_suffix.partition(self.end_token or "\0")
-        return before + token
-
     def _find_padding(self) -> str:
         """Spaces that the template writes before an answer (Mistral); empty for most."""
-        prompt, text = self.render(_PROBE[:1], generation_prompt=True), self.render(_PROBE)
+        prompt, text = self._probe_prompt, self.render(_PROBE)
         before = text[len(prompt) : text.rindex(_PROBE[-1]["content"])] if text.startswith(prompt) else ""
         return "" if before.strip() else before
 
     def _check_pieces(self) -> None:
         content = _PROBE[-1]["content"]
-        if self.render(_PROBE[:1], generation_prompt=True).rstrip().endswith(OPEN):
+        if self._probe_prompt.rstrip().endswith(OPEN):
             content = f"It is{NO_THOUGHT}{content}"  # an empty thought begins with line ends, which merge with others
-        probe = [*_PROBE[:-1], {**_PROBE[-1], "content": content}]
-        texts = self.pieces(probe, origin="a first try")[0].texts
+        texts = self.pieces([_PROBE[0], {**_PROBE[1], "content": content}], origin="a first try")[0].texts
         if list(chain(*self._ids(texts))) != self._ids(["".join(texts)])[0]:
             raise UserError(
                 f"the tokenizer of {self.tokenizer.name_or_path} changes text that is tokenized in pieces; "
@@ -294,35 +273,31 @@ class ChatEncoder:
 
 
 def _with_fixed_day(template: str) -> str:
-    """A template whose clock stands still at DAY.
-
-    A macro hides transformers' function of the same name. It cannot be given as an argument: of these, transformers
-    lets only JSON through.
-    """
+    """A template whose `strftime_now` is a macro that returns DAY: as an argument, transformers allows only JSON."""
     if "strftime_now" not in template:
         return template
     parts = "".join(f".replace({part!r}, {DAY.strftime(part)!r})" for part in _DATE_PARTS)
-    # Jinja takes away the line end, and with it all that the macro would add to the text.
+    # Jinja removes the line end, so the macro adds nothing to the text.
     return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{template}"
 
 
 def _without_one(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(part, the message without it) of every tool call of a turn and, if it has any, of its words after a thought."""
+    """(part, the message without it) of every tool call and, beside tool calls, of the words after a thought."""
     calls = message.get("tool_calls") or []
     for number, call in enumerate(calls):
         rest = [*calls[:number], *calls[number + 1 :]]
         yield f"tool_calls[{number}] ({call['function']['name']})", {**message, "tool_calls": rest}
-    thought, end_of_thought, words = message["content"].rpartition("</think>")
+    thought, end_of_thought, words = message["content"].rpartition(CLOSE)
     if calls and words.strip():
         yield "content beside its tool_calls", {**message, "content": thought + end_of_thought}
 
 
-def _join_turns(prompts: Sequence[str], answers: Sequence[str]) -> list[list[str]]:
-    """Pieces per document: a turn goes on with the document before it if its prompt begins with all of that."""
-    documents: list[list[str]] = []
+def _join_turns(turns: Iterable[tuple[Piece, Piece]]) -> list[list[Piece]]:
+    """Pieces per document of (prompt, answer): a turn whose prompt begins with the document before continues it."""
+    documents: list[list[Piece]] = []
     done = None
-    for prompt, answer in zip(prompts, answers, strict=True):
-        if done is not None and prompt.startswith(done):
+    for prompt, answer in turns:
+        if done is not None and prompt[: len(done)] == done:
             documents[-1] += [prompt[len(done) :], answer]
         else:
             documents.append([prompt, answer])
@@ -331,23 +306,8 @@ def _join_turns(prompts: Sequence[str], answers: Sequence[str]) -> list[list[str
 
 
 def documents_of_ids(turns: Sequence[tuple[list[int], list[int]]], origin: str) -> list[Document]:
-    """Documents whose labels are a target's own token ids.
-
-    A turn continues the document before it if its prompt begins with all ids of that document.
-
-    Args:
-        turns: (prompt ids, answer ids).
-        origin: of the row.
-    """
-    documents: list[list[list[int]]] = []
-    done: list[int] = []
-    for prompt, answer in turns:
-        if done and prompt[: len(done)] == done:
-            documents[-1] += [prompt[len(done) :], answer]
-        else:
-            documents.append([prompt, answer])
-        done = prompt + answer
-    return [_document(pieces, origin, is_rendered=False) for pieces in documents]
+    """Documents whose labels are a target's own token ids, from the (prompt ids, answer ids) of every turn."""
+    return [_document(pieces, origin, is_rendered=False) for pieces in _join_turns(turns)]
 
 
 def _document(ids: list[list[int]], origin: str, *, is_rendered: bool = True) -> Document:

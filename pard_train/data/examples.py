@@ -39,16 +39,9 @@ from pard_train.model import Base, inspect_base
 def read_documents(
     data: DataConfig, encoder: ChatEncoder, first: int, end: int | None, on_bad_row: OnBadRow | None = None
 ) -> Iterator[Document]:
-    """Documents of the rows first .. end - 1 of `data.source`.
+    """Documents of the rows first .. end - 1 of `data.source`, counting bad ones; end=None reads all.
 
-    Args:
-        data: the source.
-        encoder: of the tokenizer.
-        first, end: row numbers, bad rows included; None reads all.
-        on_bad_row: error callback; by default `data.bad_rows` decides.
-
-    Raises:
-        RowError: at a bad row, from the callback.
+    A bad row goes to `on_bad_row`. Without it, `data.bad_rows` decides between RowError and skipping.
     """
     if on_bad_row is None:
         on_bad_row = stop if data.bad_rows == "error" else lambda error, row: None
@@ -83,16 +76,12 @@ def _read_rows(data: DataConfig, on_bad_row: OnBadRow) -> Iterator[tuple[Row | N
 
 
 class Faults:
-    """Error callback that counts bad rows by reason.
-
-    Attributes:
-        first: the first error.
-    """
+    """Error callback that counts bad rows by reason."""
 
     def __init__(self) -> None:
         self.first: RowError | None = None
         self._counts: Counter[str] = Counter()
-        self._origins: dict[str, str] = {}
+        self._origins: dict[str, str] = {}  # of the first row per reason
 
     def __call__(self, error: RowError, row: str) -> None:
         self.first = self.first or error
@@ -108,17 +97,15 @@ class Faults:
 def show_examples(config: Config, console: Console | None = None) -> None:
     """Check rows, then print one: its loss mask, its slots and, on request, a picture of its attention pattern.
 
-    Raises:
-        UserError: if the row does not exist or is unusable, or the checks fail.
+    Raises UserError if the row does not exist or is unusable, or the checks fail.
     """
     data, number = config.data, config.show.row
     base = inspect_base(config.model, config.draft)
     encoder = ChatEncoder(base.tokenizer, data.template_kwargs)
     console = console or Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     faults = Faults()
-    counts = check_examples(
-        read_documents(data, encoder, 0, config.show.num_checked or None, faults), encoder, data, on_bad_row=faults
-    )
+    checked = read_documents(data, encoder, 0, config.show.num_checked or None, faults)
+    counts = check_examples(checked, encoder, data, on_bad_row=faults)
     console.print(f"checked: {summary(counts, data)}", *faults.lines(), legend(), sep="\n")
     if faults.first is not None and data.bad_rows == "error":
         raise faults.first
@@ -133,16 +120,14 @@ def show_examples(config: Config, console: Console | None = None) -> None:
 
 def _show(document: Document, config: Config, base: Base, encoder: ChatEncoder, console: Console) -> None:
     """Print the text and the slots of a document, and draw the attention pattern where its first answer begins."""
-    key = DrawKey(config.seed, 0, config.show.row)
-    lay_out = partial(
-        lay_out_slots, draft=config.draft, objective=config.objective, mask_token_id=base.mask_token_id, key=key
-    )
+    draft, key = config.draft, DrawKey(config.seed, 0, config.show.row)
+    lay_out = partial(lay_out_slots, draft=draft, objective=config.objective, mask_token_id=base.mask_token_id, key=key)
     slots = lay_out(document)
-    console.print(slots.summary(config.draft), render_text(document, encoder), sep="\n")
+    console.print(slots.summary(draft), render_text(document, encoder), sep="\n")
     console.print(slot_table(slots, base.tokenizer))
     if config.show.picture:
         path = Path(config.show.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
         title = f"attention pattern where the first answer of {Path(document.origin).name} begins"
-        draw_pattern(lay_out(shorten(document, config.draft, key)), base.tokenizer, title).savefig(path, dpi=120)
+        draw_pattern(lay_out(shorten(document, draft, key)), base.tokenizer, title).savefig(path, dpi=120)
         console.print(path)

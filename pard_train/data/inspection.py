@@ -53,7 +53,7 @@ _BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byt
 
 
 def count_supervised(document: Document, encoder: ChatEncoder, data: DataConfig) -> Counter[str]:
-    """Counts of one document that add up: see `summary`."""
+    """Counts of one document, which add up: documents, overlong, tokens, supervised, turns, ended."""
     kept, end_ids = cut(document, data), _end_ids(encoder)
     runs = supervised_runs(kept.loss_mask)
     return Counter(
@@ -76,10 +76,8 @@ def summary(counts: Counter[str], data: DataConfig) -> str:
 
 
 def cut(document: Document, data: DataConfig) -> Document:
-    """What data.overlong=truncate leaves of a document."""
-    if data.overlong != "truncate":
-        return document
-    return part_of(document, slice(data.max_length))
+    """The document as data.overlong=truncate leaves it."""
+    return part_of(document, slice(data.max_length)) if data.overlong == "truncate" else document
 
 
 def part_of(document: Document, tokens: slice) -> Document:
@@ -92,18 +90,8 @@ def check_examples(
 ) -> Counter[str]:
     """Check that documents have supervised tokens, ends of turns, and the tokens of their text tokenized whole.
 
-    Args:
-        documents: of a data set or its first rows.
-        encoder: that made them.
-        data: says what becomes of overlong documents.
-        on_bad_row: error callback for a document whose text has other tokens when it is tokenized whole.
-
-    Returns:
-        The sum of `count_supervised`.
-
-    Raises:
-        UserError: if no token is supervised, or no end of a turn.
-        RowError: from the callback.
+    Returns the sum of `count_supervised`. Raises UserError if no token is supervised, or no end of a turn. A document
+    whose text has other tokens goes to `on_bad_row`.
     """
     counts: Counter[str] = Counter()
     for document in documents:
@@ -130,24 +118,20 @@ def check_examples(
 def check_pieces(document: Document, encoder: ChatEncoder) -> None:
     """Check that a document's text has the same tokens when it is tokenized whole, as an engine does with a history.
 
-    Raises:
-        RowError: naming the first token that differs and the text around it, both ways.
+    Raises RowError, naming the first token that differs and the text around it, both ways.
     """
     ids = document.input_ids.tolist()
     whole = encoder.tokenizer(_decode(ids, encoder.tokenizer), add_special_tokens=False)["input_ids"]
     if ids == whole:
         return
     place = next((i for i, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
-    label, engine = (_around(tokens, place, encoder.tokenizer) for tokens in (ids, whole))
+    around = slice(max(0, place - 2), place + 3)
+    label, engine = (" ".join(quoted(token, encoder.tokenizer) for token in tokens[around]) for tokens in (ids, whole))
     raise RowError(
         document.origin,
         f"token {place} differs when the text is tokenized whole: it is {label}, an engine reads {engine}; strip "
         "line ends and spaces from both ends of the row's answers",
     )
-
-
-def _around(ids: list[int], place: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    return " ".join(quoted(token, tokenizer) for token in ids[max(0, place - 2) : place + 3])
 
 
 def _is_ended(document: Document, run: np.ndarray, end_ids: list[int]) -> bool:
@@ -182,7 +166,7 @@ def legend() -> Text:
 
 
 def visible(text: str) -> str:
-    """Text that is safe in a terminal: line ends and tabs as symbols, other invisible characters as their code.
+    """Text that is safe in a terminal: line ends and tabs as symbols, other invisible characters as codes.
 
     >>> visible("a\\tb\\x1b")
     'a⇥   b<U+001B>'
@@ -222,7 +206,7 @@ def _kinds(document: Document, encoder: ChatEncoder) -> tuple[list[str], set[int
 
 
 def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of tokens; a row that no tokenizer entry uses can only be the mask token."""
+    """Text of tokens; an id without a tokenizer entry is that of the mask token."""
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False) or "<mask>"
 
 
@@ -242,25 +226,18 @@ def quoted(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class Slots:
-    """One document as training sees it.
-
-    Attributes:
-        layout: names of T slots.
-        tokens: input ids, int [T].
-        labels: int [T], IGNORE_INDEX where nothing is supervised.
-        weights: float32 [T].
-    """
+    """Training positions of one document for one COD draw."""
 
     layout: SlotLayout
-    tokens: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
+    tokens: np.ndarray  # int [T], input ids
+    labels: np.ndarray  # int [T], IGNORE_INDEX where nothing is supervised
+    weights: np.ndarray  # float32 [T]
 
     def __len__(self) -> int:
         return len(self.layout)
 
     def summary(self, draft: DraftConfig) -> str:
-        """One line: how many slots there are, in all and for each supervised token."""
+        """One line: number of slots, in all and per supervised token."""
         num_labels = int(((self.labels != IGNORE_INDEX) & (self.layout.depth == 0)).sum())
         return (
             f"slots {len(self):,} at K={draft.num_draft_tokens}, retention {draft.retention_ratio:g} to "
@@ -271,7 +248,7 @@ class Slots:
 def lay_out_slots(
     document: Document, draft: DraftConfig, objective: ObjectiveConfig, *, mask_token_id: int, key: DrawKey
 ) -> Slots:
-    """Slots of one document for one COD draw."""
+    """Draw the chains of one document and lay out its slots."""
     layout = lay_out_document(sample_chain_lengths(document.loss_mask, draft, key))
     labels = slot_labels(layout, document.input_ids, document.loss_mask)
     weights = slot_weights(torch.from_numpy(layout.depth), torch.from_numpy(labels), objective)
@@ -279,15 +256,14 @@ def lay_out_slots(
 
 
 def slot_table(slots: Slots, tokenizer: PreTrainedTokenizerBase) -> Table:
-    """The slots where supervision begins: some of the text, then the first chains, one section each."""
+    """Table of the slots where supervision begins: some of the text, then the first chains, one section each."""
     num_text = int((slots.layout.depth == 0).sum())
     first_anchor = int(np.argmax(slots.labels != IGNORE_INDEX))
     start = max(0, min(first_anchor - 3, num_text - TABLE_SLOTS))
     text = range(start, min(start + TABLE_SLOTS, num_text))
     masks = range(num_text, min(num_text + TABLE_SLOTS, len(slots)))
-    table = Table(
-        caption=f"{len(text)} of {num_text:,} text slots, {len(masks)} of {len(slots) - num_text:,} mask slots"
-    )
+    caption = f"{len(text)} of {num_text:,} text slots, {len(masks)} of {len(slots) - num_text:,} mask slots"
+    table = Table(caption=caption)
     for name in ("slot", "token", "anchor", "depth", "position", "label", "weight"):
         table.add_column(name, justify="left" if name in ("token", "label") else "right", no_wrap=True)
     chains = groupby(masks, key=lambda slot: slots.layout.anchor[slot])
@@ -300,12 +276,10 @@ def slot_table(slots: Slots, tokenizer: PreTrainedTokenizerBase) -> Table:
 
 def _cells(slots: Slots, slot: int, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     layout, token, label = slots.layout, int(slots.tokens[slot]), int(slots.labels[slot])
-    is_mask, is_supervised = layout.depth[slot] > 0, label != IGNORE_INDEX
-    numbers = [Text(str(int(part[slot]))) for part in (layout.anchor, layout.depth, layout.position)]
     return [
         Text(str(slot), "dim"),
-        Text(_decode([token], tokenizer), "yellow") if is_mask else Text(quoted(token, tokenizer)),
-        *numbers,
-        Text(quoted(label, tokenizer), "green") if is_supervised else Text("-", "dim"),
+        Text(_decode([token], tokenizer), "yellow") if layout.depth[slot] else Text(quoted(token, tokenizer)),
+        *(Text(str(int(part[slot]))) for part in (layout.anchor, layout.depth, layout.position)),
+        Text("-", "dim") if label == IGNORE_INDEX else Text(quoted(label, tokenizer), "green"),
         Text(f"{slots.weights[slot]:.3g}"),
     ]

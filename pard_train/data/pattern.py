@@ -29,16 +29,14 @@ def shorten(document: Document, draft: DraftConfig, key: DrawKey) -> Document:
     first = int(np.argmax(document.loss_mask))
     start = max(0, first - PATTERN_PROMPT)
     stops = range(min(len(document.input_ids), start + PATTERN_SLOTS), first, -1)
-    parts = (part_of(document, slice(start, stop)) for stop in stops)
-    return next(
-        part
-        for part in parts
-        if len(part.input_ids) + sample_chain_lengths(part.loss_mask, draft, key).sum() <= PATTERN_SLOTS
-    )
+    for part in (part_of(document, slice(start, stop)) for stop in stops):
+        if len(part.input_ids) + sample_chain_lengths(part.loss_mask, draft, key).sum() <= PATTERN_SLOTS:
+            return part
+    raise AssertionError("the prompt and one supervised token fit")
 
 
 def attention_pattern(layout: SlotLayout) -> np.ndarray:
-    """What each slot attends to of each other, int [T, T]: HIDDEN, TEXT, OWN_CHAIN or SELF."""
+    """Relation of each query slot to each key slot, int [T, T]: HIDDEN, TEXT, OWN_CHAIN or SELF."""
     seen = np.where(layout.depth[None, :] == 0, TEXT, OWN_CHAIN)
     pattern = np.where(is_visible(layout, layout), seen, HIDDEN)
     np.fill_diagonal(pattern, SELF)
@@ -101,8 +99,7 @@ def _frame_blocks(axis: Axes, layout: SlotLayout) -> None:
     for place in np.flatnonzero(layout.depth == 1):  # where a chain begins
         for line in (axis.axhline, axis.axvline):
             line(place - 0.5, color=PATTERN_COLORS[SELF], linewidth=1.6 if place == num_text else 0.5)
-    blocks = {"text": (0, num_text), "chains of masks": (num_text, len(layout))}
-    for name, (start, stop) in blocks.items():
+    for name, start, stop in (("text", 0, num_text), ("chains of masks", num_text, len(layout))):
         if stop > start:
             axis.text((start + stop - 1) / 2, -1.2, name, ha="center", va="bottom", fontsize=9)
 

@@ -28,7 +28,7 @@ from pard_train.data.dedupe import (
     shuffled,
     signature,
 )
-from pard_train.data.rows import OnBadRow, Rejects, read_rows, source_version, stop
+from pard_train.data.rows import OnBadRow, Rejects, Row, read_rows, source_version, stop
 from pard_train.data.schemas import to_chat
 from pard_train.data.store import new_array
 from pard_train.errors import RowError, UserError
@@ -67,18 +67,10 @@ _MEASURES = datasets.Features(
 
 
 def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, list[Path]]:
-    """Write the prompts to train on and the held-out ones.
+    """Write the training prompts to one file and the held-out ones to one per source; return their paths.
 
-    Args:
-        config: sources and rules.
-        folder: where they go; skipped if it was made with the same sources and rules.
-        seed: of the order.
-
-    Returns:
-        The training prompts, and one file of held-out prompts per source.
-
-    Raises:
-        UserError: at a source or row that cannot be read, if nothing is left, or if the folder holds other prompts.
+    Skips a folder made with the same sources and rules. Raises UserError at a source or row that cannot be read, if
+    nothing is left, or if the folder holds other prompts.
     """
     rules = {name: value for name, value in asdict(config).items() if name != "num_workers"}
     identity = {"seed": seed, "config": rules, "versions": _versions(config)}
@@ -96,11 +88,10 @@ def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, li
             counts = _write_chats(measured, outcomes, order, partial)
             for scratch in [*partial.glob("*.arrow"), *partial.glob("*.npy")]:
                 scratch.unlink()
-            counts = {name: _with_rejected(counts.get(name, {}), rejected[name]) for name in config.sources}
             manifest = {
                 "identity": identity,
                 "benchmarks": {b.name: {"prompts": len(b.prompts), "version": b.fingerprint} for b in benchmarks},
-                "counts": counts,
+                "counts": {name: _with_rejected(counts.get(name, {}), rejected[name]) for name in config.sources},
                 "files": _file_versions(partial),
                 "made_by": provenance(),
             }
@@ -117,12 +108,12 @@ def _versions(config: PrepareConfig) -> dict[str, str]:
 
 
 def _with_rejected(outcomes: dict[str, int], rejected: int) -> dict[str, int]:
-    """All counts of a source: `read` is the sum of the others."""
+    """Counts of a source; `read` is the sum of the others."""
     return {"read": rejected + sum(outcomes.values()), "rejected": rejected, **outcomes}
 
 
 def _file_versions(folder: Path) -> dict[str, str]:
-    """Content hash of every file of prompts, as later steps name what they read."""
+    """Content hash of every file of prompts, as in the identities of later steps."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jsonl"))
     return {name: source_version(SourceConfig(path=str(folder / name))) for name in files}
 
@@ -131,7 +122,7 @@ def _is_benchmark(source: SourceConfig) -> bool:
     return source.path.startswith(BENCHMARK_PREFIX)
 
 
-def _benchmark_rows(source: SourceConfig) -> list[dict[str, Any]]:
+def _benchmark_rows(source: SourceConfig) -> list[Row]:
     """The first turn of every prompt: a follow-up needs the answer before it."""
     prompts = load_benchmark(source.path.removeprefix(BENCHMARK_PREFIX), source.max_rows).prompts
     return [{"messages": list(prompt.turns[0])} for prompt in prompts]
@@ -150,7 +141,7 @@ def _read_sources(config: PrepareConfig, folder: Path) -> tuple[datasets.Dataset
                 writer.write({"chat": json.dumps(chat, ensure_ascii=False), "source": name})
                 used[name] += 1
             if source.weight is not None and not used[name]:
-                raise UserError(_no_share(name, rejected[name].summary()))
+                raise _no_share(name, rejected[name].summary())
         if not used:
             summaries = "; ".join(f"{name}: {rejects.summary()}" for name, rejects in rejected.items())
             raise UserError(f"prepare.sources have no row that can be used: {summaries}")
@@ -158,15 +149,13 @@ def _read_sources(config: PrepareConfig, folder: Path) -> tuple[datasets.Dataset
     return datasets.Dataset.from_file(str(path)), {name: rejects.num_rows for name, rejects in rejected.items()}
 
 
-def _no_share(name: str, reason: str) -> str:
-    return (
-        f"prepare.sources.{name} has a weight but no row to train on ({reason}): remove the source, or correct its rows"
-    )
+def _no_share(name: str, why: str) -> UserError:
+    return UserError(f"prepare.sources.{name} has a weight but no row ({why}): remove the source, or correct its rows")
 
 
 def _read_chats(source: SourceConfig, on_bad_row: OnBadRow) -> Iterator[dict[str, Any]]:
     if _is_benchmark(source):
-        rows: Iterable[tuple[dict[str, Any], str]] = (
+        rows: Iterable[tuple[Row, str]] = (
             (row, f"{source.path}[{i}]") for i, row in enumerate(_benchmark_rows(source))
         )
     else:
@@ -182,11 +171,8 @@ def _read_chats(source: SourceConfig, on_bad_row: OnBadRow) -> Iterator[dict[str
 
 
 def contamination_by(benchmarks: Sequence[Benchmark], overlap_words: int) -> Contamination:
-    """A finder of overlaps with all turns of the benchmarks' prompts."""
-    prompts = {
-        benchmark.name: [question_text(list(chain.from_iterable(prompt.turns))) for prompt in benchmark.prompts]
-        for benchmark in benchmarks
-    }
+    """Overlap search against all turns of the benchmarks' prompts."""
+    prompts = {b.name: [question_text(list(chain.from_iterable(p.turns))) for p in b.prompts] for b in benchmarks}
     return Contamination(prompts, overlap_words)
 
 
@@ -198,10 +184,7 @@ def _measure(
     return chats.map(
         _measure_batch,
         batched=True,
-        fn_kwargs={
-            "contamination": contamination,
-            "has_signature": config.near_duplicates < 1,
-        },
+        fn_kwargs={"contamination": contamination, "has_signature": config.near_duplicates < 1},
         features=_MEASURES,
         cache_file_name=str(path),
         new_fingerprint=fingerprint(str(path)),
@@ -221,7 +204,7 @@ def _measure_batch(batch: dict[str, list], contamination: Contamination, has_sig
 
 
 def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig, folder: Path) -> np.ndarray:
-    """Outcome of every row, an array of str [N]. `order` is a permutation of the rows."""
+    """Outcome of every row, str objects [N]. `order` is a permutation of the rows."""
     keys = _column(measured, "key")
     outcomes = np.full(len(measured), TRAIN, dtype=object)
     is_left = first_of_each(keys)
@@ -239,7 +222,7 @@ def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig
 
 
 def _signatures(measured: datasets.Dataset, is_wanted: np.ndarray, path: Path) -> np.ndarray:
-    """Signatures of the rows wanted, uint32 [M, NUM_HASHES], in a file: they are 256 bytes a row, the rest 100."""
+    """Signatures of the rows wanted, uint32 [M, NUM_HASHES], in a file: 256 bytes a row, the other columns 100."""
     signatures = new_array(path, np.uint32, (int(is_wanted.sum()), NUM_HASHES))
     row = place = 0
     for chunk in measured.data.column("signature").chunks:
@@ -250,26 +233,23 @@ def _signatures(measured: datasets.Dataset, is_wanted: np.ndarray, path: Path) -
 
 
 def _not_drawn(outcomes: np.ndarray, sources: np.ndarray, order: np.ndarray, config: PrepareConfig) -> np.ndarray:
-    """Rows that the mix leaves out, int [M]: of each source the last in order."""
+    """Rows that the mix leaves out, int [M]: the last of each source in `order`."""
     candidates = {name: order[((outcomes == TRAIN) & (sources == name))[order]] for name in config.sources}
     available = {name: len(rows) for name, rows in candidates.items()}
     for name, source in config.sources.items():
         if source.weight is not None and not available[name]:
-            raise UserError(_no_share(name, json.dumps(Counter(outcomes[sources == name].tolist()))))
+            raise _no_share(name, json.dumps(Counter(outcomes[sources == name].tolist())))
     wanted = mix({name: source.weight for name, source in config.sources.items()}, available, config.num_rows)
     return np.concatenate([rows[wanted[name] :] for name, rows in candidates.items()])
 
 
 def mix(weights: dict[str, float | None], available: dict[str, int], num_rows: int) -> dict[str, int]:
-    """Rows to take of every source.
+    """Rows to take of every source: `num_rows` in all, or as many as the shares allow if 0.
 
     >>> mix({"a": 3.0, "b": 1.0}, {"a": 600, "b": 500}, 0)
     {'a': 600, 'b': 200}
 
-    Args:
-        weights: share of every source relative to the others; None for all takes them in proportion to their rows.
-        available: rows of every source.
-        num_rows: rows in all; 0 takes as many as the shares allow.
+    Weights are relative. All None takes the sources in proportion to their rows.
     """
     shares = {name: available[name] if weight is None else weight for name, weight in weights.items()}
     scale = min((available[name] / share for name, share in shares.items() if share), default=0.0)
@@ -277,7 +257,7 @@ def mix(weights: dict[str, float | None], available: dict[str, int], num_rows: i
         scale = min(scale, num_rows / max(sum(shares.values()), 1e-9))
     exact = {name: scale * share for name, share in shares.items()}
     rows = {name: int(number + 1e-9) for name, number in exact.items()}
-    num_left = int(sum(exact.values()) + 1e-9) - sum(rows.values())  # by rounding down; they go to the largest rests
+    num_left = int(sum(exact.values()) + 1e-9) - sum(rows.values())  # after rounding down, for the largest remainders
     for name in sorted(rows, key=lambda name: rows[name] - exact[name])[:num_left]:
         rows[name] += 1
     return rows
@@ -292,8 +272,7 @@ def _write_chats(
     (folder / HELD_OUT_FOLDER).mkdir()
     for name in sorted(set(sources)):
         number_of = Counter(outcomes[sources == name].tolist())
-        by_step = sorted(number_of.items(), key=lambda item: OUTCOMES.index(item[0].split(":")[0]))
-        counts[name] = dict(by_step)
+        counts[name] = dict(sorted(number_of.items(), key=lambda item: OUTCOMES.index(item[0].split(":")[0])))
         held_out = order[((sources == name) & (outcomes == HELD_OUT))[order]]
         _write_rows(measured, held_out, folder / HELD_OUT_FOLDER / f"{name}.jsonl")
     train = order[(outcomes == TRAIN)[order]]
@@ -306,10 +285,9 @@ def _write_chats(
 def _write_rows(measured: datasets.Dataset, rows: np.ndarray, path: Path) -> None:
     if not len(rows):
         return
+    chosen = measured.select_columns(["chat", "source", "key"]).select(rows)
     with path.open("w", encoding="utf-8") as file:
-        for row in tqdm(
-            measured.select_columns(["chat", "source", "key"]).select(rows), desc=f"write {path.name}", unit=" rows"
-        ):
+        for row in tqdm(chosen, desc=f"write {path.name}", unit=" rows"):
             chat = json.loads(row["chat"]) | {"id": f"{row['key']:016x}", "source": row["source"]}
             file.write(json.dumps(chat, ensure_ascii=False) + "\n")
 
@@ -319,6 +297,6 @@ def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def _names(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    """A column of few different texts, str objects [N]: each text is in memory once."""
+    """A column of few distinct texts, str objects [N] that share memory."""
     codes = dataset.data.column(name).combine_chunks().dictionary_encode()
     return codes.dictionary.to_numpy(zero_copy_only=False)[codes.indices.to_numpy()]

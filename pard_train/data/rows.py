@@ -36,16 +36,11 @@ class Rejects:
     """Error callback that appends bad rows to a file, one {"origin", "reason", "row"} per line.
 
     The file appears with the first bad row. Every line is one write, so that processes can share the file.
-
-    Attributes:
-        path: the file.
-        num_rows: rows set aside by this object.
-        last: why the last of them was.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.num_rows = 0
+        self.num_rows = 0  # written by this object
         self.last: RowError | None = None
 
     def __call__(self, error: RowError, raw: str) -> None:
@@ -57,7 +52,7 @@ class Rejects:
         self.last = error
 
     def summary(self) -> str:
-        """Number of rejected rows, and why the last one was."""
+        """Number of rejected rows, and the last error."""
         return f"{self.num_rows} rejected" + (f", the last at {self.last}" if self.last else "")
 
 
@@ -67,25 +62,16 @@ def is_file_source(path: str) -> bool:
 
 
 def read_rows(source: SourceConfig, on_bad_row: OnBadRow = stop) -> Iterator[tuple[Row, str]]:
-    """(row, origin) of the rows of a file, a folder or a data set of the hub.
+    """(row, origin) of the first `source.max_rows` good rows of a file, a folder or a data set of the hub; 0 reads all.
 
-    Args:
-        source: what to read. Of its rows the first `max_rows` good ones are taken; 0 takes all.
-        on_bad_row: told of every row that cannot be read.
-
-    Raises:
-        UserError: if the source as a whole cannot be read.
+    Raises UserError if the source as a whole cannot be read.
     """
     rows = _read_file(source.path, on_bad_row) if is_file_source(source.path) else _read_dataset(source)
     return islice(rows, source.max_rows or None)
 
 
 def source_version(source: SourceConfig) -> str:
-    """16 hexadecimal digits that change with the contents of a source: of its bytes, or of its commit on the hub.
-
-    Raises:
-        UserError: if there is no such source.
-    """
+    """Hash (16 hexadecimal digits) of a source's bytes, or its commit on the hub. Raises UserError if there is none."""
     path = Path(source.path)
     if path.is_dir():
         return _digest(sorted(file for file in path.rglob("*") if file.is_file()), path)
@@ -98,11 +84,7 @@ def source_version(source: SourceConfig) -> str:
 
 
 def read_jsonl(path: str | Path, on_bad_row: OnBadRow = stop) -> Iterator[tuple[Row, str]]:
-    """(row, "file:line") of every non-blank line.
-
-    Raises:
-        UserError: if the file is missing, or is a damaged gzip file.
-    """
+    """(row, "file:line") of every non-blank line. Raises UserError if the file is missing, or a damaged gzip file."""
     with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
@@ -126,27 +108,24 @@ def _parse(line: bytes, origin: str) -> Row:
         raise RowError(origin, f"not a JSON line ({error.msg} at column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise RowError(origin, f"not a JSON line ({error})") from error
-    return _checked_object(row, origin)
-
-
-def _checked_object(row: Any, origin: str) -> Row:
     if not isinstance(row, dict):
-        raise RowError(origin, f"a row must be a JSON object, found {type(row).__name__}")
+        raise _not_an_object(row, origin)
     return row
+
+
+def _not_an_object(row: Any, origin: str) -> RowError:
+    return RowError(origin, f"a row must be a JSON object, found {type(row).__name__}")
 
 
 def _read_file(path: str, on_bad_row: OnBadRow) -> Iterator[tuple[Row, str]]:
     name = path.removesuffix(".gz")
     if name.endswith(".parquet"):
         return _read_parquet(path)
-    if name.endswith(".json") and _is_json_list(path):
-        return _read_json_list(path, on_bad_row)
+    if name.endswith(".json"):
+        with _opened(path) as file:
+            if file.peek(1024).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+                return _read_json_list(path, on_bad_row)
     return read_jsonl(path, on_bad_row)
-
-
-def _is_json_list(path: str) -> bool:
-    with _opened(path) as file:
-        return file.peek(1024).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
 def _read_json_list(path: str, on_bad_row: OnBadRow) -> Iterator[tuple[Row, str]]:
@@ -157,12 +136,10 @@ def _read_json_list(path: str, on_bad_row: OnBadRow) -> Iterator[tuple[Row, str]
             raise UserError(f"{path}: not a JSON list ({error})") from error
     for index, row in enumerate(rows):
         origin = f"{path}[{index}]"
-        try:
-            _checked_object(row, origin)
-        except RowError as error:
-            on_bad_row(error, json.dumps(row))
-        else:
+        if isinstance(row, dict):
             yield row, origin
+        else:
+            on_bad_row(_not_an_object(row, origin), json.dumps(row))
 
 
 def _read_parquet(path: str) -> Iterator[tuple[Row, str]]:
@@ -190,7 +167,7 @@ def _read_dataset(source: SourceConfig) -> Iterator[tuple[Row, str]]:
 
 
 def _without_nulls(row: Row, features: Mapping[str, Any] | None = None) -> Row:
-    """A row of columns, whose structs have no null fields; the columns themselves all stay, to be named in errors."""
+    """A row of columns whose structs have no null fields. All columns stay: errors name them."""
     return {name: _as_given(value, (features or {}).get(name)) for name, value in row.items()}
 
 
@@ -208,7 +185,7 @@ def _as_given(value: Any, feature: Any) -> Any:
 
 @contextmanager
 def _explained(source: SourceConfig) -> Iterator[None]:
-    """Makes a UserError of what goes wrong while a data set is loaded."""
+    """Turn errors of loading a data set into a UserError."""
     import datasets
 
     try:
@@ -222,7 +199,7 @@ def _explained(source: SourceConfig) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
-    """A file, unpacked if it is gzipped. Raises UserError if it is missing or, while it is read, damaged."""
+    """Open a file, gzipped or not. Raises UserError if it is missing or turns out to be damaged."""
     path = _existing(Path(path))
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import index
 from typing import Any
 
@@ -42,32 +43,20 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation.
+    """One conversation."""
 
-    Attributes:
-        messages: checked (see `check_messages`). They may end with a question, as a prompt that awaits its answer.
-        tools: JSON schemas of the functions that the model may call, each {"type": "function", "function": {...}}.
-        finish_reason: why the last answer ended; `length` if it hit a limit.
-        token_ids: the ids that a target was given and wrote, if the row has them.
-    """
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
-    finish_reason: str | None = None
-    token_ids: TokenIds | None = None
+    messages: list[Message]  # checked (see `check_messages`); a prompt's end with a question
+    tools: list[dict[str, Any]] | None = None  # functions for the model: {"type": "function", "function": JSON schema}
+    finish_reason: str | None = None  # why the last answer ended; `length` if it hit a limit
+    token_ids: TokenIds | None = None  # the answers as a target wrote them
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Answers of a target as its own token ids.
+    """Answers of a target as its own token ids."""
 
-    Attributes:
-        tokenizer: fingerprint of the target's tokenizer.
-        turns: (prompt ids, answer ids) of every turn.
-    """
-
-    tokenizer: str
-    turns: list[tuple[list[int], list[int]]]
+    tokenizer: str  # fingerprint of the target's tokenizer
+    turns: list[tuple[list[int], list[int]]]  # (prompt ids, answer ids)
 
     @classmethod
     def of(cls, value: Any, origin: str) -> TokenIds | None:
@@ -85,16 +74,7 @@ class TokenIds:
 
 
 def to_chat(row: Row, source: SourceConfig, origin: str) -> Chat:
-    """The chat that a row holds.
-
-    Args:
-        row: as it was read.
-        source: its schema, and the columns that bear other names.
-        origin: named in errors.
-
-    Raises:
-        RowError: if there is no chat in the row, or a message of it is not as it must be.
-    """
+    """Chat of a row, by the schema and column names of its source. Raises RowError if it has none, or a bad message."""
     row = _renamed(row, source.columns, origin)
     columns, read = SCHEMAS[_schema_of(row, source.schema, origin)]
     messages = _with_system_prompt(read(row, columns, origin), _first(row, SYSTEM_PROMPTS))
@@ -110,11 +90,7 @@ def to_chat(row: Row, source: SourceConfig, origin: str) -> Chat:
 
 
 def check_messages(messages: Any, origin: str) -> None:
-    """Check the roles, contents and order of one conversation.
-
-    Raises:
-        RowError: naming the message and what is allowed.
-    """
+    """Check the roles, contents and order of one conversation. Raises RowError, naming the message."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RowError(origin, f"`messages` must be a non-empty list of {{role, content}}, found {messages!r:.80}")
     before = None
@@ -149,16 +125,14 @@ def _fault(message: Mapping[str, Any], before: str | None) -> str | None:
 
 
 def _is_call(call: Any) -> bool:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    return (
-        isinstance(function, Mapping)
-        and isinstance(function.get("name"), str)
-        and isinstance(function.get("arguments"), Mapping)
-    )
+    match call:
+        case {"function": {"name": str(), "arguments": Mapping()}}:
+            return True
+    return False
 
 
 def _not_storable(value: Any) -> str | None:
-    """What in a value no file of JSON can hold, None if there is nothing such."""
+    """The part of a value that JSON files cannot hold, if any."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -168,9 +142,7 @@ def _not_storable(value: Any) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schemas: (row, columns, origin) -> messages, yet to be checked
-# ---------------------------------------------------------------------------------------------------------------------
+# Schemas: (row, columns, origin) -> messages, not checked yet.
 
 
 def _read_messages(row: Row, columns: tuple[str, ...], origin: str) -> Any:
@@ -183,14 +155,18 @@ def _read_sharegpt(row: Row, columns: tuple[str, ...], origin: str) -> Any:
 
 def _read_alpaca(row: Row, columns: tuple[str, ...], origin: str) -> Any:
     pairs = _parsed(row.get("history") or [], list, "`history`", origin)
-    history = [message for pair in pairs for message in _pair(pair, origin)]
-    question = "\n".join(str(row[name]) for name in (*columns, "input") if row.get(name))
-    return [*history, _said("user", question), *_said_or_given("assistant", _first(row, ANSWERS), origin)]
+    history: list[Message] = []
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise RowError(origin, f"`history` must be a list of [question, answer], found {pair!r:.80}")
+        history += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    question = {"role": "user", "content": "\n".join(str(row[name]) for name in (*columns, "input") if row.get(name))}
+    return [*history, question, *_messages_of("assistant", _first(row, ANSWERS), origin)]
 
 
 def _read_prompt(row: Row, columns: tuple[str, ...], origin: str) -> Any:
-    question = _said_or_given("user", _first(row, columns), origin)
-    return [*question, *_said_or_given("assistant", _first(row, ANSWERS), origin)]
+    question = _messages_of("user", _first(row, columns), origin)
+    return [*question, *_messages_of("assistant", _first(row, ANSWERS), origin)]
 
 
 # The columns that tell a schema, of which one holds the chat or the question. `auto` takes the first that fits.
@@ -207,12 +183,9 @@ def _schema_of(row: Row, wanted: str, origin: str) -> str:
     for name, columns in candidates.items():
         if _first(row, columns) is not None:
             return name
-    allowed = ", ".join(column for columns in candidates.values() for column in columns)
-    raise RowError(
-        origin,
-        f"no chat in the columns {', '.join(map(str, row)) or '(none)'}: one of {allowed} is needed; "
-        "name a column that bears another name, such as columns={prompt: NAME, response: NAME}",
-    )
+    allowed, found = ", ".join(chain.from_iterable(candidates.values())), ", ".join(map(str, row)) or "(none)"
+    advice = "name a column that bears another name, such as columns={prompt: NAME, response: NAME}"
+    raise RowError(origin, f"no chat in the columns {found}: one of {allowed} is needed; {advice}")
 
 
 def _renamed(row: Row, columns: Mapping[str, str], origin: str) -> Row:
@@ -223,30 +196,21 @@ def _renamed(row: Row, columns: Mapping[str, str], origin: str) -> Row:
 
 
 def _with_system_prompt(messages: Any, system: Any) -> Any:
-    """One that stands among the messages goes before the one in its own column."""
-    is_needed = isinstance(messages, list) and not any(message.get("role") == "system" for message in messages)
-    return [_said("system", system), *messages] if is_needed and system and str(system).strip() else messages
+    """The messages after a system prompt of its own column, which one among the messages overrides."""
+    if not isinstance(messages, list) or any(message.get("role") == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system}, *messages] if system and str(system).strip() else messages
 
 
 def _tools(tools: Any, origin: str) -> list[dict[str, Any]] | None:
-    found = [_tool(tool, origin) for tool in _parsed(tools or [], list, "tools", origin)]
-    if fault := _not_storable(found):
+    parsed = [_parsed(tool, dict, "a tool", origin) for tool in _parsed(tools or [], list, "tools", origin)]
+    if fault := _not_storable(parsed):
         raise RowError(origin, f"tools have {fault}")
-    return found or None
-
-
-def _tool(tool: Any, origin: str) -> dict[str, Any]:
-    tool = _parsed(tool, dict, "a tool", origin)
-    return tool if "function" in tool else {"type": "function", "function": tool}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Messages
-# ---------------------------------------------------------------------------------------------------------------------
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in parsed] or None
 
 
 def _message(message: Any, origin: str) -> Message:
-    """A message with the fields that templates read. Those with null are left out: columnar files have them all."""
+    """A message with the fields that templates read, without nulls: columnar files have all fields."""
     if not isinstance(message, Mapping):
         return {}
     if isinstance(message.get("content"), list):
@@ -268,14 +232,14 @@ def _joined_parts(parts: list[Any], origin: str) -> dict[str, Any]:
     for part in parts:
         text = _first(part, PART_TEXTS) if isinstance(part, Mapping) else None
         if not isinstance(text, str) or part.get("type") not in PARTS:
-            kinds = ", ".join(PARTS)
-            raise RowError(origin, f"content has a part that is not {{type: {kinds}; text: ...}}: {part!r:.80}")
+            allowed = f"{{type: {', '.join(PARTS)}; text: ...}}"
+            raise RowError(origin, f"content has a part that is not {allowed}: {part!r:.80}")
         found.setdefault(PARTS[part["type"]], []).append(text)
     return {field: texts if field == "tool_calls" else "\n".join(texts) for field, texts in found.items()}
 
 
 def _tool_call(call: Any, origin: str) -> dict[str, Any]:
-    """A call whose arguments are an object, as engines hand them to templates; data sets have them as JSON text."""
+    """A call whose arguments are an object, as engines pass them to templates; data sets have them as JSON text."""
     call = _parsed(call, dict, "a tool call", origin)
     function = _parsed(call.get("function") or call, dict, "a tool call's function", origin)
     arguments = _parsed(function.get("arguments") or {}, dict, "a tool call's arguments", origin)
@@ -298,21 +262,11 @@ def _from_speaker(turn: Any, origin: str) -> Any:
     return {**turn, "role": role, "content": text}
 
 
-def _pair(pair: Any, origin: str) -> list[Message]:
-    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-        raise RowError(origin, f"`history` must be a list of [question, answer], found {pair!r:.80}")
-    return [_said("user", pair[0]), _said("assistant", pair[1])]
-
-
-def _said(role: str, content: Any) -> Message:
-    return {"role": role, "content": content}
-
-
-def _said_or_given(role: str, content: Any, origin: str) -> list[Message]:
+def _messages_of(role: str, content: Any, origin: str) -> list[Message]:
     """Messages of a column that holds a text, a list of messages or nothing."""
     if isinstance(content, list):
         return [_message(message, origin) for message in content]
-    return [] if content is None else [_said(role, content)]
+    return [] if content is None else [{"role": role, "content": content}]
 
 
 def _each(values: Any, convert: Callable[[Any], Any]) -> Any:
