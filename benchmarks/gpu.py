@@ -157,10 +157,10 @@ def run_parts(parts: Sequence[Part], folder: Path, seconds: float, about: Mappin
     deadline = time.monotonic() + seconds - RESERVE
     names = [part.name for part in parts]
     records = read_records(names, folder)
-    todo = [part for part in parts if records.get(part.name, {}).get("state") != DONE]
-    todo.sort(key=lambda part: part.name in records)  # parts never tried first
+    todo = {part.name: part for part in parts if records.get(part.name, {}).get("state") != DONE}
+    retried = todo.keys() & records.keys()
     left: list[str] = []
-    for part in todo:
+    for part in sorted(todo.values(), key=lambda part: bool({part.name, part.after} & retried)):  # never tried first
         remaining = deadline - time.monotonic()
         if remaining < part.least or part.after in left:
             left.append(part.name)

@@ -178,8 +178,8 @@ class Run:
         self.report()
         self.evaluate("evaluation", "live_prompts=0")
         self.report()
-        if self.draft != self.train:
-            sys.exit("training was cut: the same command continues")
+        if not self.draft.is_dir():
+            sys.exit("training was cut before it had a draft: the same command continues")
 
     def evaluate(self, name: str, *settings: str) -> Path | None:
         """Evaluate the draft. Returns the folder of the result, or None if there is no draft or no time."""
@@ -214,7 +214,8 @@ class Run:
             "# A real run",
             "",
             f"SmolLM2-135M-Instruct as its own target; {origin()}. {num_answer:,} answer tokens after {num_prompt:,} "
-            f"prompt tokens; trained on {figures.get('supervised_tokens', 0):,.0f} supervised tokens in all.",
+            f"prompt tokens; trained on {figures.get('supervised_tokens', 0):,.0f} supervised tokens in all."
+            + ("" if self.draft == self.train else " Training was cut: the draft is its best so far."),
             "",
             f"    {command()}",
             "",

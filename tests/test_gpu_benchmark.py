@@ -162,16 +162,19 @@ def test_a_second_call_runs_what_is_not_done_and_untried_parts_first(tmp_path: P
 
     def parts(status: int) -> list[Part]:
         note = "open({0!r}, 'a').write('{1} '); raise SystemExit({2})"
-        codes = {"a": 0, "b": status, "c": 0}
-        return [part(name, note.format(str(log), name, code)) for name, code in codes.items()]
+        codes = {"a": 0, "b": status, "c": 0, "d": 0}
+        return [
+            part(name, note.format(str(log), name, code), after="b" if name == "c" else "")
+            for name, code in codes.items()
+        ]
 
-    first = parts(1)
-    assert run_parts(first[:2], tmp_path, 60, ABOUT) == []
+    assert run_parts(parts(1)[:2], tmp_path, 60, ABOUT) == []
+    assert states(tmp_path, parts(0)) == {"a": "done", "b": "failed"}
     assert run_parts(parts(0), tmp_path, 60, ABOUT) == []
-    assert log.read_text().split() == ["a", "b", "c", "b"]
-    assert states(tmp_path, first) == {"a": "done", "b": "done", "c": "done"}
+    assert log.read_text().split() == ["a", "b", "d", "b", "c"]  # c comes after b
+    assert set(states(tmp_path, parts(0)).values()) == {"done"}
     assert run_parts(parts(0), tmp_path, 60, ABOUT) == []
-    assert len(log.read_text().split()) == 4
+    assert len(log.read_text().split()) == 5
 
 
 def test_a_part_that_does_not_fit_is_left_with_what_comes_after_it_and_the_call_ends_in_time(tmp_path: Path) -> None:
