@@ -15,7 +15,7 @@ from pard_train.validation import validate_show
 
 def run(config: Config) -> None:
     """Check the data, print a row and draw its attention pattern."""
-    from pard_train.data.examples import show_examples
+    from pard_train.data.inspection import show_examples
 
     show_examples(config)
 

@@ -146,14 +146,14 @@ def slot_bounds(num_tokens: np.ndarray, runs: np.ndarray, document: np.ndarray, 
         int64 [N].
     """
 
-    def anchors(depth: int) -> np.ndarray:  # whose chain may reach this depth, per document
+    def _anchors(depth: int) -> np.ndarray:  # whose chain may reach this depth, per document
         first_anchor = np.maximum(runs[:, 0] - 1, 0)  # the first token of a document has no anchor before it
         reach = np.maximum(runs[:, 1] - 1 - depth - first_anchor, 0)
         return np.bincount(document, weights=reach, minlength=len(num_tokens)).astype(np.int64)
 
-    bounds, num_anchors = num_tokens.astype(np.int64), anchors(0)
+    bounds, num_anchors = num_tokens.astype(np.int64), _anchors(0)
     for depth in range(1, draft.num_draft_tokens):
-        bounds += np.minimum(_count(num_anchors, depth, draft), anchors(depth))
+        bounds += np.minimum(_count(num_anchors, depth, draft), _anchors(depth))
     return bounds
 
 

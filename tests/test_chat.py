@@ -382,8 +382,8 @@ def test_a_chat_that_the_template_cannot_follow_is_refused_by_its_origin(templat
         (None, "no chat template"),
         ("{{ raise_exception('never') }}", "cannot be rendered: never"),
         ("{% for m in messages %}", "cannot be rendered"),
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", "puts nothing after an answer"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", "puts nothing after an answer"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", "nothing after an answer"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "nothing after an answer"),
     ],
     ids=["none", "raises", "syntax", "open turns", "no content"],
 )

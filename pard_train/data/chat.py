@@ -5,15 +5,14 @@ the turn, end-of-turn token included. Both ends are found by rendering, never by
 Text is tokenized in pieces cut at those ends, as an engine does: the prompt's ids first, then the model's own.
 
 Rules for answers, each checked for every turn:
-  * Content stays: a template may trim or pad its ends, and nothing else.
+  * A template may trim or pad the ends of the content, and change nothing else.
   * One thought at most, at the start: `<think>...</think>` in content, or reasoning_content.
   * A generation prompt that opens a thought (DeepSeek-R1) is continued: the opening tag is stripped from the answer,
     and an answer without a thought closes it first. One that closes the thought (enable_thinking=false) allows none.
   * No special token of the tokenizer in an answer: it would end the turn, or never be generated.
 
-Templates with a clock (`strftime_now` in Llama 3.2 and SmolLM3) receive the fixed date `DAY`, so that the tokens of a
-chat and the names of cached answers do not change overnight. data.template_kwargs={date_string: 24 Dec 2025} overrides
-it where the template takes an argument.
+Templates with a clock (`strftime_now` in Llama 3.2 and SmolLM3) receive the fixed date `DAY`, so that tokens and cached
+answers stay the same tomorrow. Where a template takes it, data.template_kwargs={date_string: 24 Dec 2025} overrides it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import chain
@@ -65,6 +64,10 @@ class Document:
     origin: str  # such as `chats.jsonl:17`
     is_rendered: bool = True  # tokenized from text, so tokenizing the whole text must give the same ids
 
+    def part(self, tokens: slice) -> Document:
+        """Some of the document's tokens."""
+        return replace(self, input_ids=self.input_ids[tokens], loss_mask=self.loss_mask[tokens])
+
 
 @dataclass(frozen=True)
 class Pieces:
@@ -78,19 +81,16 @@ class Pieces:
 class ChatEncoder:
     """Renders and tokenizes conversations for one tokenizer.
 
-    Raises:
-        UserError: if the tokenizer has no chat template, its template cannot be rendered or never ends a turn, or the
-            tokenizer changes text when it is tokenized in pieces.
+    Raises UserError without a chat template, if it cannot be rendered or never ends a turn, or if the tokenizer changes
+    text when it is tokenized in pieces.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None):
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
         if not tokenizer.chat_template:
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template: use an instruct model, "
-                "or put chat_template.jinja beside its tokenizer"
-            )
+            fix = "use an instruct model, or put chat_template.jinja beside its tokenizer"
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: {fix}")
         self._special = re.compile("|".join(map(re.escape, self._control_tokens())) or r"(?!)")
         self._has_thoughts = CLOSE in str(self.template_kwargs.get("chat_template") or tokenizer.chat_template)
         self.turn_suffix = self._find_turn_suffix()
@@ -138,8 +138,7 @@ class ChatEncoder:
             is_cut: the last answer hit its length limit, so its end-of-turn token is not supervised.
             tools: JSON schemas of the functions that the model may call.
 
-        Raises:
-            RowError: on an unknown role, no assistant turn, an empty answer, or a template that cannot be followed.
+        Raises RowError on an unknown role, no assistant turn, an empty answer, or a template that cannot be followed.
         """
         check_messages(messages, origin)
         stops = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -160,10 +159,13 @@ class ChatEncoder:
         first, *others = _join_turns(zip(prompts, answers, strict=True))
         return [Pieces(first, origin, altered), *(Pieces(document, origin) for document in others)]
 
-    def tokenize(self, pieces: Sequence[Pieces]) -> list[Document]:
-        """Tokenize the documents of many conversations in one call."""
-        ids = iter(self._ids([text for document in pieces for text in document.texts]))
-        return [_document([next(ids) for _ in document.texts], document.origin) for document in pieces]
+    def tokenize(self, pieces: Sequence[Pieces | Document]) -> list[Document]:
+        """Tokenize the pieces of many conversations in one call; documents stay as they are."""
+        ids = iter(self._ids([text for part in pieces if isinstance(part, Pieces) for text in part.texts]))
+        return [
+            part if isinstance(part, Document) else _document([next(ids) for _ in part.texts], part.origin)
+            for part in pieces
+        ]
 
     def _render_all(self, chats: Sequence[Messages], generation_prompt: bool, tools: Tools) -> list[str]:
         template_kwargs = dict(self.template_kwargs)
@@ -179,9 +181,8 @@ class ChatEncoder:
                 **template_kwargs,
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} cannot be rendered: {error}"
-            ) from error
+            name = self.tokenizer.name_or_path
+            raise UserError(f"the chat template of {name} cannot be rendered: {error}") from error
 
     def _check_calls(self, messages: Messages, text: str, tools: Tools) -> None:
         """Check that the last turn's text changes without any of its tool calls, or without its words before them."""
@@ -266,10 +267,9 @@ class ChatEncoder:
             content = f"It is{NO_THOUGHT}{content}"  # an empty thought begins with line ends, which merge with others
         texts = self.pieces([_PROBE[0], {**_PROBE[1], "content": content}], origin="a first try")[0].texts
         if list(chain(*self._ids(texts))) != self._ids(["".join(texts)])[0]:
-            raise UserError(
-                f"the tokenizer of {self.tokenizer.name_or_path} changes text that is tokenized in pieces; "
-                "supported are byte-level BPE tokenizers (Qwen2, Qwen3, Llama 3, SmolLM2, ...)"
-            )
+            supported = "supported are byte-level BPE tokenizers (Qwen2, Qwen3, Llama 3, SmolLM2, ...)"
+            name = self.tokenizer.name_or_path
+            raise UserError(f"the tokenizer of {name} changes text that is tokenized in pieces; {supported}")
 
 
 def _with_fixed_day(template: str) -> str:

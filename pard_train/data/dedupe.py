@@ -39,41 +39,40 @@ _BAND_WEIGHTS = np.random.RandomState(1).randint(1 << 62, size=NUM_HASHES, dtype
 
 
 def question_text(messages: Sequence[Mapping[str, str]]) -> str:
-    """The text that identifies a chat: all turns but the assistant's, each after a control character for its role."""
+    """Text that identifies a chat: all turns but the assistant's, each after a control character for its role."""
     asked = [m for m in messages if m["role"] != "assistant"]
     return "\n".join(f"{_MARKS[m['role']]}\n{m['content'].translate(_NO_MARKS)}" for m in asked)
 
 
 def content_key(text: str) -> int:
-    """Hash (64 bits) of a text, blind to case, spaces and Unicode form (NFKC); the same on every machine."""
+    """Hash (64 bits) of a text, whatever its case, spaces and Unicode form (NFKC); the same on every machine."""
     return int.from_bytes(hashlib.blake2b(_plain(text).encode(), digest_size=8).digest(), "big")
 
 
 def first_of_each(keys: np.ndarray) -> np.ndarray:
-    """The first row with each key: bool [N] for uint64 [N]."""
+    """Which rows are the first with their key: bool [N] for uint64 [N]."""
     is_first = np.zeros(len(keys), dtype=bool)
     is_first[np.unique(keys, return_index=True)[1]] = True
     return is_first
 
 
 def is_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Which rows are kept out of training: bool [N]. Only a row's own key counts, so other data never moves it."""
+    """Which rows are kept out of training: bool [N]. It depends on a row's own key only, not on other rows."""
     return keys < fraction * 2.0**64
 
 
 def shuffled(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Rows in an order that follows from their keys and a seed, and is independent of `is_held_out`: int64 [N]."""
+    """Rows in an order that depends on their keys and a seed, and is independent of `is_held_out`: int64 [N]."""
     ranks = np.fromiter((content_key(f"{seed} {key}") for key in keys), dtype=np.uint64, count=len(keys))
     return np.argsort(ranks, kind="stable")
 
 
 def signature(messages: Sequence[Mapping[str, str]]) -> np.ndarray:
-    """MinHash of what the user says: uint32 [NUM_HASHES].
+    """MinHash of the user's messages: uint32 [NUM_HASHES].
 
-    The share of equal hashes estimates the overlap (Jaccard index) of two sets of word 3-grams. Symbols are words here,
-    because 3x + 5 and 3x - 5 are two questions; fewer than three words are one shingle. Chats with different system
-    prompts share no hash, and the prompt itself does not count: a long one would make all short questions under it near
-    duplicates. (A long instruction that users repeat before short questions still does.)
+    The share of equal hashes estimates the overlap (Jaccard index) of two sets of word 3-grams. Symbols count as words:
+    3x + 5 and 3x - 5 are two questions. Fewer than three words are one shingle. The system prompt is no part of the
+    set, or a long one would make all its short questions near duplicates; chats with different ones share no hash.
     """
     words = _WORD_OR_SYMBOL.findall(_plain(_text_of(messages, "user")))
     shingles = [" ".join(gram) for gram in _grams(words, SHINGLE_WORDS)] or [" ".join(words)]
@@ -83,18 +82,11 @@ def signature(messages: Sequence[Mapping[str, str]]) -> np.ndarray:
 
 
 def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """Which rows to drop, so that of near duplicates the first stays.
+    """Which rows to drop, so that of near duplicates the first stays: bool [N] for signatures uint32 [N, H].
 
-    Every dropped row shares at least `threshold` of its hashes with an earlier one. No two kept rows do that share a
-    whole band (see `band_width`), unless MAX_COMPARISONS other rows of that band stood before them: that bound keeps
-    the time of N log N where a million rows begin alike. Memory: about 60 bytes per row beside the signatures.
-
-    Args:
-        signatures: uint32 [N, H], an array or a memory map.
-        threshold: above 0 and below 1.
-
-    Returns:
-        bool [N].
+    Every dropped row shares at least `threshold` (between 0 and 1) of its hashes with an earlier one. No two kept rows
+    do that share a whole band (see `band_width`), unless MAX_COMPARISONS rows of that band precede them. That bound
+    keeps the time at N log N for a million rows that begin alike. Memory: 60 bytes per row, without the signatures.
     """
     num_rows, num_hashes = signatures.shape
     width = band_width(threshold, num_hashes)
@@ -114,7 +106,7 @@ def near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def band_width(threshold: float, num_hashes: int = NUM_HASHES) -> int:
-    """Hashes w per band: as many as leave two rows that overlap by the threshold t found nine times in ten.
+    """Hashes w per band: the most that find two rows with an overlap of the threshold t nine times in ten.
 
     Rows are compared if all hashes of one of their H // w bands agree: with probability 1 - (1 - t**w) ** (H // w).
 
@@ -129,11 +121,7 @@ class Contamination:
     """Finds pieces of benchmarks in other texts: runs of words (letters and digits, whatever the case) in common.
 
     A run that several prompts of one benchmark share is a template and does not count. A prompt without a distinctive
-    run, such as one shorter than a run, counts as a whole.
-
-    Args:
-        prompts: texts per benchmark.
-        overlap_words: words of a run.
+    run of `overlap_words` words, such as a shorter one, counts as a whole.
     """
 
     def __init__(self, prompts: Mapping[str, Sequence[str]], overlap_words: int):
@@ -143,14 +131,14 @@ class Contamination:
         self._lengths = sorted({len(run) for run in self._benchmark_of})
 
     def find(self, text: str) -> str | None:
-        """The benchmark that a text has a run of words of, or None."""
+        """Name of a benchmark that a text shares a run of words with, or None."""
         words = _WORD.findall(_plain(text))
         runs = chain.from_iterable(_grams(words, length) for length in self._lengths)
         return next(filter(None, map(self._benchmark_of.get, runs)), None)
 
 
 def _distinctive_runs(prompts: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
-    """Runs of words that stand in one prompt alone."""
+    """Runs of words that occur in one prompt only."""
     distinct = {tuple(_WORD.findall(_plain(prompt))) for prompt in prompts}
     count = Counter(chain.from_iterable(set(_grams(words, length)) for words in distinct))
     for words in distinct:
@@ -168,7 +156,7 @@ def _band_keys(band: np.ndarray) -> np.ndarray:
 
 
 def _with_duplicates(rows: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows sorted by key: those whose key another has too, and for each of them the first row with it."""
+    """Of rows sorted by key: those that share their key, and for each of them the first row with it."""
     is_first = np.ones(len(rows), dtype=bool)
     is_first[1:] = keys[1:] != keys[:-1]
     is_alone = is_first & np.append(is_first[1:], True)

@@ -1,14 +1,11 @@
-"""Chats become tokens on disk: read, rendered and tokenized by many processes, each row with one outcome.
-
-A folder of tokens holds an Arrow data set of documents, a `manifest.json` of its inputs, and `rejects.jsonl` with the
-unusable rows. `store.py` reads it.
-"""
+"""Encode chats into a folder of tokens: an Arrow data set of documents, manifest.json and rejects.jsonl."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +44,23 @@ DOCUMENTS = datasets.Features(
 
 
 def encode_corpus(config: DataConfig, encoder: ChatEncoder, folder: Path) -> None:
-    """Read, render and tokenize a source into a store, written atomically.
+    """Read, render and tokenize a source into a new folder, written atomically.
 
-    Args:
-        config: the source and its options.
-        encoder: of the tokenizer.
-        folder: of the store; must not exist.
-
-    Raises:
-        UserError: at the first bad row (bad_rows=error), or if there is nothing to train on.
+    Raises UserError at the first bad row (bad_rows=error), or if there is nothing to train on.
     """
     started = time.time()
     with new_folder(folder) as partial:
         rejects = Rejects(partial / REJECTS_FILE)
-        rows = _write_rows(config, partial / "rows.arrow", rejects if config.bad_rows == "set_aside" else stop)
+        rows = _write_rows(
+            source_of(config), partial / "rows.arrow", rejects if config.bad_rows == "set_aside" else stop
+        )
         num_rows = len(rows) + rejects.num_rows
         num_workers = min(config.num_workers or num_cores(), max(1, len(rows) // ROWS_PER_WORKER))
-        encoded = _encode_rows(rows, config, encoder, partial / "encoded.arrow", num_workers)
-        _list_rejected(encoded, rejects)
+        path = partial / "tokenize.arrow"
+        encoded = map_rows(rows, _encode_batch, path, DOCUMENTS, num_workers, config=config, encoder=encoder)
+        for index in np.flatnonzero(pc.equal(encoded.data.column("outcome"), "rejected").to_numpy()).tolist():
+            reason, text = json.loads(encoded[index]["note"])
+            rejects(RowError(encoded[index]["origin"], reason), text)
         counts = {"rows": num_rows, "rejected": rejects.num_rows, **_count_outcomes(encoded)}
         if not counts["documents"]:
             raise UserError(
@@ -76,17 +72,12 @@ def encode_corpus(config: DataConfig, encoder: ChatEncoder, folder: Path) -> Non
             scratch.unlink()
         manifest = _manifest(config, encoder, documents, counts)
         speed = manifest["counts"]["tokens"] / (time.time() - started)
-        manifest["speed"] = {
-            "workers": num_workers,
-            "tokens_per_second": round(speed),
-            "tokens_per_second_per_worker": round(speed / num_workers),
-        }
-        write_json(partial / MANIFEST_FILE, manifest)
+        speeds = {"tokens_per_second": round(speed), "tokens_per_second_per_worker": round(speed / num_workers)}
+        write_json(partial / MANIFEST_FILE, manifest | {"speed": {"workers": num_workers, **speeds}})
 
 
-def _write_rows(config: DataConfig, path: Path, on_bad_row: OnBadRow) -> datasets.Dataset:
-    """Every row of the source as JSON, with its origin: what many processes can share."""
-    source = source_of(config)
+def _write_rows(source: SourceConfig, path: Path, on_bad_row: OnBadRow) -> datasets.Dataset:
+    """Every row of the source as JSON, with its origin, in a file that processes share."""
     with ArrowWriter(path=str(path), features=_ROWS) as writer:
         for row, origin in tqdm(read_rows(source, on_bad_row), desc=f"read {source.path}", unit=" rows"):
             try:
@@ -106,22 +97,22 @@ def _as_text(row: Row, source: SourceConfig, origin: str) -> str:
         return json.dumps(row, default=str)
 
 
-def _encode_rows(
-    rows: datasets.Dataset, config: DataConfig, encoder: ChatEncoder, path: Path, num_workers: int
+def map_rows(
+    rows: datasets.Dataset, function: Callable, path: Path, features: datasets.Features, num_workers: int, **given: Any
 ) -> datasets.Dataset:
-    """One row per document or rejected row, in order."""
-    if not len(rows):  # which `map` would pass on without columns
-        return datasets.Dataset.from_dict({name: [] for name in DOCUMENTS}, features=DOCUMENTS)
+    """Map batches of rows to new ones in a file, with several processes; `given` are arguments of the function."""
+    if not len(rows):  # `map` would return no columns
+        return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
     return rows.map(
-        _encode_batch,
-        fn_kwargs={"config": config, "encoder": encoder},
+        function,
+        fn_kwargs=given,
         batched=True,
         remove_columns=rows.column_names,
-        features=DOCUMENTS,
+        features=features,
         cache_file_name=str(path),
         new_fingerprint=fingerprint(str(path)),
         num_proc=num_workers if num_workers > 1 else None,
-        desc="tokenize",
+        desc=path.stem,
     )
 
 
@@ -135,80 +126,58 @@ def _encode_batch(batch: dict[str, list[str]], config: DataConfig, encoder: Chat
             if config.bad_rows == "error":
                 raise
             entries.append(_result([], [], error.origin, "rejected", json.dumps([error.reason, text])))
-    tokenized = iter(encoder.tokenize([entry for entry in entries if isinstance(entry, Pieces)]))
+    documents = iter(encoder.tokenize([entry for entry in entries if not isinstance(entry, dict)]))
     results = []
     for entry in entries:
+        result = entry if isinstance(entry, dict) else _fit(next(documents), config)
         if isinstance(entry, Pieces):
-            entry_result = {**_fit(next(tokenized), config), "altered": entry.num_altered}
+            result["altered"] = entry.num_altered
         elif isinstance(entry, Document):
-            entry_result = _fit(entry, config)
-            entry_result["from_token_ids"] = len(entry_result["runs"]) // 2
-        else:
-            entry_result = entry
-        results.append({"from_token_ids": 0, "altered": 0, **entry_result})
+            result["from_token_ids"] = len(result["runs"]) // 2
+        results.append(result)
     return {name: [result[name] for result in results] for name in DOCUMENTS}
 
 
 def encode_chat(chat: Chat, encoder: ChatEncoder, origin: str) -> Sequence[Document | Pieces]:
     """Documents of one chat: a target's own token ids if the row has them for this tokenizer, else rendered text.
 
-    Raises:
-        RowError: if the chat cannot be rendered without loss.
+    Raises RowError if the chat cannot be rendered without loss, or has token ids that the tokenizer lacks.
     """
-    if chat.token_ids is not None and chat.token_ids.tokenizer == encoder.tokenizer_fingerprint:
-        documents = documents_of_ids(chat.token_ids.turns, origin)
-        for ids in (document.input_ids for document in documents):
-            if ids.min() < 0 or ids.max() >= len(encoder.tokenizer):
-                raise RowError(
-                    origin, f"token_ids must be from 0 to {len(encoder.tokenizer) - 1}, as the tokenizer's are"
-                )
-        return documents
-    is_cut = chat.finish_reason == "length"
-    return encoder.pieces(chat.messages, origin=origin, is_cut=is_cut, tools=chat.tools)
+    if chat.token_ids is None or chat.token_ids.tokenizer != encoder.tokenizer_fingerprint:
+        return encoder.pieces(chat.messages, origin=origin, is_cut=chat.finish_reason == "length", tools=chat.tools)
+    documents, num_ids = documents_of_ids(chat.token_ids.turns, origin), len(encoder.tokenizer)
+    if any(d.input_ids.min() < 0 or d.input_ids.max() >= num_ids for d in documents):
+        raise RowError(origin, f"token_ids must be from 0 to {num_ids - 1}, as the tokenizer's are")
+    return documents
 
 
 def _fit(document: Document, config: DataConfig) -> dict[str, Any]:
-    """A document as a row of the store, after doing with an overlong one what data.overlong says."""
-    length, ids, mask = len(document.input_ids), document.input_ids, document.loss_mask
-    if length <= config.max_length:
-        return _result(ids, supervised_runs(mask), document.origin, "kept")
-    if config.overlong == "error":
+    """A document as a row of the store; data.overlong decides on an overlong one."""
+    length, part = len(document.input_ids), document.part(slice(config.max_length))
+    is_overlong = length > config.max_length
+    if is_overlong and config.overlong == "error":
         raise UserError(
             f"{document.origin}: {length} tokens, but data.max_length={config.max_length}; raise data.max_length "
             "(and data.slot_budget), or set data.overlong=drop or data.overlong=truncate"
         )
-    ids, mask = ids[: config.max_length], mask[: config.max_length]
-    if config.overlong == "drop" or not mask.any():  # or the prompt alone fills the window
+    if is_overlong and (config.overlong == "drop" or not part.loss_mask.any()):  # the prompt alone fills the window
         return _result([], [], document.origin, "dropped")
-    return _result(ids, supervised_runs(mask), document.origin, "truncated")
+    runs = supervised_runs(part.loss_mask)
+    return _result(part.input_ids, runs, document.origin, "truncated" if is_overlong else "kept")
 
 
 def _result(ids: Any, runs: Any, origin: str, outcome: str, note: str = "") -> dict[str, Any]:
-    return {
-        "input_ids": np.asarray(ids, dtype=np.int32),
-        "runs": np.asarray(runs, dtype=np.int32).ravel(),
-        "origin": origin,
-        "outcome": outcome,
-        "note": note,
-    }
+    arrays = {"input_ids": np.asarray(ids, dtype=np.int32), "runs": np.asarray(runs, dtype=np.int32).ravel()}
+    return {**arrays, "origin": origin, "outcome": outcome, "note": note, "from_token_ids": 0, "altered": 0}
 
 
 def _count_outcomes(encoded: datasets.Dataset) -> dict[str, int]:
-    outcomes = {
-        count["values"]: count["counts"] for count in pc.value_counts(encoded.data.column("outcome")).to_pylist()
-    }
-    truncated = outcomes.get("truncated", 0)
-    documents, dropped = outcomes.get("kept", 0) + truncated, outcomes.get("dropped", 0)
+    outcomes = Counter({c["values"]: c["counts"] for c in pc.value_counts(encoded.data.column("outcome")).to_pylist()})
+    truncated, dropped = outcomes["truncated"], outcomes["dropped"]
+    documents = outcomes["kept"] + truncated
     # A row may be several documents (templates that drop earlier thoughts): rendered = documents + dropped.
     counts = {"rendered": documents + dropped, "documents": documents, "truncated": truncated, "dropped": dropped}
     return counts | {name: pc.sum(encoded.data.column(name)).as_py() or 0 for name in ("from_token_ids", "altered")}
-
-
-def _list_rejected(encoded: datasets.Dataset, rejects: Rejects) -> None:
-    for index in np.flatnonzero(pc.equal(encoded.data.column("outcome"), "rejected").to_numpy()):
-        row = encoded[int(index)]
-        reason, text = json.loads(row["note"])
-        rejects(RowError(row["origin"], reason), text)
 
 
 def _save_documents(encoded: datasets.Dataset, folder: Path) -> datasets.Dataset:
@@ -224,16 +193,13 @@ def source_of(config: DataConfig) -> SourceConfig:
 
 
 def corpus_identity(config: DataConfig, encoder: ChatEncoder) -> dict[str, Any]:
-    """Everything that decides the tokens."""
+    """All settings and versions that decide the tokens."""
+    settings = ("split", "subset", "max_length", "overlong", "bad_rows")
     return {
         "version": ENCODING_VERSION,
         "source": config.source,
         "source_version": source_version(source_of(config)),
-        "split": config.split,
-        "subset": config.subset,
-        "max_length": config.max_length,
-        "overlong": config.overlong,
-        "bad_rows": config.bad_rows,
+        **{name: getattr(config, name) for name in settings},
         **encoder_identity(encoder),
     }
 
@@ -250,8 +216,8 @@ def encoder_identity(encoder: ChatEncoder) -> dict[str, Any]:
 def _manifest(
     config: DataConfig, encoder: ChatEncoder, documents: datasets.Dataset, counts: dict[str, int]
 ) -> dict[str, Any]:
-    lengths = list_lengths(documents.data.column("input_ids"))
-    runs = list_values(documents.data.column("runs")).reshape(-1, 2)
+    lengths = pc.list_value_length(documents.data.column("input_ids")).to_numpy()
+    runs = pc.list_flatten(documents.data.column("runs")).to_numpy().reshape(-1, 2)
     quantiles = {f"p{q}": int(np.quantile(lengths, q / 100, method="nearest")) for q in (0, 10, 50, 90, 99, 100)}
     supervised = int((runs[:, 1] - runs[:, 0]).sum())
     return {
@@ -261,13 +227,3 @@ def _manifest(
         "document_length": quantiles | {"mean": round(float(lengths.mean()), 1)},
         "made_by": provenance(),
     }
-
-
-def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """Length of every list of a column, int64 [D], without going through Python."""
-    return pc.list_value_length(column).to_numpy().astype(np.int64)
-
-
-def list_values(column: pa.ChunkedArray) -> np.ndarray:
-    """All values of a list column in a row."""
-    return pc.list_flatten(column).to_numpy()

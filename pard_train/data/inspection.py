@@ -1,36 +1,29 @@
-"""Inspect training examples: counts, colored text with the loss mask, a table of slots."""
+"""Inspect training examples: check rows, print one with its loss mask and slots, draw its attention pattern."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
-import torch
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pard_train.config import DataConfig, DraftConfig, ObjectiveConfig
-from pard_train.core.objectives import slot_weights
+from pard_train.config import Config, DataConfig
 from pard_train.data.chat import ChatEncoder, Document
-from pard_train.data.rows import OnBadRow, stop
+from pard_train.data.encoding import encode_chat, source_of
+from pard_train.data.rows import OnBadRow, Row, read_rows, stop
+from pard_train.data.schemas import to_chat
+from pard_train.data.slots import decode, draw_pattern, lay_out_slots, quoted, shorten, slot_table
+from pard_train.data.store import is_store, open_store
 from pard_train.errors import RowError, UserError
-from pard_train.layout import (
-    IGNORE_INDEX,
-    DrawKey,
-    SlotLayout,
-    lay_out_document,
-    sample_chain_lengths,
-    slot_labels,
-    slot_tokens,
-    supervised_runs,
-)
-
-# Legend: L tokens of one document, T slots.
+from pard_train.layout import DrawKey, supervised_runs
+from pard_train.model import Base, inspect_base
 
 STYLES = {
     "prompt": "dim",
@@ -43,27 +36,71 @@ STYLES = {
 _SYMBOLS = {"\n": "↵\n", "\t": "⇥   "}
 _JOINERS = "\u200c\u200d"  # invisible, but what they join is not: Persian words, families of emoji
 
-TABLE_SLOTS = 12  # text slots and mask slots shown in a table
-_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE
+
+def read_documents(
+    data: DataConfig, encoder: ChatEncoder, first: int, end: int | None, on_bad_row: OnBadRow | None = None
+) -> Iterator[Document]:
+    """Documents of the rows first .. end - 1 of `data.source`, counting bad ones; end=None reads all.
+
+    A bad row goes to `on_bad_row`. Without it, `data.bad_rows` decides between RowError and skipping.
+    """
+    if on_bad_row is None:
+        on_bad_row = stop if data.bad_rows == "error" else lambda error, row: None
+    if is_store(data.source):
+        store = open_store(data, encoder)
+        yield from (replace(store[number], is_rendered=False) for number in range(len(store))[first:end])
+        return
+    for row, origin in islice(_read_rows(data, on_bad_row), first, end):
+        if row is None:
+            continue
+        try:
+            pieces = encode_chat(to_chat(row, source_of(data), origin), encoder, origin)
+        except RowError as error:
+            on_bad_row(error, "")
+        else:
+            yield from encoder.tokenize(pieces)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counts
-# ---------------------------------------------------------------------------------------------------------------------
+def _read_rows(data: DataConfig, on_bad_row: OnBadRow) -> Iterator[tuple[Row | None, str]]:
+    """(row, origin) of every row; None for one that cannot be read."""
+    bad: list[str] = []
+
+    def note(error: RowError, raw: str) -> None:
+        bad.append(error.origin)
+        on_bad_row(error, raw)
+
+    for row, origin in read_rows(source_of(data), note):
+        yield from ((None, place) for place in bad)  # those before this row
+        bad.clear()
+        yield row, origin
+
+
+class Faults:
+    """Error callback that counts bad rows by reason."""
+
+    def __init__(self) -> None:
+        self.first: RowError | None = None
+        self._counts: Counter[str] = Counter()
+        self._origins: dict[str, str] = {}  # of the first row per reason
+
+    def __call__(self, error: RowError, row: str) -> None:
+        self.first = self.first or error
+        kind = re.sub(r"token \d+ differs.*", "the text has other tokens when it is tokenized whole", error.reason)
+        self._counts[kind] += 1
+        self._origins.setdefault(kind, error.origin)
+
+    def lines(self) -> list[str]:
+        """One line per reason, the most frequent first, with the first row that has it."""
+        return [f"bad rows: {n:,} x {kind} (first: {self._origins[kind]})" for kind, n in self._counts.most_common()]
 
 
 def count_supervised(document: Document, encoder: ChatEncoder, data: DataConfig) -> Counter[str]:
     """Counts of one document, which add up: documents, overlong, tokens, supervised, turns, ended."""
     kept, end_ids = cut(document, data), _end_ids(encoder)
     runs = supervised_runs(kept.loss_mask)
-    return Counter(
-        documents=1,
-        overlong=int(len(document.input_ids) > data.max_length),
-        tokens=len(kept.input_ids),
-        supervised=int(kept.loss_mask.sum()),
-        turns=len(runs),
-        ended=sum(_is_ended(kept, run, end_ids) for run in runs),
-    )
+    counts = {"documents": 1, "overlong": int(len(document.input_ids) > data.max_length), "tokens": len(kept.input_ids)}
+    ended = sum(_is_ended(kept, run, end_ids) for run in runs)
+    return Counter(**counts, supervised=int(kept.loss_mask.sum()), turns=len(runs), ended=ended)
 
 
 def summary(counts: Counter[str], data: DataConfig) -> str:
@@ -77,12 +114,7 @@ def summary(counts: Counter[str], data: DataConfig) -> str:
 
 def cut(document: Document, data: DataConfig) -> Document:
     """The document as data.overlong=truncate leaves it."""
-    return part_of(document, slice(data.max_length)) if data.overlong == "truncate" else document
-
-
-def part_of(document: Document, tokens: slice) -> Document:
-    """Some of a document's tokens."""
-    return replace(document, input_ids=document.input_ids[tokens], loss_mask=document.loss_mask[tokens])
+    return document.part(slice(data.max_length)) if data.overlong == "truncate" else document
 
 
 def check_examples(
@@ -103,10 +135,7 @@ def check_examples(
                 continue
         counts.update(count_supervised(document, encoder, data))
     if not counts["supervised"]:
-        raise UserError(
-            f"data.source: no supervised token in {counts['documents']:,} documents, so there is no loss: "
-            "rows need answers (assistant turns)"
-        )
+        raise UserError(f"data.source: no supervised token in {counts['documents']:,} documents: rows need answers")
     if not counts["ended"]:
         raise UserError(
             f"data.source: all {counts['turns']:,} answers are cut, so a draft cannot learn where a turn ends: "
@@ -121,17 +150,14 @@ def check_pieces(document: Document, encoder: ChatEncoder) -> None:
     Raises RowError, naming the first token that differs and the text around it, both ways.
     """
     ids = document.input_ids.tolist()
-    whole = encoder.tokenizer(_decode(ids, encoder.tokenizer), add_special_tokens=False)["input_ids"]
+    whole = encoder.tokenizer(decode(ids, encoder.tokenizer), add_special_tokens=False)["input_ids"]
     if ids == whole:
         return
     place = next((i for i, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
     around = slice(max(0, place - 2), place + 3)
     label, engine = (" ".join(quoted(token, encoder.tokenizer) for token in tokens[around]) for tokens in (ids, whole))
-    raise RowError(
-        document.origin,
-        f"token {place} differs when the text is tokenized whole: it is {label}, an engine reads {engine}; strip "
-        "line ends and spaces from both ends of the row's answers",
-    )
+    problem = f"token {place} differs when the text is tokenized whole: it is {label}, an engine reads {engine}"
+    raise RowError(document.origin, f"{problem}; strip line ends and spaces from both ends of the row's answers")
 
 
 def _is_ended(document: Document, run: np.ndarray, end_ids: list[int]) -> bool:
@@ -143,26 +169,12 @@ def _end_ids(encoder: ChatEncoder) -> list[int]:
     return encoder.tokenizer(encoder.end_of_turn, add_special_tokens=False)["input_ids"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def render_text(document: Document, encoder: ChatEncoder) -> Text:
-    """A document as colored text (see STYLES): every second token is underlined, and invisible characters are shown.
-
-    Tokens that hold parts of one character are shown together. A supervised turn without its end is marked.
-    """
+    """A document as colored text (see STYLES), every second token underlined, with marks for missing ends of turns."""
     text = Text()
     for number, (kind, piece) in enumerate(_pieces(document, encoder)):
         text.append(visible(piece), STYLES[kind] + (" underline" if number % 2 else ""))
     return text
-
-
-def legend() -> Text:
-    """One line that explains the styles of `render_text`."""
-    kinds = [Text(kind, style) for kind, style in STYLES.items()]
-    return Text("  ").join([*kinds, Text("2nd token", "underline")])
 
 
 def visible(text: str) -> str:
@@ -180,7 +192,7 @@ def _pieces(document: Document, encoder: ChatEncoder) -> Iterator[tuple[str, str
     held: list[int] = []
     for place, token in enumerate(document.input_ids.tolist()):
         held.append(token)
-        text = _decode(held, encoder.tokenizer)
+        text = decode(held, encoder.tokenizer)
         is_last = place + 1 == len(kinds) or kinds[place + 1] != kinds[place]
         if text.endswith("\ufffd") and not is_last and len(held) < 4:  # UTF-8 takes up to four bytes
             continue
@@ -205,81 +217,41 @@ def _kinds(document: Document, encoder: ChatEncoder) -> tuple[list[str], set[int
     return kinds.tolist(), without_end
 
 
-def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of tokens; an id without a tokenizer entry is that of the mask token."""
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False) or "<mask>"
+def show_examples(config: Config, console: Console | None = None) -> None:
+    """Check rows, then print one: its loss mask, its slots and, on request, a picture of its attention pattern.
+
+    Raises UserError if the row does not exist or is unusable, or the checks fail.
+    """
+    data, number = config.data, config.show.row
+    base = inspect_base(config.model, config.draft)
+    encoder = ChatEncoder(base.tokenizer, data.template_kwargs)
+    console = console or Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    faults = Faults()
+    checked = read_documents(data, encoder, 0, config.show.num_checked or None, faults)
+    counts = check_examples(checked, encoder, data, on_bad_row=faults)
+    legend = Text("  ").join([*(Text(kind, style) for kind, style in STYLES.items()), Text("2nd token", "underline")])
+    console.print(f"checked: {summary(counts, data)}", *faults.lines(), legend, sep="\n")
+    if faults.first is not None and data.bad_rows == "error":
+        raise faults.first
+    documents = list(read_documents(data, encoder, number, number + 1))
+    if not documents:
+        raise UserError(f"show.row={number}: {data.source} has no such row (the first is 0), or it is unusable")
+    for document in documents:
+        console.print(Text(f"\n{document.origin}", "bold"))
+        console.print(summary(count_supervised(document, encoder, data), data))
+        _show(cut(document, data), config, base, encoder, console)
 
 
-def quoted(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of one token in quotes; part of a character as its bytes, such as '\\xf0\\x9f'."""
-    text = _decode([token], tokenizer)
-    if "\ufffd" not in text:
-        return repr(text)
-    letters = tokenizer.convert_ids_to_tokens(token)  # one for each byte
-    return repr(bytes(_BYTES[letter] for letter in letters)).removeprefix("b")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Slots
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Training positions of one document for one COD draw."""
-
-    layout: SlotLayout
-    tokens: np.ndarray  # int [T], input ids
-    labels: np.ndarray  # int [T], IGNORE_INDEX where nothing is supervised
-    weights: np.ndarray  # float32 [T]
-
-    def __len__(self) -> int:
-        return len(self.layout)
-
-    def summary(self, draft: DraftConfig) -> str:
-        """One line: number of slots, in all and per supervised token."""
-        num_labels = int(((self.labels != IGNORE_INDEX) & (self.layout.depth == 0)).sum())
-        return (
-            f"slots {len(self):,} at K={draft.num_draft_tokens}, retention {draft.retention_ratio:g} to "
-            f"{draft.min_retention:g}   {len(self) / max(num_labels, 1):.1f} per supervised token"
-        )
-
-
-def lay_out_slots(
-    document: Document, draft: DraftConfig, objective: ObjectiveConfig, *, mask_token_id: int, key: DrawKey
-) -> Slots:
-    """Draw the chains of one document and lay out its slots."""
-    layout = lay_out_document(sample_chain_lengths(document.loss_mask, draft, key))
-    labels = slot_labels(layout, document.input_ids, document.loss_mask)
-    weights = slot_weights(torch.from_numpy(layout.depth), torch.from_numpy(labels), objective)
-    return Slots(layout, slot_tokens(layout, document.input_ids, mask_token_id), labels, weights.numpy())
-
-
-def slot_table(slots: Slots, tokenizer: PreTrainedTokenizerBase) -> Table:
-    """Table of the slots where supervision begins: some of the text, then the first chains, one section each."""
-    num_text = int((slots.layout.depth == 0).sum())
-    first_anchor = int(np.argmax(slots.labels != IGNORE_INDEX))
-    start = max(0, min(first_anchor - 3, num_text - TABLE_SLOTS))
-    text = range(start, min(start + TABLE_SLOTS, num_text))
-    masks = range(num_text, min(num_text + TABLE_SLOTS, len(slots)))
-    caption = f"{len(text)} of {num_text:,} text slots, {len(masks)} of {len(slots) - num_text:,} mask slots"
-    table = Table(caption=caption)
-    for name in ("slot", "token", "anchor", "depth", "position", "label", "weight"):
-        table.add_column(name, justify="left" if name in ("token", "label") else "right", no_wrap=True)
-    chains = groupby(masks, key=lambda slot: slots.layout.anchor[slot])
-    for section in (text, *(list(chain) for _, chain in chains)):
-        for slot in section:
-            table.add_row(*_cells(slots, slot, tokenizer))
-        table.add_section()
-    return table
-
-
-def _cells(slots: Slots, slot: int, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    layout, token, label = slots.layout, int(slots.tokens[slot]), int(slots.labels[slot])
-    return [
-        Text(str(slot), "dim"),
-        Text(_decode([token], tokenizer), "yellow") if layout.depth[slot] else Text(quoted(token, tokenizer)),
-        *(Text(str(int(part[slot]))) for part in (layout.anchor, layout.depth, layout.position)),
-        Text("-", "dim") if label == IGNORE_INDEX else Text(quoted(label, tokenizer), "green"),
-        Text(f"{slots.weights[slot]:.3g}"),
-    ]
+def _show(document: Document, config: Config, base: Base, encoder: ChatEncoder, console: Console) -> None:
+    """Print the text and the slots of a document, and draw the attention pattern where its first answer begins."""
+    draft, key = config.draft, DrawKey(config.seed, 0, config.show.row)
+    lay_out = partial(lay_out_slots, draft=draft, objective=config.objective, mask_token_id=base.mask_token_id, key=key)
+    slots = lay_out(document)
+    console.print(slots.summary(draft), render_text(document, encoder), sep="\n")
+    console.print(slot_table(slots, base.tokenizer))
+    if config.show.picture:
+        path = Path(config.show.picture)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        title = f"attention pattern where the first answer of {Path(document.origin).name} begins"
+        draw_pattern(lay_out(shorten(document, draft, key)), base.tokenizer, title).savefig(path, dpi=120)
+        console.print(path)

@@ -36,7 +36,7 @@ from pard_train.layout import (
 
 @dataclass(frozen=True)
 class Member:
-    """One document of a pack, the name of its COD draw, and what the target thinks of it if the objective asks."""
+    """One document of a pack, the key of its COD draw, and the target's scores if the objective needs them."""
 
     document: Document
     key: DrawKey
@@ -46,12 +46,7 @@ class Member:
 def best_fit(sizes: np.ndarray, budget: int) -> np.ndarray:
     """Pack items into bins, largest first, each into the fullest bin that still holds it (best-fit decreasing).
 
-    Args:
-        sizes: int [N], descending, each from 1 to `budget`.
-        budget: size of a bin.
-
-    Returns:
-        int32 [N]: the bin of every item.
+    `sizes`: int [N], descending, each from 1 to `budget`, the size of a bin. Returns int32 [N]: the bin of every item.
     """
     with_room: list[list[int]] = [[] for _ in range(budget + 1)]  # bins by the slots they have left
     rooms = 0  # bit r is set where with_room[r] is not empty: the next room of at least r is one shift away
@@ -75,32 +70,20 @@ def best_fit(sizes: np.ndarray, budget: int) -> np.ndarray:
 class PackedDataset(Dataset[list[Member]]):
     """All packs of a run, in training order. An item is the list of a pack's members; [] is a pack of padding.
 
-    Packs are planned with the most slots that a document can take, which no draw changes. So the bins are planned once;
-    an epoch has its own order of packs, and its own documents in the places of equal size.
-
-    Args:
-        documents: the corpus.
-        bounds: int [D], slots that each document takes at most.
-        slot_budget: slots per pack.
-        num_epochs: passes over the corpus, each with fresh chains and a fresh order.
-        seed: of order and chains.
-        packs_per_step: packs of one optimizer step over all ranks; each epoch's last step is filled up with padding.
-        scores: of the documents, for objectives that need a target.
-
-    Raises:
-        UserError: if a document does not fit into a pack.
+    Bins are planned once, with upper bounds that hold for every draw. An epoch has its own chains and order of packs,
+    and its own documents in the places of equal size. Raises UserError if a document does not fit into a pack.
     """
 
     def __init__(
         self,
         documents: Sequence[Document],
-        bounds: np.ndarray,
+        bounds: np.ndarray,  # int [D], upper bound of each document's slots
         *,
-        slot_budget: int,
+        slot_budget: int,  # slots per pack
         num_epochs: int,
-        seed: int,
-        packs_per_step: int = 1,
-        scores: Scores | None = None,
+        seed: int,  # of order and chains
+        packs_per_step: int = 1,  # over all ranks; padding packs complete the last step of an epoch
+        scores: Scores | None = None,  # for objectives that need a target
     ):
         self.documents, self.seed, self.num_epochs, self.scores = documents, seed, num_epochs, scores
         largest = int(bounds.argmax())
@@ -135,14 +118,11 @@ class PackedDataset(Dataset[list[Member]]):
 
 @dataclass(frozen=True)
 class PardCollator:
-    """Turns one pack into tensors: draws the chains (COD), lays out the slots, appends mask tokens, pads to the budget.
+    """Turns one pack into tensors: draws the chains (COD), lays out the slots, pads to the budget.
 
-    The result is a dict of tensors of shape [1, T]: `input_ids`, `labels`, `document`, `anchor`, `depth` (int64) and
-    `weight` (float32), the product of the weights that are constants of the data. Where a term compares with a target,
-    there are also `teacher_ids` (int32) and `teacher_logprobs` (float16) of shape [1, S, k], of the supervised slots in
-    their order.
-
-    It depends on the pack alone, not on rank, worker or neighbours.
+    The tensors are `input_ids`, `labels`, `document`, `anchor`, `depth` (int64) and `weight` (float32), the product of
+    the weights that are constants of the data, [1, T]. For terms that compare with a target, also `teacher_ids` (int32)
+    and `teacher_logprobs` (float16) of the supervised slots, [1, S, k]. They depend on the pack alone.
     """
 
     draft: DraftConfig
@@ -151,11 +131,7 @@ class PardCollator:
     slot_budget: int
 
     def __call__(self, features: Sequence[Sequence[Member]]) -> dict[str, Tensor]:
-        """Tensors of one pack.
-
-        Raises:
-            ValueError: if the pack is over the budget, or lacks scores that the objective needs.
-        """
+        """Tensors of one pack. Raises ValueError if it is over the budget, or lacks scores that the objective needs."""
         (members,) = features  # the slot budget is the batch size: one pack per forward
         parts = [self._slots(number, member) for number, member in enumerate(members)]
         num_padding = self.slot_budget - sum(len(part["depth"]) for part in parts)
@@ -194,13 +170,12 @@ class PardCollator:
         return part
 
     def _padding(self, num_slots: int, others: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Slots that nobody sees and nobody learns from."""
+        """Slots that no other slot attends to, without labels."""
+        zeros = np.zeros(num_slots, dtype=np.int64)
         part = {
-            "input_ids": np.zeros(num_slots, dtype=np.int64),
-            "labels": np.full(num_slots, IGNORE_INDEX, dtype=np.int64),
-            **_names(
-                SlotLayout(np.full(num_slots, PADDING_DOCUMENT), np.arange(num_slots), np.zeros(num_slots, dtype=int))
-            ),
+            "input_ids": zeros,
+            "labels": np.full_like(zeros, IGNORE_INDEX),
+            **_names(SlotLayout(np.full_like(zeros, PADDING_DOCUMENT), np.arange(num_slots), zeros)),
         }
         if self.objective.needs_teacher:
             top_k = others[0]["teacher_ids"].shape[1] if others else 1

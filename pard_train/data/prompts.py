@@ -28,6 +28,7 @@ from pard_train.data.dedupe import (
     shuffled,
     signature,
 )
+from pard_train.data.encoding import map_rows
 from pard_train.data.rows import OnBadRow, Rejects, Row, read_rows, source_version, stop
 from pard_train.data.schemas import to_chat
 from pard_train.data.store import new_array
@@ -73,7 +74,8 @@ def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, li
     nothing is left, or if the folder holds other prompts.
     """
     rules = {name: value for name, value in asdict(config).items() if name != "num_workers"}
-    identity = {"seed": seed, "config": rules, "versions": _versions(config)}
+    versions = {name: _version(source) for name, source in config.sources.items()}
+    identity = {"seed": seed, "config": rules, "versions": versions}
     if (folder / MANIFEST_FILE).exists():
         made = read_json(folder / MANIFEST_FILE)["identity"]
         require_same(made, identity, what=f"{folder} holds prompts of other sources or settings")
@@ -82,40 +84,27 @@ def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, li
             chats, rejected = _read_sources(config, partial)
             benchmarks = [load_benchmark(source) for source in config.decontaminate]
             contamination = contamination_by(benchmarks, config.overlap_words)
-            measured = _measure(chats, config, contamination, partial / "measured.arrow")
-            order = shuffled(_column(measured, "key"), seed)
+            measured = _measure(chats, config, contamination, partial / "compare.arrow")
+            order = shuffled(measured.data.column("key").to_numpy(), seed)
             outcomes = _decide(measured, order, config, partial)
-            counts = _write_chats(measured, outcomes, order, partial)
+            counts = _write_chats(measured, outcomes, order, partial, rejected)
             for scratch in [*partial.glob("*.arrow"), *partial.glob("*.npy")]:
                 scratch.unlink()
+            files = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*.jsonl"))
             manifest = {
                 "identity": identity,
                 "benchmarks": {b.name: {"prompts": len(b.prompts), "version": b.fingerprint} for b in benchmarks},
-                "counts": {name: _with_rejected(counts.get(name, {}), rejected[name]) for name in config.sources},
-                "files": _file_versions(partial),
+                "counts": counts,
+                "files": {name: source_version(SourceConfig(path=str(partial / name))) for name in files},
                 "made_by": provenance(),
             }
             write_json(partial / MANIFEST_FILE, manifest)
     return folder / TRAIN_FILE, sorted((folder / HELD_OUT_FOLDER).glob("*.jsonl"))
 
 
-def _versions(config: PrepareConfig) -> dict[str, str]:
-    """Content hash or hub revision of every source."""
-    return {
-        name: fingerprint(_benchmark_rows(source)) if _is_benchmark(source) else source_version(source)
-        for name, source in config.sources.items()
-    }
-
-
-def _with_rejected(outcomes: dict[str, int], rejected: int) -> dict[str, int]:
-    """Counts of a source; `read` is the sum of the others."""
-    return {"read": rejected + sum(outcomes.values()), "rejected": rejected, **outcomes}
-
-
-def _file_versions(folder: Path) -> dict[str, str]:
-    """Content hash of every file of prompts, as in the identities of later steps."""
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jsonl"))
-    return {name: source_version(SourceConfig(path=str(folder / name))) for name in files}
+def _version(source: SourceConfig) -> str:
+    """Content hash or hub revision."""
+    return fingerprint(_benchmark_rows(source)) if _is_benchmark(source) else source_version(source)
 
 
 def _is_benchmark(source: SourceConfig) -> bool:
@@ -181,22 +170,15 @@ def _measure(
 ) -> datasets.Dataset:
     """Content key and signature of every chat, and the benchmark it overlaps with."""
     num_workers = min(config.num_workers or num_cores(), max(1, len(chats) // ROWS_PER_WORKER))
-    return chats.map(
-        _measure_batch,
-        batched=True,
-        fn_kwargs={"contamination": contamination, "has_signature": config.near_duplicates < 1},
-        features=_MEASURES,
-        cache_file_name=str(path),
-        new_fingerprint=fingerprint(str(path)),
-        num_proc=num_workers if num_workers > 1 else None,
-        desc="compare",
-    )
+    options = {"contamination": contamination, "has_signature": config.near_duplicates < 1}
+    return map_rows(chats, _measure_batch, path, _MEASURES, num_workers, **options)
 
 
 def _measure_batch(batch: dict[str, list], contamination: Contamination, has_signature: bool) -> dict[str, Any]:
     chats = [json.loads(chat)["messages"] for chat in batch["chat"]]
     texts = [question_text(messages) for messages in chats]
     return {
+        **batch,
         "key": np.array([content_key(text) for text in texts], dtype=np.uint64),
         "signature": [signature(messages) if has_signature else [] for messages in chats],
         "benchmark": [contamination.find(text) or "" for text in texts],
@@ -205,7 +187,7 @@ def _measure_batch(batch: dict[str, list], contamination: Contamination, has_sig
 
 def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig, folder: Path) -> np.ndarray:
     """Outcome of every row, str objects [N]. `order` is a permutation of the rows."""
-    keys = _column(measured, "key")
+    keys = measured.data.column("key").to_numpy()
     outcomes = np.full(len(measured), TRAIN, dtype=object)
     is_left = first_of_each(keys)
     outcomes[~is_left] = DUPLICATE
@@ -249,7 +231,7 @@ def mix(weights: dict[str, float | None], available: dict[str, int], num_rows: i
     >>> mix({"a": 3.0, "b": 1.0}, {"a": 600, "b": 500}, 0)
     {'a': 600, 'b': 200}
 
-    Weights are relative. All None takes the sources in proportion to their rows.
+    Weights are relative; None for all takes the sources in proportion to their rows.
     """
     shares = {name: available[name] if weight is None else weight for name, weight in weights.items()}
     scale = min((available[name] / share for name, share in shares.items() if share), default=0.0)
@@ -264,15 +246,15 @@ def mix(weights: dict[str, float | None], available: dict[str, int], num_rows: i
 
 
 def _write_chats(
-    measured: datasets.Dataset, outcomes: np.ndarray, order: np.ndarray, folder: Path
+    measured: datasets.Dataset, outcomes: np.ndarray, order: np.ndarray, folder: Path, rejected: dict[str, int]
 ) -> dict[str, dict[str, int]]:
-    """Write the files; count rows by source and outcome."""
-    sources = _names(measured, "source")
-    counts = {}
+    """Write the files; count rows by source and outcome. `read` is the sum of the other counts."""
+    sources, counts = _names(measured, "source"), {}
     (folder / HELD_OUT_FOLDER).mkdir()
-    for name in sorted(set(sources)):
-        number_of = Counter(outcomes[sources == name].tolist())
-        counts[name] = dict(sorted(number_of.items(), key=lambda item: OUTCOMES.index(item[0].split(":")[0])))
+    for name, num_rejected in rejected.items():
+        found = Counter(outcomes[sources == name].tolist())
+        in_order = sorted(found.items(), key=lambda item: OUTCOMES.index(item[0].split(":")[0]))
+        counts[name] = {"read": num_rejected + sum(found.values()), "rejected": num_rejected, **dict(in_order)}
         held_out = order[((sources == name) & (outcomes == HELD_OUT))[order]]
         _write_rows(measured, held_out, folder / HELD_OUT_FOLDER / f"{name}.jsonl")
     train = order[(outcomes == TRAIN)[order]]
@@ -290,10 +272,6 @@ def _write_rows(measured: datasets.Dataset, rows: np.ndarray, path: Path) -> Non
         for row in tqdm(chosen, desc=f"write {path.name}", unit=" rows"):
             chat = json.loads(row["chat"]) | {"id": f"{row['key']:016x}", "source": row["source"]}
             file.write(json.dumps(chat, ensure_ascii=False) + "\n")
-
-
-def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    return dataset.data.column(name).to_numpy()
 
 
 def _names(dataset: datasets.Dataset, name: str) -> np.ndarray:

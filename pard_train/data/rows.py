@@ -73,10 +73,15 @@ def read_rows(source: SourceConfig, on_bad_row: OnBadRow = stop) -> Iterator[tup
 def source_version(source: SourceConfig) -> str:
     """Hash (16 hexadecimal digits) of a source's bytes, or its commit on the hub. Raises UserError if there is none."""
     path = Path(source.path)
-    if path.is_dir():
-        return _digest(sorted(file for file in path.rglob("*") if file.is_file()), path)
-    if is_file_source(source.path):
-        return _digest([_existing(path)], path)
+    if path.is_dir() or is_file_source(source.path):
+        digest = hashlib.sha256()
+        for file in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [_existing(path)]:
+            if file != path:  # in a folder, names tell splits apart
+                digest.update(str(file.relative_to(path)).encode())
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()[:16]
     import datasets
 
     with _explained(source):
@@ -212,17 +217,6 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     return path
-
-
-def _digest(files: list[Path], root: Path) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        if path != root:  # in a folder, names tell splits apart
-            digest.update(str(path.relative_to(root)).encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def _first_line(error: Exception) -> str:

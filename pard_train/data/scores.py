@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -40,7 +41,7 @@ _FILES = {"label_logprobs": np.float16, "top_ids": np.int32, "top_logprobs": np.
 
 
 class TokenScores(NamedTuple):
-    """Scores of R supervised tokens in text order."""
+    """Scores of R supervised tokens in the order of the text."""
 
     label_logprobs: np.ndarray  # float16 [R]
     top_ids: np.ndarray  # int32 [R, k]
@@ -65,13 +66,9 @@ class Scores:
     def open(cls, folder: Path, store: TokenStore, *, top_k: int, create: bool = False) -> Scores:
         """Open, or create, the scores of a store. Raises UserError if they are missing or belong to another store."""
         first = np.concatenate([[0], np.cumsum(store.num_supervised())])
-        shapes = {
-            "label_logprobs": (int(first[-1]),),
-            "top_ids": (int(first[-1]), top_k),
-            "top_logprobs": (int(first[-1]), top_k),
-            "done": (len(store),),
-        }
-        for name, shape in shapes.items():
+        num_tokens = int(first[-1])
+        shapes: list[tuple[int, ...]] = [(num_tokens,), (num_tokens, top_k), (num_tokens, top_k), (len(store),)]
+        for name, shape in zip(_FILES, shapes, strict=True):
             path = folder / f"{name}.npy"
             if create and not path.exists():
                 with new_file(path) as partial:
@@ -80,10 +77,8 @@ class Scores:
                 raise UserError(f"{path} is missing: make it with data_scripts/score.py")
             found = np.load(path, mmap_mode="r").shape
             if found != shape:
-                raise UserError(
-                    f"{path} has shape {found}, but the tokens need {shape}, so it belongs to other tokens or another "
-                    "top_k: delete the folder, or choose another"
-                )
+                fix = "it belongs to other tokens or another top_k: delete the folder, or choose another"
+                raise UserError(f"{path} has shape {found}, but the tokens need {shape}: {fix}")
         return cls.load(folder, first, mode="r+" if create else "r")
 
     @classmethod
@@ -106,11 +101,9 @@ class Scores:
     def summary(self) -> str:
         """One line: target, dtype, k and counts."""
         manifest = self.manifest
-        identity, outside = manifest["identity"], manifest["mass_outside_top_k"]
-        return (
-            f"teacher {manifest['target']} in {identity['dtype']}, top {identity['top_k']}: "
-            f"{len(self.label_logprobs):,} supervised tokens, {outside:.2%} of the probability outside"
-        )
+        target = f"{manifest['target']} in {manifest['identity']['dtype']}, top {manifest['identity']['top_k']}"
+        outside = f"{manifest['mass_outside_top_k']:.2%} of the probability outside"
+        return f"teacher {target}: {len(self.label_logprobs):,} supervised tokens, {outside}"
 
     def of_document(self, index: int) -> TokenScores:
         """Scores of one document."""
@@ -118,21 +111,16 @@ class Scores:
         return TokenScores(self.label_logprobs[where], self.top_ids[where], self.top_logprobs[where])
 
     def mass_outside(self) -> float:
-        """Mean probability outside of the k tokens, which kd and lk leave out."""
+        """Mean probability outside of the k tokens, which kd and lk ignore."""
         starts = range(0, len(self.top_logprobs), TOKENS_PER_READ)
         sums = [np.exp(self.top_logprobs[i : i + TOKENS_PER_READ].astype(np.float64)).sum() for i in starts]
         return max(0.0, 1 - sum(sums) / max(len(self.top_logprobs), 1))
 
 
 def open_teacher(folder: Path, store: TokenStore) -> Scores:
-    """Open the scores of a teacher.
+    """Open the scores of the training data, from data_scripts/score.py.
 
-    Args:
-        folder: written by data_scripts/score.py.
-        store: the training data.
-
-    Raises:
-        UserError: if the folder holds no scores, unfinished ones, or those of other tokens.
+    Raises UserError if the folder holds no scores, unfinished ones, or those of other tokens.
     """
     if not (folder / MANIFEST_FILE).is_file():
         choices = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_FILE}")))
@@ -149,15 +137,13 @@ def open_teacher(folder: Path, store: TokenStore) -> Scores:
     )
     scores = Scores.open(folder, store, top_k=manifest["identity"]["top_k"])
     if not scores.done.all():
-        raise UserError(
-            f"data.scores={folder}: {int((~scores.done).sum()):,} of {len(scores):,} documents are not scored yet: run "
-            "data_scripts/score.py again, which resumes"
-        )
+        missing = f"{int((~scores.done).sum()):,} of {len(scores):,} documents are not scored"
+        raise UserError(f"data.scores={folder}: {missing}: run data_scripts/score.py again, which resumes")
     return scores
 
 
 def _content(identity: dict[str, Any]) -> dict[str, Any]:
-    """The entries that decide the tokens: all but the path of their source."""
+    """The entries of an identity that decide the tokens: all but the path of their source."""
     return {name: value for name, value in identity.items() if name != "source"}
 
 
@@ -170,15 +156,10 @@ def write_scores(
     process: PartialState,
     num_tokens: int | None = None,
 ) -> None:
-    """Compute missing scores; the processes share the work.
+    """Compute missing scores, shared by the processes of one machine.
 
-    Args:
-        load_target: called at most once, if scores are missing.
-        store: the tokens.
-        scores: opened for writing.
-        batch_tokens: tokens per forward pass, padding included; a longer document is a batch of its own.
-        process: of the launcher, all on one machine.
-        num_tokens: as for `score_documents`.
+    `load_target` is called at most once, if scores are missing. `batch_tokens` per forward pass include padding; a
+    longer document is a batch of its own. `num_tokens` as for `score_documents`.
     """
     batches = list(_batches(store.lengths(), np.flatnonzero(~scores.done), batch_tokens))
     process.wait_for_everyone()  # all ranks must list the same batches, so none may mark a document before
@@ -214,25 +195,13 @@ def _batches(lengths: np.ndarray, documents: np.ndarray, batch_tokens: int) -> I
 def score_documents(
     target: PreTrainedModel, documents: list[Document], top_k: int, num_tokens: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of the supervised tokens of B documents, concatenated.
+    """Scores of the supervised tokens of B documents, concatenated: float16 [S], int32 [S, k], float16 [S, k], on CPU.
 
-    Padding is on the right, which causal attention never reads.
-
-    Args:
-        target: a causal LM.
-        documents: their first tokens are not supervised.
-        top_k: k.
-        num_tokens: the k tokens have ids below this; None: all rows of the target.
-
-    Returns:
-        float16 [S], int32 [S, k], float16 [S, k] on the CPU.
+    The k tokens have ids below `num_tokens`, if given. First tokens of documents must not be supervised.
     """
-    length = max(len(d.input_ids) for d in documents)
-    ids = torch.zeros(len(documents), length, dtype=torch.int64)
-    label = torch.zeros(len(documents), length, dtype=torch.bool)
-    for number, document in enumerate(documents):
-        ids[number, : len(document.input_ids)] = torch.from_numpy(document.input_ids)
-        label[number, : len(document.input_ids)] = torch.from_numpy(document.loss_mask)
+    # Padding is on the right: causal attention never reads it.
+    ids = pad_sequence([torch.from_numpy(d.input_ids) for d in documents], batch_first=True).long()
+    label = pad_sequence([torch.from_numpy(d.loss_mask) for d in documents], batch_first=True)
     row, column = torch.nonzero(label, as_tuple=True)
     labels, parts, start = ids[row, column], [], 0
     for logits in _logits(target, ids.to(target.device), row, column - 1):  # of the last device, if there are several

