@@ -143,9 +143,7 @@ def with_weights(config: PrepareConfig, *weights: float) -> PrepareConfig:
 def test_a_source_that_has_a_weight_and_nothing_to_train_on_is_named(tmp_path: Path) -> None:
     good, same = (write(tmp_path / f"{name}.jsonl", [question(n) for n in range(9)]) for name in ("good", "same"))
     config = with_weights(config_of(good, same, held_out_fraction=0.0), 3.0, 1.0)
-    with pytest.raises(
-        UserError, match=r"^prepare.sources.same has a weight but .*\(\{\"duplicate\": 9\}\)"
-    ):
+    with pytest.raises(UserError, match=r"^prepare.sources.same has a weight but .*\(\{\"duplicate\": 9\}\)"):
         prepare(config, tmp_path / "prompts", seed=1)
     same.write_text('{"text": 3}\n{"broken\n')
     with pytest.raises(UserError, match=r"^prepare.sources.same has .*\(2 rejected, the last at \S+same.jsonl:"):

@@ -62,7 +62,9 @@ def test_the_labels_are_the_answer_and_its_end_after_the_prompt_that_an_engine_f
     label = encoder.tokenizer.decode(document.input_ids[document.loss_mask], clean_up_tokenization_spaces=False)
     assert label.endswith(f"{answer}<|im_end|>")
     assert label.removesuffix(f"{answer}<|im_end|>") in ("", "<think>\n\n</think>\n\n")  # Qwen3 shows that it skipped
-    check_examples([document], encoder, DataConfig(source="", max_length=10**6))  # engines read the same ids in a history
+    check_examples(
+        [document], encoder, DataConfig(source="", max_length=10**6)
+    )  # engines read the same ids in a history
 
 
 def test_tool_calls_are_labels_of_templates_that_have_them_and_are_refused_by_others(encoder: ChatEncoder) -> None:
