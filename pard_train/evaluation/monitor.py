@@ -36,7 +36,8 @@ from pard_train.runs import fingerprint, read_json, require_same, write_json
 from pard_train.targets.cases import Case, write_case
 from pard_train.targets.target import load_targets
 from pard_train.training.checkpoints import BEST_FILE, BEST_FOLDER
-from pard_train.training.trainer import PardTrainer, UsesTrainer, check_output
+from pard_train.training.callbacks import UsesTrainer
+from pard_train.training.trainer import PardTrainer, check_output
 
 
 def build_monitor(config: Config) -> list[TrainerCallback]:
@@ -244,8 +245,6 @@ class BestDraft:
             return False
         self.best = measurement
         new = self._sibling("new")
-        if trainer.args.should_save:
-            shutil.rmtree(new, ignore_errors=True)
         trainer.write_draft(new)
         if trainer.args.should_save:
             record = {"chosen_by": self.criterion, "tau": tau, **asdict(measurement), "measured_on": self.measured_on}

@@ -22,6 +22,7 @@ NOT_EXTRA = {  # fields of TrainingArguments that have no effect here, or break 
     "save_only_model": "would make the run impossible to resume",
     "ignore_data_skip": "would make the run impossible to resume",
     "resume_from_checkpoint": "is set by resume=true",
+    "enable_jit_checkpoint": "is not needed: a stop signal saves a checkpoint",
     "fp16": "rounds small gradients of the head to zero: use trainer.bf16=true",
 }
 

@@ -1,7 +1,9 @@
-"""Trainer callbacks: data epochs, logging and saving intervals, sealed checkpoints, progress, and a profiler trace."""
+"""Trainer callbacks: epochs, intervals, interruptions, sealed checkpoints, progress, and a profiler trace."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,45 @@ class CurrentIntervals(TrainerCallback):
     ) -> None:
         """Overwrite the intervals that the checkpoint brought."""
         state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
+
+
+class UsesTrainer(TrainerCallback):
+    """A callback with access to the trainer, a PardTrainer, which `build_trainer` or `train` sets."""
+
+    trainer: Any
+
+
+class StepGuard(UsesTrainer):
+    """Ends the run with a checkpoint after a step in which any rank received a stop signal. All ranks decide alike.
+
+    Args:
+        received: stop signals of this process, from `stop_signals`.
+        draft: folder of the trained draft, which exists only if the run is complete.
+    """
+
+    def __init__(self, received: Sequence[str], draft: Path):
+        self.received, self.draft = received, draft
+        self.is_stopping = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Delete a draft of an earlier step."""
+        if state.is_world_process_zero and state.global_step < state.max_steps:
+            shutil.rmtree(self.draft, ignore_errors=True)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare with all ranks: one all-reduce and one synchronization a step."""
+        flags = torch.tensor([float(bool(self.received))], device=args.device)
+        (num_stopping,) = self.trainer.accelerator.reduce(flags, reduction="sum").tolist()
+        self.is_stopping = num_stopping > 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop."""
+        if self.is_stopping:
+            control.should_save = control.should_training_stop = True
 
 
 class SealCheckpoint(TrainerCallback):

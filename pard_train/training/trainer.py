@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -23,13 +25,22 @@ from pard_train.data.packing import PackedDataset, PardCollator
 from pard_train.data.scores import Scores, open_teacher
 from pard_train.data.store import TokenStore, open_store
 from pard_train.device import device_name
-from pard_train.errors import UserError
+from pard_train.errors import Interrupted, UserError
 from pard_train.layout import SlotLayout
 from pard_train.mask_token import required_mask_token_of
 from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
 from pard_train.runs import check_run, claim_run, newest_checkpoint, read_json, require_same, write_json
 from pard_train.training.arguments import training_settings
-from pard_train.training.callbacks import CurrentIntervals, DataEpoch, ProfileSteps, SealCheckpoint, ShortProgress
+from pard_train.training.callbacks import (
+    CurrentIntervals,
+    DataEpoch,
+    ProfileSteps,
+    SealCheckpoint,
+    ShortProgress,
+    StepGuard,
+    UsesTrainer,
+)
+from pard_train.training.signals import ignore_stop_signals, stop_signals
 from pard_train.training.throughput import (
     ModelShape,
     Work,
@@ -60,6 +71,7 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
 
     Raises:
         UserError: for bad data, a base that cannot draft, or an output folder that holds something else.
+        Interrupted: if a signal ended the run before its last step. A checkpoint of the step is saved.
     """
     output_dir, settings = Path(config.output_dir), training_settings(config)
     check_output(config)
@@ -83,12 +95,17 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         )
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
-    for callback in callbacks:
-        if isinstance(callback, UsesTrainer):
-            callback.trainer = trainer
-        trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer.write_draft(output_dir / DRAFT_FOLDER)
+    with stop_signals() as received:
+        for callback in (StepGuard(received, output_dir / DRAFT_FOLDER), *callbacks):
+            if isinstance(callback, UsesTrainer):
+                callback.trainer = trainer
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step, num_steps = trainer.state.global_step, trainer.state.max_steps
+        if step == num_steps:
+            return trainer.write_draft(output_dir / DRAFT_FOLDER)
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the other ranks when the first one ends
+        raise Interrupted(f"stopped after step {step:,} of {num_steps:,}, with a checkpoint")
 
 
 def check_output(config: Config) -> None:
@@ -226,6 +243,13 @@ class PardTrainer(Trainer):
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
         return SequentialSampler(cast(PackedDataset, self.train_dataset))  # packs are already in training order
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's, with workers that outlive a stop signal until the step is over."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        inner.worker_init_fn = partial(ignore_stop_signals, inner.worker_init_fn)
+        return loader
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """Micro-batches of one optimizer step, and the sum of their weights over all ranks (a float32 scalar)."""
         if self.state.global_step >= self.state.max_steps:  # resumed from the last step: Trainer would add one more
@@ -289,17 +313,12 @@ class PardTrainer(Trainer):
         return metrics | {f"throughput/{name}": value for name, value in rates.items()}
 
     def write_draft(self, folder: Path) -> Path:
-        """Write the trained model as a draft folder, atomically, from whatever shards the ranks hold."""
+        """Write the trained model as a draft folder, from whatever shards the ranks hold. Replaces an older one."""
         state = self.accelerator.get_state_dict(self.model_wrapped)
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state or {}).items()}  # of torch.compile
-        if self.args.should_save and not folder.exists():
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             write_model_folder(model, self.initial, folder, state_dict=state)
         self.accelerator.wait_for_everyone()
         return folder
-
-
-class UsesTrainer(TrainerCallback):
-    """A callback with access to the trainer, which `train` sets."""
-
-    trainer: PardTrainer
