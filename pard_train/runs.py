@@ -108,6 +108,13 @@ def require_same(
         raise UserError(f"{what} ({'; '.join(changed)}): {fix}")
 
 
+def require_recorded(record: Path, manifest: dict[str, Any], what: str) -> None:
+    """Check that a resumed run has the same inputs: other inputs give other packs, some of which it would skip."""
+    if record.exists():
+        old, run = read_json(record)["identity"], record.parent
+        require_same(old, manifest["identity"], what=f"the run in {run} was started with other {what} (see {record})")
+
+
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:
     """As JSON stores it: tuples become lists, keys become strings."""
     return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""Signals during training: the step ends, a sealed checkpoint is saved, and the resumed run is the uninterrupted one."""
+"""Signals during training: the step ends, a checkpoint is saved, and the resumed run is the uninterrupted one."""
 
 from __future__ import annotations
 

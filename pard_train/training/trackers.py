@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict
@@ -86,9 +87,10 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line. Names that begin with `eval_` begin with `eval/`, as the trackers show them."""
+        """Append one line, with null for NaN and infinity. Names with `eval_` get `eval/`, as trackers show them."""
         if state.is_world_process_zero:
-            named = {re.sub("^eval_", "eval/", name): value for name, value in (logs or {}).items()}
+            finite = {name: value if math.isfinite(value) else None for name, value in (logs or {}).items()}
+            named = {re.sub("^eval_", "eval/", name): value for name, value in finite.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **named}) + "\n")
 

@@ -29,7 +29,7 @@ from pard_train.errors import Interrupted, UserError
 from pard_train.layout import SlotLayout
 from pard_train.mask_token import required_mask_token_of
 from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
-from pard_train.runs import check_run, claim_run, newest_checkpoint, read_json, require_same, write_json
+from pard_train.runs import check_run, claim_run, newest_checkpoint, require_recorded, write_json
 from pard_train.training.arguments import training_settings
 from pard_train.training.callbacks import (
     CurrentIntervals,
@@ -77,7 +77,7 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     check_output(config)
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
-    _require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
+    require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
     scores = teacher_of(config, store)
     if _is_first():  # the other ranks wait at the barrier below
         claim_run(output_dir, _identity(config), dataclasses.asdict(config))
@@ -96,7 +96,8 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
     with stop_signals() as received:
-        for callback in (StepGuard(received, output_dir / DRAFT_FOLDER), *callbacks):
+        guard = StepGuard(received, output_dir / DRAFT_FOLDER, config.trainer.max_bad_steps)
+        for callback in (guard, *callbacks):
             if isinstance(callback, UsesTrainer):
                 callback.trainer = trainer
             trainer.add_callback(callback)
@@ -112,13 +113,6 @@ def check_output(config: Config) -> None:
     """Check that the run may write to its output folder. Raises UserError if it holds another run or other files."""
     if _is_first():
         check_run(Path(config.output_dir), _identity(config), resume=config.resume)
-
-
-def _require_recorded(record: Path, manifest: dict[str, Any], what: str) -> None:
-    """Check that a resumed run has the same inputs: other inputs give other packs, some of which it would skip."""
-    if record.exists():
-        old, run = read_json(record)["identity"], record.parent
-        require_same(old, manifest["identity"], what=f"the run in {run} was started with other {what} (see {record})")
 
 
 def _is_first() -> bool:
@@ -142,7 +136,7 @@ def teacher_of(config: Config, store: TokenStore) -> Scores | None:
             print(f"data.scores={folder} is not used: objective.kd, objective.lk and objective.cat are off")
         return None
     scores = open_teacher(Path(folder), store)
-    _require_recorded(Path(config.output_dir) / TEACHER_FILE, scores.manifest, "data.scores")
+    require_recorded(Path(config.output_dir) / TEACHER_FILE, scores.manifest, "data.scores")
     return scores
 
 
@@ -233,11 +227,14 @@ class PardTrainer(Trainer):
         self.shape = ModelShape.of(self.model.config)
         self.chip = chip_of(device_name()) if self.args.bf16 else None  # its peak rate is that of bfloat16
         self.is_compiled = self.args.torch_compile or attention == "flex"
+        self.is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)  # losses and gradient of this step
         # Of the steps since the last log:
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.args.device)  # sum over good steps, of this rank
         self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
         self.work = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
         self.window_start, self.window_step = time.perf_counter(), -1  # -1 until the first step
-        self.seconds_waiting = 0.0
+        self.seconds_waiting, self.num_skipped = 0.0, 0
+        self.num_bad_steps = 0  # in a row
         self.num_compiled_before = num_compilations()
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
@@ -260,6 +257,8 @@ class PardTrainer(Trainer):
             self.window_start, self.window_step = started, self.state.global_step
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self.seconds_waiting += time.perf_counter() - started
+        self.is_finite.fill_(True)
+        self.sums_before = [tensor.clone() for tensor in self._sums()]
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(weight, reduction="sum")
 
@@ -284,6 +283,33 @@ class PardTrainer(Trainer):
         self.work += count_work(layout, inputs["labels"])
         return loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's, which also notes the loss. Trainer's own sum leaves out what is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        self.is_finite &= loss.isfinite()
+        self.loss += loss
+        return loss.nan_to_num(0.0, 0.0, 0.0)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, which also notes whether it is finite. DeepSpeed has -1 for a norm that is not."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        size = torch.as_tensor(0.0 if norm is None else norm, device=self.args.device)
+        self.is_finite &= size.isfinite() & (size >= 0)
+        return norm
+
+    def skip_step(self) -> None:
+        """Leave weights, optimizer states and the sums of the log as they were before this step. All ranks call it."""
+        for parameter in self.model.parameters():
+            parameter.grad = None  # optimizers pass such parameters over
+        for tensor, before in zip(self._sums(), self.sums_before, strict=True):
+            tensor.copy_(before)
+        self.num_skipped += 1
+        self.num_bad_steps += 1
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        """Sums over the steps since the last log."""
+        return (*self.statistics.tensors(), self.work, self.loss)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the loss with accuracy per depth, expected accepted length and throughput over all ranks."""
         if "loss" in logs:
@@ -292,12 +318,15 @@ class PardTrainer(Trainer):
 
     def _end_window(self) -> dict[str, float]:
         """Metrics of the steps since the last log; starts the next window."""
-        sums = (*self.statistics.tensors(), self.work)
+        sums = self._sums()
         for tensor in sums:
             tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
         now, step, num_compiled = time.perf_counter(), self.state.global_step, num_compilations()
         seconds, metrics = now - self.window_start, self.statistics.metrics()
         metrics["supervised_slots_per_second"] = metrics["supervised_slots"] / seconds
+        num_good = step - self.window_step - self.num_skipped
+        metrics["loss"] = float(self.loss) / self.args.world_size / num_good if num_good else float("nan")
+        metrics["skipped_steps"] = self.num_skipped
         work, num_tokens = Work(*map(int, self.work.tolist())), float(self.statistics.slots[0])
         rates = throughput_metrics(work, num_tokens, seconds, self.shape, self.chip, self.args.world_size)
         rates["seconds_per_step"] = seconds / max(1, step - self.window_step)
@@ -309,14 +338,18 @@ class PardTrainer(Trainer):
         for tensor in sums:
             tensor.zero_()
         self.window_start, self.window_step, self.num_compiled_before = now, step, num_compiled
-        self.seconds_waiting = 0.0
+        self.seconds_waiting, self.num_skipped = 0.0, 0
         return metrics | {f"throughput/{name}": value for name, value in rates.items()}
 
     def write_draft(self, folder: Path) -> Path:
-        """Write the trained model as a draft folder, from whatever shards the ranks hold. Replaces an older one."""
+        """Write the model as a draft folder, in place of an older one. Raises UserError if a weight is not finite."""
         state = self.accelerator.get_state_dict(self.model_wrapped)
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state or {}).items()}  # of torch.compile
         if self.args.should_save:
+            if not all(tensor.isfinite().all() for tensor in state.values()):
+                raise UserError(
+                    f"weights of step {self.state.global_step} are NaN or infinite: {folder} is not written"
+                )
             shutil.rmtree(folder, ignore_errors=True)
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             write_model_folder(model, self.initial, folder, state_dict=state)
