@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,7 @@ from pard_train.errors import Interrupted, UserError
 from pard_train.layout import SlotLayout
 from pard_train.mask_token import required_mask_token_of
 from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
-from pard_train.runs import check_run, claim_run, newest_checkpoint, require_recorded, write_json
+from pard_train.runs import check_run, claim_run, locked, newest_checkpoint, require_recorded, write_json
 from pard_train.training.arguments import training_settings
 from pard_train.training.callbacks import (
     CurrentIntervals,
@@ -73,6 +74,11 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         UserError: for bad data, a base that cannot draft, or an output folder that holds something else.
         Interrupted: if a signal ended the run before its last step. A checkpoint of the step is saved.
     """
+    with locked(Path(config.output_dir)) if _is_first() else nullcontext():
+        return _train(config, callbacks)
+
+
+def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     output_dir, settings = Path(config.output_dir), training_settings(config)
     check_output(config)
     base = inspect_base(config.model, config.draft)
@@ -112,7 +118,8 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
 def check_output(config: Config) -> None:
     """Check that the run may write to its output folder. Raises UserError if it holds another run or other files."""
     if _is_first():
-        check_run(Path(config.output_dir), _identity(config), resume=config.resume)
+        with locked(Path(config.output_dir)):
+            check_run(Path(config.output_dir), _identity(config), resume=config.resume)
 
 
 def _is_first() -> bool:
@@ -233,8 +240,7 @@ class PardTrainer(Trainer):
         self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
         self.work = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
         self.window_start, self.window_step = time.perf_counter(), -1  # -1 until the first step
-        self.seconds_waiting, self.num_skipped = 0.0, 0
-        self.num_bad_steps = 0  # in a row
+        self.seconds_waiting, self.num_skipped, self.num_bad_steps = 0.0, 0, 0  # the last one counts those in a row
         self.num_compiled_before = num_compilations()
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
@@ -324,13 +330,12 @@ class PardTrainer(Trainer):
         now, step, num_compiled = time.perf_counter(), self.state.global_step, num_compilations()
         seconds, metrics = now - self.window_start, self.statistics.metrics()
         metrics["supervised_slots_per_second"] = metrics["supervised_slots"] / seconds
-        num_good = step - self.window_step - self.num_skipped
-        metrics["loss"] = float(self.loss) / self.args.world_size / num_good if num_good else float("nan")
-        metrics["skipped_steps"] = self.num_skipped
+        num_steps = max(1, step - self.window_step)
+        good = self.args.world_size * (num_steps - self.num_skipped)
+        metrics |= {"loss": float(self.loss) / good if good else float("nan"), "skipped_steps": self.num_skipped}
         work, num_tokens = Work(*map(int, self.work.tolist())), float(self.statistics.slots[0])
         rates = throughput_metrics(work, num_tokens, seconds, self.shape, self.chip, self.args.world_size)
-        rates["seconds_per_step"] = seconds / max(1, step - self.window_step)
-        rates["data_wait_share"] = self.seconds_waiting / seconds
+        rates |= {"seconds_per_step": seconds / num_steps, "data_wait_share": self.seconds_waiting / seconds}
         if (memory := peak_memory(self.args.device)) is not None:
             rates["peak_memory_gb"] = memory / 1e9
         if self.is_compiled:
