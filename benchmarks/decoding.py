@@ -315,11 +315,22 @@ def main() -> None:
             "",
         ]
         page.append(f"Target {arguments.target}, draft {draft}, {arguments.dtype}.")
+        tables: dict[str, list[list[str]]] = {}
         for title, rows in sections.items():
             print(f"\n{title}")
-            page += ["", f"## {title}", "", markdown(rows)]
-    page += ["", "## Made by", "", f"`{command()}`; {origin()}."]
-    write_page("decoding", "\n".join(page) + "\n")
+            shown, kept = itertools.tee(rows)
+            page += ["", f"## {title}", "", markdown(shown)]
+            tables[title] = list(kept)
+            made_by = ["", "## Made by", "", f"`{command()}`; {origin()}.", ""]
+            write_page("decoding", "\n".join(page + made_by), figures(tables))  # so far
+
+
+def figures(tables: dict[str, list[list[str]]]) -> dict[str, object]:
+    """All tables, and two ratios to plain decoding at the first batch size."""
+    _, *rows = next(iter(tables.values()))
+    ratios = {row[0]: float(row[2]) for row in rows}
+    names = {"pard_ratio": "ours, PARD draft", "transformers_ratio": "transformers, plain"}
+    return {**{figure: ratios[name] for figure, name in names.items()}, "tables": tables}
 
 
 if __name__ == "__main__":

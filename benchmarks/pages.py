@@ -1,22 +1,27 @@
-"""Pages of what was measured: tables that print as they come, and where every figure is from."""
+"""Result pages: tables that print as they come, the origin of every figure, and the figures as JSON on request."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pard_train.runs import provenance
 
 RESULTS = Path(__file__).parent / "results"
+RESULTS_VARIABLE = "BENCHMARK_RESULTS"  # names another folder, where figures are written beside the pages
 
 
-def markdown(rows: Iterable[list[str]]) -> str:
-    """A table whose first row is its head; prints every row as it comes."""
+def markdown(rows: Iterable[list[str]], *, is_shown: bool = True) -> str:
+    """A table whose first row is its head. Prints every row as it comes, unless it is not shown."""
     lines: list[str] = []
     for row in rows:
         lines.append(f"| {' | '.join(row)} |")
-        print(lines[-1], flush=True)
+        if is_shown:
+            print(lines[-1], flush=True)
         if len(lines) == 1:
             lines.append(f"| {' | '.join(['---'] * len(row))} |")
     return "\n".join(lines)
@@ -35,9 +40,12 @@ def command() -> str:
     return f"python {' '.join(provenance()['command'])}"
 
 
-def write_page(name: str, page: str) -> None:
-    """Write benchmarks/results/DATE-NAME.md and say so."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{time.strftime('%Y-%m-%d')}-{name}.md"
+def write_page(name: str, page: str, figures: dict[str, Any] | None = None) -> None:
+    """Write benchmarks/results/DATE-NAME.md, or the same and NAME.json into the folder of $BENCHMARK_RESULTS."""
+    folder = Path(os.environ.get(RESULTS_VARIABLE) or RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{time.strftime('%Y-%m-%d')}-{name}.md"
     path.write_text(page)
+    if figures is not None and folder != RESULTS:
+        (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(f"written to {path}")

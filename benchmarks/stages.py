@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -98,6 +99,7 @@ def product_of(device: torch.device) -> tuple[int, int, int]:
     return PRODUCT_CPU if device.type == "cpu" else PRODUCT
 
 
+@cache  # of one process
 def product_rates(device: torch.device) -> dict[str, float]:
     """FLOP/s that one product of a layer's size reaches alone: the limit of a step that is made of them."""
     num_rows, inputs, outputs = product_of(device)

@@ -46,7 +46,7 @@ from pard_train.data.packing import Member, PardCollator, best_fit
 from pard_train.device import default_device, device_name
 from pard_train.downloads import local_model
 from pard_train.layout import IGNORE_INDEX, DrawKey, SlotLayout, slot_bounds, supervised_runs
-from pard_train.training.throughput import ModelShape, Work, chip_of, count_work, step_flops
+from pard_train.training.throughput import ModelShape, Work, chip_of, count_work, num_compilations, step_flops
 
 REFERENCE, OURS = "dense reference", "pard_train"
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
@@ -71,6 +71,7 @@ class Setting:
     work: Work = NO_WORK
     num_tokens: int = 0  # supervised tokens of a step
     stages: StageTimes | None = None  # of our side
+    compilations: int = 0  # graphs that torch.compile made in the timed steps
     failure: str = ""
 
     @property
@@ -94,7 +95,8 @@ def main() -> None:
     for name, length, k in product(arguments.models, arguments.lengths, arguments.k):
         settings += compare(name, length, k, device, arguments)
         page = render(settings, arguments)  # so far: a run that is cut off leaves what it has measured
-        write_page("-".join(filter(None, ["training", device.type, arguments.precision, arguments.name])), page)
+        name = "-".join(filter(None, ["training", device.type, arguments.precision, arguments.name]))
+        write_page(name, page, figures(settings, arguments))
     print(page)
 
 
@@ -115,6 +117,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--skip-reference", action="store_true")
     parser.add_argument("--compile", action="store_true", help="our model, as trainer.torch_compile=true does")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="of our model: less memory, more work")
     parser.add_argument("--name", help="added to the page's name")
     parser.add_argument(
         "--same-products", action="store_true", help="give the reference our float32 products on a CPU, too (oneDNN)"
@@ -267,6 +270,8 @@ def our_step(
     model, optimizer = trained(config, device, IMPLEMENTATIONS[attention])
     if device.type == "cpu":
         use_onednn(model)  # as in load_causal_lm
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     pack_loss = PackLoss(model, attention, draft.num_draft_tokens)
     forward = torch.compile(model) if arguments.compile else model
     collator = PardCollator(draft, ObjectiveConfig(), MASK_TOKEN, budget)
@@ -318,7 +323,7 @@ def run_step(setting: Setting, step: Step, device: torch.device) -> None:
     if setting.failure:
         return
     is_first = setting.num_steps == 0
-    before = reset_peak(device) if is_first else 0.0
+    before, num_compiled = reset_peak(device) if is_first else 0.0, num_compilations()
     try:
         batch = step.prepare(setting.num_steps)
         wait()
@@ -334,6 +339,7 @@ def run_step(setting: Setting, step: Step, device: torch.device) -> None:
         setting.memory = peak(device) - before + weights
     elif setting.num_steps >= WARM_STEPS:
         setting.seconds.append(seconds)
+        setting.compilations += num_compilations() - num_compiled
     setting.num_steps += 1
 
 
@@ -376,6 +382,29 @@ def describe(setting: Setting) -> str:
     )
 
 
+def figures(settings: Sequence[Setting], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every row as JSON, and on the top level the last of ours."""
+    limit = matrix_rate(2 if arguments.precision == "bf16" else 4)
+    rows = [row_figures(setting, reference_of(setting, settings), limit) for setting in settings]
+    return {**[row for row in rows if row["side"] == OURS][-1], "rows": rows}
+
+
+def row_figures(setting: Setting, reference: Setting | None, limit: float) -> dict[str, Any]:
+    """A row as JSON; the ratios are over the reference, `matrix_share` is of the rate of one product alone."""
+    row = {name: getattr(setting, name) for name in ("side", "model", "length", "k", "budget", "failure")}
+    row["fits"] = int(not setting.failure)
+    if setting.failure:
+        return row
+    flops = step_flops(setting.shape, setting.work).total
+    row |= {"step_seconds": setting.median, "tokens_per_second": setting.tokens_per_second}
+    row |= {"memory_gb": setting.memory / 1e9, "slots": setting.work.slots, "compilations": setting.compilations}
+    row |= {"matrix_share": flops / setting.median / limit}
+    if reference is not None:
+        row["speedup"] = setting.tokens_per_second / reference.tokens_per_second
+        row["memory_ratio"] = setting.memory / reference.memory
+    return row
+
+
 def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
     """The page."""
     size = 2 if arguments.precision == "bf16" else 4
@@ -388,6 +417,7 @@ def render(settings: Sequence[Setting], arguments: argparse.Namespace) -> str:
         f"interleaved, after {WARM_STEPS} that are not timed, the first of which shows the memory. "
         + ("Both sides' float32 products go through oneDNN. " if arguments.same_products else "")
         + ("Our model is compiled. " if arguments.compile else "")
+        + ("Our model recomputes its activations. " if arguments.gradient_checkpointing else "")
         + (f"Documents are up to {arguments.spread:.0%} shorter than said." if arguments.spread else ""),
         "",
         f"    {command()}",
@@ -473,10 +503,15 @@ def cost_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
     ]
 
 
+def matrix_rate(bytes_per_value: int) -> float:
+    """FLOP/s of one product alone, in bfloat16 or float32."""
+    rates = product_rates(default_device())
+    return max(rate for name, rate in rates.items() if name.startswith("bfloat16") == (bytes_per_value == 2))
+
+
 def stage_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
     """Our step by stages: the time of each, and how far its rate is from that of a product alone."""
-    rates = product_rates(default_device())
-    limit = max(rate for name, rate in rates.items() if name.startswith("bfloat16") == (bytes_per_value == 2))
+    rates, limit = product_rates(default_device()), matrix_rate(bytes_per_value)
     num_rows, inputs, outputs = product_of(default_device())
     lines = [
         f"One product of {num_rows:,} rows by a matrix of {inputs} x {outputs:,}, alone, in TFLOP/s: "

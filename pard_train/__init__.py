@@ -5,4 +5,4 @@ commands, config, layout, validation, runs, device, downloads, core, mask_token,
 training, generation, acceptance, engines, targets, evaluation, publishing, overrides, program.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -27,6 +27,7 @@ CONVERTED = {  # checked one by one
     "gradient_checkpointing",
     "save_steps",
     "save_total_limit",
+    "max_bad_steps",
     "profile_steps",
     "extra",
 }
@@ -45,6 +46,7 @@ OTHER = TrainerConfig(
     torch_compile=True,
     logging_steps=2,
     save_steps=4,
+    max_bad_steps=2,
     save_total_limit=3,
     dataloader_num_workers=1,
     profile_steps=5,
@@ -142,7 +144,17 @@ def test_an_extra_field_that_does_not_exist_does_nothing_or_harms_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_optimizer_is_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
-    config = experiment(base_folder, chats_file, tmp_path / "run", optim="adam")
-    with pytest.raises(UserError, match=r"trainer\.optim=adam: .*adamw_torch"):
-        training_settings(config)
+def test_an_optimizer_is_chosen_by_its_name_and_an_unknown_one_is_refused(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"trainer\.optim=adamw_fussed: .*adamw_torch_fused"):
+        train(experiment(base_folder, chats_file, tmp_path / "run", optim="adamw_fussed"))
+    assert not (tmp_path / "run").exists()
+    losses = {}
+    for name in ("adamw_torch", "adamw_torch_fused", "adafactor"):
+        config = experiment(base_folder, chats_file, tmp_path / name, optim=name, max_steps=3)
+        train(config)
+        losses[name] = [row["loss"] for row in log_lines(config)]
+    assert losses["adamw_torch"] == pytest.approx(losses["adamw_torch_fused"], rel=1e-5)
+    assert losses["adafactor"][0] == pytest.approx(losses["adamw_torch"][0], rel=1e-5)  # before the first update
+    assert abs(losses["adafactor"][2] - losses["adamw_torch"][2]) > 1e-3

@@ -19,9 +19,7 @@ from pard_train.core import head as slot_head
 from pard_train.core.attention import IMPLEMENTATIONS, attention_inputs
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import Member, PardCollator
-from pard_train.errors import UserError
 from pard_train.layout import DrawKey, SlotLayout
-from pard_train.training.arguments import training_settings
 from pard_train.training.throughput import num_compilations
 from pard_train.training.trainer import train
 
@@ -134,21 +132,3 @@ def test_nothing_is_compiled_on_an_accelerator_after_the_first_steps(
     warm_up = WARM_UP_STEPS if is_compiled else 1
     assert counts[0] > 0
     assert counts[warm_up:] == [0] * (NUM_STEPS - warm_up)
-
-
-def test_an_optimizer_is_taken_by_its_name_and_an_unknown_one_refused(
-    base_folder: Path, chats_file: Path, tmp_path: Path
-) -> None:
-    config = experiment(base_folder, chats_file, tmp_path / "run", optim="adamw_fussed")
-    with pytest.raises(UserError, match=r"trainer\.optimizer=adamw_fussed: allowed are adamw_torch, adamw_torch_fused"):
-        train(config)
-    assert not (tmp_path / "run").exists()
-    assert training_settings(experiment(base_folder, chats_file, tmp_path / "run"))["optim"] == "adamw_torch_fused"
-    losses = {}
-    for name in ("adamw_torch", "adamw_torch_fused", "adafactor"):
-        config = experiment(base_folder, chats_file, tmp_path / name, optimizer=name, max_steps=3)
-        train(config)
-        losses[name] = [row["loss"] for row in log_lines(config)]
-    assert losses["adamw_torch"] == pytest.approx(losses["adamw_torch_fused"], rel=1e-5)
-    assert losses["adafactor"][0] == pytest.approx(losses["adamw_torch"][0], rel=1e-5)  # before the first update
-    assert abs(losses["adafactor"][2] - losses["adamw_torch"][2]) > 1e-3

@@ -64,9 +64,7 @@ class Config:
 
     model: ModelConfig = section(ModelConfig)
     draft: DraftConfig = section(DraftConfig)
-    targets: list[str] = setting(
-        [], "Target models that the draft serves: folders, hub names or pypi: names.", free=True
-    )
+    targets: list[str] = setting([], "Target models of the draft: folders, hub names or pypi: names.", free=True)
     objective: ObjectiveConfig = section(ObjectiveConfig)
     data: DataConfig = section(DataConfig)
     trainer: TrainerConfig = section(TrainerConfig)

@@ -15,12 +15,8 @@ AUTO_DTYPES = ("auto", *DTYPES)
 class InferenceConfig:
     """How models run outside of training: generation of answers, scoring, evaluation, chat."""
 
-    dtype: str = setting(
-        "auto", "Weights of targets and drafts; auto: bfloat16 on a GPU, float32 on a CPU.", choices=AUTO_DTYPES
-    )
-    device_map: Optional[str] = setting(
-        None, "Spread a target over GPUs (auto, balanced, ...); null: one device.", free=True
-    )
+    dtype: str = setting("auto", "Weights; auto: bfloat16 on a GPU, float32 on a CPU.", choices=AUTO_DTYPES)
+    device_map: Optional[str] = setting(None, "Spread a target over GPUs (auto, ...); null: one device.", free=True)
     batch_size: int = setting(16, "Prompts per batch of generation.", low=1)
     servers: list[str] = setting(
         [], "OpenAI-compatible servers that write the targets' answers; empty generates in this process.", free=True
@@ -34,13 +30,9 @@ class InferenceConfig:
 class PrepareConfig:
     """Clean prompts: deduplicated, decontaminated, mixed, with a held-out part."""
 
-    sources: dict[str, Any] = setting(
-        {}, "Sources by name: source=[ultrachat] takes presets; prepare.sources.mine.path=chats.jsonl adds one."
-    )
+    sources: dict[str, Any] = setting({}, "Sources by name: sources.mine.path=chats.jsonl, or source=[ultrachat].")
     num_rows: int = setting(0, "Training rows at most; 0 takes as many as the weights allow.", low=0)
-    held_out_fraction: float = setting(
-        0.01, "Share of each source held out of training, chosen by content.", low=0, high=0.9
-    )
+    held_out_fraction: float = setting(0.01, "Share held out of training, chosen by content.", low=0, high=0.9)
     near_duplicates: float = setting(
         0.8,
         "Jaccard index of word 3-grams above which questions are duplicates; 1.0: equal ones only.",
@@ -62,9 +54,7 @@ class RegenerateConfig:
     """Answers that the targets write to prompts."""
 
     prompts: Optional[str] = setting(None, "JSONL of chats; null takes OUTPUT_DIR/prompts/train.jsonl.")
-    dtype: Optional[str] = setting(
-        None, "Weights of the targets while they write; null takes inference.dtype.", choices=AUTO_DTYPES
-    )
+    dtype: Optional[str] = setting(None, "Weights while writing; null takes inference.dtype.", choices=AUTO_DTYPES)
     temperature: float = setting(0.0, "Sampling temperature; 0 is greedy, which replay assumes.", low=0)
     top_p: float = setting(1.0, "Nucleus sampling: share of the probability that is sampled from.", above=0, high=1)
     max_new_tokens: int = setting(512, "Tokens per answer at most.", low=1)
@@ -92,9 +82,7 @@ class ShowConfig:
 class EvaluateConfig:
     """Acceptance length of drafts x targets x benchmarks x K x temperature."""
 
-    drafts: dict[str, str] = setting(
-        {}, "Several drafts to compare: drafts.before=DIR drafts.after=DIR, instead of draft.path."
-    )
+    drafts: dict[str, str] = setting({}, "Several drafts by name, instead of draft.path: drafts.before=DIR.")
     benchmarks: list[str] = setting([], "Benchmark names, or JSONL files with `prompt`, `turns` or `messages`.")
     max_prompts: int = setting(0, "Prompts per benchmark, categories in turn; 0 takes all.", low=0)
     system_prompt: Optional[str] = setting(None, "System prompt of every conversation; null leaves it to the template.")
@@ -116,12 +104,8 @@ class EvaluateConfig:
     live_batch_sizes: list[int] = setting([1], "Batch sizes of live decoding.", low=1)
     live_rounds: int = setting(3, "Interleaved rounds in which every method decodes all live prompts.", low=1)
     live_compiled: bool = setting(False, "Run both models through torch.compile with graph capture, for a GPU.")
-    engine_python: Optional[str] = setting(
-        None, "Python of an environment with vLLM, which decodes the live prompts too; null: none."
-    )
-    fail_below: dict[str, float] = setting(
-        {}, "Least tau at the largest K by benchmark, or `all`; below it the exit status is 3.", low=1, free=True
-    )
+    engine_python: Optional[str] = setting(None, "Python of an environment with vLLM, which decodes too; null: none.")
+    fail_below: dict[str, float] = setting({}, "Least tau by benchmark or `all`, or exit status 3.", low=1, free=True)
 
 
 @dataclass
@@ -129,9 +113,7 @@ class CompareConfig:
     """Comparison of several evaluations."""
 
     results: dict[str, str] = setting({}, "Results by name, oldest first: results.main=DIR results.mine=DIR.")
-    min_ratio: Optional[float] = setting(
-        None, "Share of the first result's tau that others must reach, or exit status 3.", above=0, high=2
-    )
+    min_ratio: Optional[float] = setting(None, "Share of the first tau to reach, or exit status 3.", above=0, high=2)
 
 
 @dataclass
@@ -144,9 +126,7 @@ class ExportConfig:
     acceptance: Optional[str] = setting(None, "acceptance.json of an evaluation, for the model card.")
     acceptance_draft: Optional[str] = setting(None, "Name of this draft in acceptance.json, if that holds several.")
     license: Optional[str] = setting(None, "License of the weights, for the model card; null takes the base model's.")
-    push_to_hub: Optional[str] = setting(
-        None, "Upload to this repository (NAMESPACE/NAME); log in with `hf auth login`."
-    )
+    push_to_hub: Optional[str] = setting(None, "Upload to NAMESPACE/NAME; log in with `hf auth login`.")
     private: bool = setting(True, "Make an uploaded repository private.")
 
 
@@ -160,9 +140,7 @@ class VerifyConfig:
     max_prompts: int = setting(8, "Prompts per benchmark.", low=1)
     max_new_tokens: int = setting(64, "Tokens per answer at most.", low=1)
     num_draft_tokens: int = setting(8, "K.", low=1)
-    dtype: str = setting(
-        "float32", "Weights; float32 agrees exactly, in bfloat16 near ties may differ.", choices=DTYPES
-    )
+    dtype: str = setting("float32", "Weights; in bfloat16 near ties may differ.", choices=DTYPES)
     timeout: float = setting(1800.0, "Seconds until the engine times out.", above=0, free=True)
 
 

@@ -26,9 +26,7 @@ class ModelConfig:
 class DraftConfig:
     """The draft model: chain depth and COD (PARD, arXiv 2504.18583, section 3), and where a trained one is."""
 
-    num_draft_tokens: int = setting(
-        8, "Draft tokens per forward pass in training (K_train); depths run from 0 to K-1.", low=1
-    )
+    num_draft_tokens: int = setting(8, "Draft tokens per forward pass in training (K_train); depths 0 to K-1.", low=1)
     retention_ratio: float = setting(
         0.7,
         "COD keeps max(retention_ratio ** depth, min_retention) of the anchors per depth; 1.0: all.",
@@ -36,15 +34,11 @@ class DraftConfig:
         high=1,
     )
     min_retention: float = setting(0.2, "Smallest share of anchors that COD keeps at any depth.", low=0, high=1)
-    mask_token_id: Optional[int] = setting(
-        None, "Id of the shared mask token: a row without a tokenizer entry; null: the first spare row.", low=0
-    )
+    mask_token_id: Optional[int] = setting(None, "Id of the shared mask token; null takes the first spare row.", low=0)
     mask_token: Optional[str] = setting(
-        None, "Or the name of a reserved special token, for models without a spare row (Llama 3, SmolLM2)."
+        None, "Or the name of a reserved special token, for models without a spare row."
     )
-    path: Optional[str] = setting(
-        None, "Folder or hub name of a trained draft, for evaluate, export, verify and generate.", free=True
-    )
+    path: Optional[str] = setting(None, "A trained draft, for evaluate, export, verify and generate.", free=True)
 
 
 @dataclass
@@ -52,18 +46,12 @@ class ObjectiveConfig:
     """The loss of a slot: terms times their factors, times the product of the weights (docs/reference/metrics.md)."""
 
     ce: float = setting(1.0, "Factor of the cross entropy of the label; 0 leaves the term out.", low=0, high=1000)
-    kd: float = setting(
-        0.0, "Factor of the forward KL divergence to the target's top k; needs data.scores.", low=0, high=1000
-    )
-    lk: float = setting(
-        0.0, "Factor of -log(acceptance rate) over the target's top k; needs data.scores.", low=0, high=1000
-    )
+    kd: float = setting(0.0, "Factor of the forward KL to the target's top k; needs data.scores.", low=0, high=1000)
+    lk: float = setting(0.0, "Factor of -log(acceptance rate) over the top k; needs data.scores.", low=0, high=1000)
     depth_decay: float = setting(1.0, "Weight depth_decay ** depth; 1.0 weights all depths equally.", above=0, high=1)
     cat: bool = setting(False, "Weight by the target's probability of the chain's earlier labels; needs data.scores.")
     dpace: bool = setting(False, "Weight by the expected number of tokens that a right draft adds (D-PACE).")
-    dpace_alpha: float = setting(
-        0.5, "D-PACE: q = (1 - alpha) * p_draft(label) + alpha (arXiv 2605.18810).", low=0, high=1
-    )
+    dpace_alpha: float = setting(0.5, "D-PACE: q = (1 - alpha) * p_draft(label) + alpha.", low=0, high=1)
 
     @property
     def needs_teacher(self) -> bool:
@@ -93,7 +81,7 @@ class SourceConfig:
     columns: dict[str, str] = setting({}, "Renamed columns: {prompt: problem, response: solution}.")
     max_rows: int = setting(0, "Rows to read at most; 0 reads all.", low=0)
     weight: Optional[float] = setting(
-        None, "Share of the mix, relative to other sources; null in all sources takes every row.", above=0
+        None, "Share of the mix, relative to other sources; null takes every row.", above=0
     )
     license: Optional[str] = setting(None, "License of the data, recorded in the manifest.")
 
@@ -116,9 +104,7 @@ class DataConfig:
     slot_budget: int = setting(16384, "Slots (real tokens + mask slots) per pack: the batch size of one device.", low=1)
     template_kwargs: dict[str, Any] = setting({}, "Arguments of the chat template, such as {enable_thinking: false}.")
     num_workers: int = setting(0, "Processes that tokenize; 0 takes one per core.", low=0, free=True)
-    cache_dir: Optional[str] = setting(
-        None, "Folder of encoded chats; null takes ~/.cache/pard_train/tokens.", free=True
-    )
+    cache_dir: Optional[str] = setting(None, "Folder of encoded chats; null takes the user's cache.", free=True)
 
 
 @dataclass
@@ -160,9 +146,7 @@ class LoggerConfig:
     """Trackers; metrics.jsonl is always written."""
 
     report_to: str = setting("none", "Tracker.", choices=("none", "tensorboard", "wandb"))
-    wandb_mode: str = setting(
-        "online", "Weights & Biases mode; log in with `wandb login`.", choices=("online", "offline")
-    )
+    wandb_mode: str = setting("online", "Log in with `wandb login`.", choices=("online", "offline"))
     wandb_project: str = setting("pard_train", "Weights & Biases project.")
     run_name: Optional[str] = setting(None, "Name of the run; null takes the name of the output folder.")
 

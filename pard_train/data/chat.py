@@ -18,6 +18,7 @@ it where the template takes an argument.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,14 +32,22 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.data.schemas import check_messages
+from pard_train.data.thoughts import (
+    CLOSE,
+    NO_THOUGHT,
+    OPEN,
+    continue_thought,
+    cut_answer,
+    split_thought,
+    thought_of,
+    without_blank_thought,
+)
 from pard_train.errors import RowError, UserError
 from pard_train.runs import fingerprint
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 
-OPEN, CLOSE = "<think>", "</think>"  # of thoughts
-NO_THOUGHT = f"\n{CLOSE}\n\n"  # closes a thought that the generation prompt has opened
 DAY = datetime(2024, 7, 26)  # "today" of every template; Llama's name the same where they have no clock
 _DATE_PARTS = [f"%{flag}{letter}" for letter in "aAbBcdDeFGhHIjklmMnpRsSTuUVwWxXyYzZ" for flag in ("", "-")]
 
@@ -94,15 +103,19 @@ class ChatEncoder:
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template: use an instruct model, "
                 "or put chat_template.jinja beside its tokenizer"
             )
-        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {
-            *tokenizer.all_special_tokens
-        }
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self._special = re.compile("|".join(map(re.escape, self._control_tokens())) or r"(?!)")
         self._has_thoughts = CLOSE in str(self.template_kwargs.get("chat_template") or tokenizer.chat_template)
         self.turn_suffix = self._find_turn_suffix()
         self.end_token = self._find_end_token()
         self.end_of_turn = self._find_end_of_turn()
+        self.padding = self._find_padding()
         self._check_pieces()
+
+    def _control_tokens(self) -> list[str]:
+        """Special tokens, and tokens of the template that are not marked so (role headers of DeepSeek-R1)."""
+        prompt, added = self.render(_PROBE[:1], generation_prompt=True), self.tokenizer.added_tokens_decoder.values()
+        found = {str(t) for t in added if t.special or (str(t) in prompt and str(t).strip())}
+        return sorted((found | {*self.tokenizer.all_special_tokens}) - {OPEN, CLOSE}, key=len, reverse=True)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -167,7 +180,7 @@ class ChatEncoder:
         try:
             template = self.tokenizer.get_chat_template(template_kwargs.pop("chat_template", None), given)
             return self.tokenizer.apply_chat_template(
-                [list(messages) for messages in chats],
+                [[without_blank_thought(message) for message in messages] for messages in chats],
                 tools=given,
                 chat_template=_with_fixed_day(template),
                 tokenize=False,
@@ -195,10 +208,11 @@ class ChatEncoder:
 
     def _answer(self, prompt: str, text: str, message: Mapping[str, Any], *, is_cut: bool) -> str:
         """What the model writes after `prompt`, with its end of turn unless it was cut."""
-        if found := self._special.search(f"{message['content']}\n{message.get('reasoning_content') or ''}"):
+        parts = (message["content"], message.get("reasoning_content") or "", message.get("tool_calls") or [])
+        if found := self._special.search(json.dumps(parts, ensure_ascii=False)):
             raise UserError(f"an answer holds the control token {found[0]}: end the answer there, or remove the row")
         opens, closes = prompt.rstrip().endswith(OPEN), prompt.rstrip().endswith(CLOSE)
-        thought, words = self._split(message, opens, is_cut)
+        thought, words = split_thought(message, is_known=self._has_thoughts, opens=opens, is_cut=is_cut)
         if closes and thought:
             raise UserError("an answer holds a thought, but the generation prompt has closed it: remove the thought")
         if text.startswith(prompt):
@@ -210,39 +224,27 @@ class ChatEncoder:
         elif message.get("tool_calls"):
             raise UserError(_LOST.format("tool_calls"))
         else:
-            answer = _continued(message, prompt) if opens else message["content"]
+            answer = continue_thought(message, prompt) if opens else self._alone(message)
         if thought not in answer:
             raise UserError(
                 "the chat template leaves out this turn's thought: use a model whose template writes it, or remove it"
             )
         if self.end_token and self.end_token in answer:
             raise UserError(f"an answer holds {self.end_token}, which ends a turn: end it there, or remove the row")
-        return _cut_answer(answer, message, prompt if opens else None) if is_cut else answer + self.end_of_turn
+        if is_cut:
+            return cut_answer(answer, message, prompt if opens else None, self.padding)
+        return answer + self.end_of_turn
 
-    def _split(self, message: Mapping[str, Any], opens: bool, is_cut: bool) -> tuple[str, str]:
-        """(thought, words) of an answer.
-
-        Args:
-            message: of the assistant.
-            opens: the generation prompt has opened a thought, which content may continue.
-            is_cut: the answer hit its length limit, perhaps within its thought.
-        """
-        content, thought = message["content"], _thought(message)
-        inner = content.lstrip().removeprefix(OPEN)
-        begins = inner != content.lstrip()
-        if not (self._has_thoughts or opens):
-            return thought, content
-        if OPEN in inner or CLOSE in inner.partition(CLOSE)[2] or (thought and (begins or CLOSE in content)):
-            raise UserError("an answer holds more than one thought: keep the first, or remove the row")
-        if CLOSE in inner and (begins or opens):
-            return inner.partition(CLOSE)[0].strip(), inner.partition(CLOSE)[2]
-        if CLOSE in inner or (begins and not is_cut):
-            raise UserError(f"an answer holds {OPEN} or {CLOSE} without the other: complete the thought, or remove it")
-        return (inner.strip(), "") if begins else (thought, content)
+    def _alone(self, message: Mapping[str, Any]) -> str:
+        """An answer as the template writes it after a plain question, if it rewrites histories (Mistral)."""
+        prompt, text = self.render(_PROBE[:1], generation_prompt=True), self.render([_PROBE[0], message])
+        if not (text.startswith(prompt) and text.endswith(self.turn_suffix)):
+            return message["content"]
+        return text[len(prompt) : len(text) - len(self.turn_suffix)]
 
     def _is_altered(self, message: Mapping[str, Any], answer: str) -> bool:
         """Whether a template trims or pads an answer that is plain content."""
-        is_plain = not (message.get("tool_calls") or _thought(message) or CLOSE in answer)
+        is_plain = not (message.get("tool_calls") or thought_of(message) or CLOSE in answer)
         return is_plain and answer.removesuffix(self.end_of_turn) != message["content"]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -271,6 +273,12 @@ class ChatEncoder:
         """The suffix up to the token that ends a turn; all of it if there is none."""
         before, token, _ = self.turn_suffix.partition(self.end_token or "\0")
         return before + token
+
+    def _find_padding(self) -> str:
+        """Spaces that the template writes before an answer (Mistral); empty for most."""
+        prompt, text = self.render(_PROBE[:1], generation_prompt=True), self.render(_PROBE)
+        before = text[len(prompt) : text.rindex(_PROBE[-1]["content"])] if text.startswith(prompt) else ""
+        return "" if before.strip() else before
 
     def _check_pieces(self) -> None:
         content = _PROBE[-1]["content"]
@@ -307,35 +315,6 @@ def _without_one(message: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
     thought, end_of_thought, words = message["content"].rpartition("</think>")
     if calls and words.strip():
         yield "content beside its tool_calls", {**message, "content": thought + end_of_thought}
-
-
-def _continued(message: Mapping[str, Any], prompt: str) -> str:
-    """An answer that continues the thought that the generation prompt has opened."""
-    content, thought = message["content"], _thought(message)
-    if content.lstrip().startswith(OPEN):
-        space = prompt[prompt.rindex(OPEN) + len(OPEN) :]  # between tag and thought, usually a line end
-        return content.lstrip().removeprefix(OPEN).removeprefix(space)
-    return content if CLOSE in content else thought + NO_THOUGHT + content
-
-
-def _cut_answer(answer: str, message: Mapping[str, Any], opened: str | None) -> str:
-    """An answer up to where the length limit cut it: without what a template adds to an unfinished thought.
-
-    Args:
-        answer: as the template writes it.
-        message: of the assistant.
-        opened: the generation prompt, if it has opened a thought.
-    """
-    if message.get("tool_calls"):
-        raise UserError("a tool call that was cut by the length limit cannot be a label: remove the row")
-    thought, content = _thought(message), message["content"]
-    if not thought:
-        return _continued(message, opened) if opened and content.lstrip().startswith(OPEN) else content
-    return answer if content.strip() else answer[: answer.index(thought) + len(thought)]
-
-
-def _thought(message: Mapping[str, Any]) -> str:
-    return (message.get("reasoning_content") or "").strip()
 
 
 def _join_turns(prompts: Sequence[str], answers: Sequence[str]) -> list[list[str]]:

@@ -156,7 +156,13 @@ def encode_chat(chat: Chat, encoder: ChatEncoder, origin: str) -> Sequence[Docum
         RowError: if the chat cannot be rendered without loss.
     """
     if chat.token_ids is not None and chat.token_ids.tokenizer == encoder.tokenizer_fingerprint:
-        return documents_of_ids(chat.token_ids.turns, origin)
+        documents = documents_of_ids(chat.token_ids.turns, origin)
+        for ids in (document.input_ids for document in documents):
+            if ids.min() < 0 or ids.max() >= len(encoder.tokenizer):
+                raise RowError(
+                    origin, f"token_ids must be from 0 to {len(encoder.tokenizer) - 1}, as the tokenizer's are"
+                )
+        return documents
     is_cut = chat.finish_reason == "length"
     return encoder.pieces(chat.messages, origin=origin, is_cut=is_cut, tools=chat.tools)
 

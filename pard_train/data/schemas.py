@@ -104,6 +104,8 @@ def to_chat(row: Row, source: SourceConfig, origin: str) -> Chat:
     if fault := _not_storable(row.get("finish_reason")):
         raise RowError(origin, f"finish_reason has {fault}")
     ids = TokenIds.of(row.get("token_ids"), origin)
+    if ids is not None and len(ids.turns) != sum(message["role"] == "assistant" for message in messages):
+        raise RowError(origin, f"token_ids has {len(ids.turns)} turns, but the messages have another number of answers")
     return Chat(messages, _tools(row.get("tools"), origin), row.get("finish_reason"), ids)
 
 

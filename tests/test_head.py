@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from test_objective import CHUNK_SLOTS, NUM_DRAFT_TOKENS, LargestTensor, supervised_slots
+from test_objectives import CHUNK_SLOTS, NUM_DRAFT_TOKENS, LargestTensor, supervised_slots
 from test_terms import table_loss
 from tiny import NUM_ROWS, build_model
 from torch import Tensor, nn
@@ -179,7 +179,9 @@ def test_a_label_that_is_learnt_well_still_has_a_gradient_in_bfloat16() -> None:
     logits, label = torch.zeros(1, 50, dtype=torch.bfloat16), torch.tensor([7])
     logits[0, 7] = 12
     exact = logits[0].double().softmax(dim=0)[7].item() - 1
-    slot_head._score_chunk(logits, SlotTargets(label, torch.ones(1)), torch.ones(1), ObjectiveConfig(), needs_gradient=True)
+    slot_head._score_chunk(
+        logits, SlotTargets(label, torch.ones(1)), torch.ones(1), ObjectiveConfig(), needs_gradient=True
+    )
     assert logits[0, 7].item() == pytest.approx(exact, rel=0.01)
 
 
