@@ -16,4 +16,6 @@ if [ "$nodes" -gt 1 ]; then
 else
   topology=(--standalone)
 fi
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1  # passed on to the processes, which save
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"  # seconds to save before it kills them
 exec torchrun "${topology[@]}" --nproc_per_node "$processes" "${PROGRAM:-recipes/train.py}" "$@"

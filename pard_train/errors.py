@@ -24,6 +24,10 @@ class RowError(UserError):
         return f"{self.origin}: {self.reason}"
 
 
+class Interrupted(Exception):
+    """A run that a signal ended after a step, with a checkpoint. Recipes print it and exit with status 75."""
+
+
 class ThresholdError(Exception):
     """A result below what was asked of it. Recipes print one line for each miss and exit with status 3.
 

@@ -20,12 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pard_train.commands import CONFIG_DIR, PROGRAMS, command
 from pard_train.config import Config, SourceConfig
-from pard_train.errors import ThresholdError, UserError
+from pard_train.errors import Interrupted, ThresholdError, UserError
 from pard_train.overrides import all_settings, check_overrides, explain_type, options, unread, with_section
 
 PRIMARY = "config"  # conf/config.yaml
 DISK_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
 INTERRUPTED = 130  # exit status of Ctrl-C, as shells have it
+RESUMABLE = 75  # of a training run that a signal ended after a step, with a checkpoint (EX_TEMPFAIL of sysexits.h)
 
 
 def register_schema() -> None:
@@ -65,7 +66,8 @@ def hydra_program(name: str, validate: Callable[[Config], None], run: Callable[[
     """Compose conf/config.yaml with the command line, validate it, and run.
 
     Errors in settings or input print one line and exit with status 2, results below their thresholds one line each and
-    exit with status 3, Ctrl-C one line and status 130; anything else keeps its traceback.
+    exit with status 3, Ctrl-C one line and status 130, a training run that saved before it stopped one line and status
+    75; anything else keeps its traceback.
 
     Args:
         name: of the program in `commands.PROGRAMS`. Its own section's prefix may be left out on the command line.
@@ -115,11 +117,13 @@ def _run(name: str, composed: DictConfig, validate: Callable[[Config], None], ru
         for miss in error.misses:
             print(f"{_program_name()}: below threshold: {miss}", file=sys.stderr)
         sys.exit(3)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as error:
         resume = " with resume=true" if name == "train" else ""
-        print(f"\n{_program_name()}: interrupted; to resume, run the same command{resume}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt) or int(os.environ.get("RANK", 0)) == 0:
+            reason = str(error) or "interrupted"
+            print(f"\n{_program_name()}: {reason}; to resume, run the same command{resume}", file=sys.stderr)
         _leave_process_group()
-        sys.exit(INTERRUPTED)
+        sys.exit(RESUMABLE if isinstance(error, Interrupted) else INTERRUPTED)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from pard_train.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,9 +28,44 @@ CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"  # of a data set: what it was made of, and how much of it is where
 SEAL_FILE = "files.json"  # in every checkpoint: its files and their sizes in bytes
+LOCK_FILE = ".lock"  # of an output folder, held while a program works in it
+LOCK_SECONDS = 10.0  # to wait for it: data workers of a killed run hold it until they end, some seconds later
 PACKAGES = ("pard_train", "torch", "transformers", "datasets", "accelerate", "deepspeed", "hydra-core", "numpy")
 
 SETTINGS_VERSION = 2  # of config.json; grows when settings are renamed
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of an output folder. The operating system frees it when the process ends, even if killed.
+
+    A process may lock again what it has locked. A folder that was made for the lock and stays empty is removed.
+
+    Raises:
+        UserError: if another program works in the folder.
+    """
+    if folder.is_file():  # `check_run` refuses it
+        yield
+        return
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.resolve() / LOCK_FILE, is_singleton=True)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(
+            f"output_dir={folder}: another program works in this folder: wait for its end, or choose another output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        if is_new and not _has_content(folder):
+            shutil.rmtree(folder)
+        lock.release()
+
+
+def _has_content(folder: Path) -> bool:
+    return any(path.name != LOCK_FILE for path in folder.iterdir())
 
 
 def check_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
@@ -46,7 +83,7 @@ def check_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir={folder} is a file: choose another output_dir")
     if not config_path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and _has_content(folder):
             raise UserError(f"output_dir={folder} is not empty and holds no run: choose another output_dir")
         return
     if not resume:
@@ -106,6 +143,13 @@ def require_same(
     ]
     if changed:
         raise UserError(f"{what} ({'; '.join(changed)}): {fix}")
+
+
+def require_recorded(record: Path, manifest: dict[str, Any], what: str) -> None:
+    """Check that a resumed run has the same inputs: other inputs give other packs, some of which it would skip."""
+    if record.exists():
+        old, run = read_json(record)["identity"], record.parent
+        require_same(old, manifest["identity"], what=f"the run in {run} was started with other {what} (see {record})")
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:

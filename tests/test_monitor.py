@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_training import InterruptAfter, log_lines, weights
 from tiny import build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase
@@ -145,6 +146,7 @@ class FakeTrainer:
 
     def write_draft(self, folder: Path) -> None:
         """Write."""
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / "draft").write_text(str(self.step))
 
@@ -189,7 +191,7 @@ def test_a_run_that_is_continued_goes_on_with_the_best_it_had(tmp_path: Path) ->
     assert json.loads((tmp_path / "best" / "best.json").read_text())["step"] == 8
     assert (tmp_path / "best" / "draft").read_text() == "8"
     for criterion, names in (("worst", ["a/x", "b/x"]), ("mean", ["a/x"])):
-        with pytest.raises(UserError, match="keep_best: mean -> worst|measured: "):
+        with pytest.raises(UserError, match=r"keep_best: mean -> worst|measured: "):
             BestDraft(tmp_path, criterion, names, "texts").open(is_first=True)
     with pytest.raises(UserError, match=r"answers: texts -> fewer texts"):
         BestDraft(tmp_path, "mean", ["a/x", "b/x"], "fewer texts").open(is_first=True)
@@ -288,3 +290,15 @@ def test_two_processes_measure_what_one_does(config: Config, tmp_path: Path, dee
         matches = [replay(drafter, turn.prompt_ids, turn.answer.ids, 4).tolist() for turn in turns]
         assert pool([walk(m, 4) for m in matches], 4).tau == pytest.approx(best["rows"][name])
     assert "lm_head.weight" not in load_file(tmp_path / "two" / "best" / "model.safetensors")
+
+
+def test_a_draft_with_a_nan_weight_is_never_the_best(config: Config, base_folder: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(base_folder, tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    config.model.path, config.trainer.max_bad_steps = str(damaged), 4
+    with pytest.raises(UserError, match="step 4: the loss"):
+        train(config, build_monitor(config))
+    assert [row["step"] for row in measurements(config)] == [0, 2]
+    assert not (Path(config.output_dir) / "best").exists()

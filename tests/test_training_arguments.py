@@ -27,6 +27,7 @@ CONVERTED = {  # checked one by one
     "gradient_checkpointing",
     "save_steps",
     "save_total_limit",
+    "max_bad_steps",
     "profile_steps",
     "extra",
 }
@@ -45,6 +46,7 @@ OTHER = TrainerConfig(
     torch_compile=True,
     logging_steps=2,
     save_steps=4,
+    max_bad_steps=2,
     save_total_limit=3,
     dataloader_num_workers=1,
     profile_steps=5,

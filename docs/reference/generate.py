@@ -84,7 +84,8 @@ def commands() -> str:
         "Every program takes `--help` (its settings with their comments) and `--version`.",
         "An installed wheel offers each program as a console command with the same arguments.",
         "Exit status: 0 success, 1 a part of an evaluation failed, 2 an error in settings or input,",
-        "3 a missed threshold, 130 Ctrl-C.",
+        "3 a missed threshold, 130 Ctrl-C, 75 training stopped by a signal after a step, with a checkpoint:",
+        "the same command with `resume=true` resumes it.",
     ]
     for name, program in PROGRAMS.items():
         text = (HOME / program.folder / f"{name}.py").read_text()

@@ -131,6 +131,12 @@ class TrainerConfig:
     save_steps: int = setting(500, "Optimizer steps between checkpoints; 0 saves only at the end.", low=0, free=True)
     save_total_limit: int = setting(2, "Checkpoints to keep.", low=1, free=True)
     dataloader_num_workers: int = setting(2, "Processes that build packs.", low=0, free=True)
+    max_bad_steps: int = setting(
+        5,
+        "Steps in a row whose loss or gradient norm may be NaN or infinite before the run stops; each is skipped.",
+        low=1,
+        free=True,
+    )
     profile_steps: int = setting(0, "Optimizer steps in a torch.profiler trace; 0 records none.", low=0, free=True)
     extra: dict[str, Any] = setting({}, "Any other field of TrainingArguments, such as {adam_beta2: 0.95}.")
 

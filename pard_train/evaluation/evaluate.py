@@ -32,7 +32,7 @@ from pard_train.evaluation.speed import Latencies
 from pard_train.fingerprints import model_fingerprint
 from pard_train.reports.records import ACCEPTANCE_FILE, KINDS, SCHEMA_VERSION, Record, Result, read_result
 from pard_train.reports.report import write_report
-from pard_train.runs import CONFIG_FILE, check_run, claim_run, read_json, require_same, write_json
+from pard_train.runs import CONFIG_FILE, check_run, claim_run, locked, read_json, require_same, write_json
 from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
 from pard_train.targets.compatibility import OK, Model, check_engine, check_pair, require
 from pard_train.targets.target import Target, load_targets, short_name
@@ -55,6 +55,11 @@ def evaluate(config: Config) -> Result:
         UserError: for a model, benchmark, pair or threshold that does not fit, before any target writes a token; or if
             nothing could be measured.
     """
+    with locked(Path(config.output_dir)):
+        return _evaluate(config)
+
+
+def _evaluate(config: Config) -> Result:
     matrix, settings = Matrix(config), config.evaluate
     _check_thresholds(settings)
     benchmarks = load_benchmarks(settings.benchmarks, settings.max_prompts)

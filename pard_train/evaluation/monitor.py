@@ -35,8 +35,9 @@ from pard_train.model import DTYPES, check_same_tokenizer, load_config, load_tok
 from pard_train.runs import fingerprint, read_json, require_same, write_json
 from pard_train.targets.cases import Case, write_case
 from pard_train.targets.target import load_targets
+from pard_train.training.callbacks import UsesTrainer
 from pard_train.training.checkpoints import BEST_FILE, BEST_FOLDER
-from pard_train.training.trainer import PardTrainer, UsesTrainer, check_output
+from pard_train.training.trainer import PardTrainer, check_output
 
 
 def build_monitor(config: Config) -> list[TrainerCallback]:
@@ -136,7 +137,8 @@ class AcceptanceMonitor(UsesTrainer):
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
         started = time.perf_counter()
         measurement = Measurement(state.global_step, self._replay())
-        is_best = state.global_step > 0 and self.keeper.offer(measurement, self.trainer)
+        is_good = state.global_step > 0 and not self.trainer.num_bad_steps  # bad weights make every step bad
+        is_best = is_good and self.keeper.offer(measurement, self.trainer)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self.trainer.window_start += seconds  # the logged speed is that of training
@@ -244,8 +246,6 @@ class BestDraft:
             return False
         self.best = measurement
         new = self._sibling("new")
-        if trainer.args.should_save:
-            shutil.rmtree(new, ignore_errors=True)
         trainer.write_draft(new)
         if trainer.args.should_save:
             record = {"chosen_by": self.criterion, "tau": tau, **asdict(measurement), "measured_on": self.measured_on}

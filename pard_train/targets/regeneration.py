@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pard_train.device import this_process
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Sampling
-from pard_train.runs import MANIFEST_FILE, fingerprint, new_file, provenance, read_json, write_json
+from pard_train.runs import MANIFEST_FILE, fingerprint, locked, new_file, provenance, read_json, write_json
 from pard_train.targets.answers import AnswerCache
 from pard_train.targets.conversation import AnsweredChat, Conversation, Conversations, answer_chat, question_turns
 from pard_train.targets.target import Target, load_targets
@@ -67,8 +67,13 @@ def write_answers(config: Config, prompts_file: Path, folder: Path) -> Written:
 
     Raises:
         UserError: at a bad row or a server that does not fit, before anything is asked; if all servers of a target
-            fail; or if no conversation was answered.
+            fail; if no conversation was answered; or if another program works in the folder.
     """
+    with locked(folder) if this_process().is_main_process else nullcontext():
+        return _write_answers(config, prompts_file, folder)
+
+
+def _write_answers(config: Config, prompts_file: Path, folder: Path) -> Written:
     settings, process = config.regenerate, this_process()
     if config.inference.servers and process.num_processes > 1:
         raise UserError("inference.servers are asked by one process: start the program without torchrun")

@@ -14,7 +14,15 @@ from pard_train.device import default_device
 from pard_train.errors import UserError
 from pard_train.training.trackers import configure_tracker
 
-CONVERTED = ("num_train_epochs", "gradient_checkpointing", "save_steps", "save_total_limit", "profile_steps", "extra")
+CONVERTED = (
+    "num_train_epochs",
+    "gradient_checkpointing",
+    "save_steps",
+    "save_total_limit",
+    "max_bad_steps",
+    "profile_steps",
+    "extra",
+)
 NOT_EXTRA = {  # fields of TrainingArguments that have no effect here, or break a promise of the run
     "label_smoothing_factor": "is not part of the objective",
     "data_seed": "has no effect: `seed` plans the packs",
@@ -22,6 +30,7 @@ NOT_EXTRA = {  # fields of TrainingArguments that have no effect here, or break 
     "save_only_model": "would make the run impossible to resume",
     "ignore_data_skip": "would make the run impossible to resume",
     "resume_from_checkpoint": "is set by resume=true",
+    "enable_jit_checkpoint": "is not needed: a stop signal saves a checkpoint",
     "fp16": "rounds small gradients of the head to zero: use trainer.bf16=true",
 }
 
@@ -43,6 +52,7 @@ def training_settings(config: Config) -> dict[str, Any]:
         "num_train_epochs": 1,  # the packs of all epochs are one list
         "per_device_train_batch_size": 1,  # one pack; data.slot_budget is the batch size
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would show the loss of the steps before instead
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or 500,
         "save_total_limit": None,  # `SealCheckpoint` deletes older ones

@@ -1,15 +1,22 @@
-"""Trainer callbacks: data epochs, logging and saving intervals, sealed checkpoints, progress, and a profiler trace."""
+"""Trainer callbacks: epochs, intervals, interruptions, sealed checkpoints, progress, and a profiler trace."""
 
 from __future__ import annotations
 
+import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from pard_train.errors import UserError
 from pard_train.runs import prune_checkpoints, seal_checkpoint
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_LOGS = 2  # compilation happens for the first pack, and for the second with another number of supervised slots
 WARM_UP_STEPS = 5  # before a profile
@@ -34,6 +41,69 @@ class CurrentIntervals(TrainerCallback):
     ) -> None:
         """Overwrite the intervals that the checkpoint brought."""
         state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
+
+
+class UsesTrainer(TrainerCallback):
+    """A callback with access to the trainer, a PardTrainer, which `build_trainer` or `train` sets."""
+
+    trainer: Any
+
+
+class StepGuard(UsesTrainer):
+    """Skips bad steps, and ends the run with a checkpoint after a stop signal. All ranks decide alike.
+
+    A step is bad if any loss or the gradient norm is NaN or infinite on any rank.
+
+    Args:
+        received: stop signals of this process, from `stop_signals`.
+        draft: folder of the trained draft, which exists only if the run is complete.
+        max_bad_steps: in a row, at which the run stops.
+    """
+
+    def __init__(self, received: Sequence[str], draft: Path, max_bad_steps: int):
+        self.received, self.draft, self.max_bad_steps = received, draft, max_bad_steps
+        self.is_stopping = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Delete a draft of an earlier step."""
+        if state.is_world_process_zero and state.global_step < state.max_steps:
+            shutil.rmtree(self.draft, ignore_errors=True)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare with all ranks: one all-reduce and one synchronization a step.
+
+        Raises:
+            UserError: after too many bad steps in a row, or if DeepSpeed has taken a bad one: in float32, ZeRO-0 does
+                not check gradients.
+        """
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        flags = torch.stack([~trainer.is_finite, torch.tensor(bool(self.received), device=args.device)]).float()
+        num_bad, num_stopping = accelerator.reduce(flags, reduction="sum").tolist()
+        self.is_stopping = num_stopping > 0
+        if not num_bad:
+            trainer.num_bad_steps = 0
+            return
+        trainer.skip_step()
+        what = f"step {state.global_step + 1}: the loss or the gradient norm is NaN or infinite"
+        is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if is_deepspeed and not accelerator.optimizer_step_was_skipped:
+            raise UserError(f"{what}, and DeepSpeed has taken the step: resume the run from its newest checkpoint")
+        if trainer.num_bad_steps >= self.max_bad_steps:
+            raise UserError(
+                f"{what}, {trainer.num_bad_steps} times in a row (trainer.max_bad_steps={self.max_bad_steps}): check "
+                "model.path and data.scores, or lower trainer.learning_rate in a new output_dir"
+            )
+        if state.is_world_process_zero:
+            logger.warning("%s; skipped", what)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop."""
+        if self.is_stopping:
+            control.should_save = control.should_training_stop = True
 
 
 class SealCheckpoint(TrainerCallback):

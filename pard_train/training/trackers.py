@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict
@@ -69,12 +70,14 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop lines past the step a resumed run starts from, so that no step is logged twice."""
+        """Drop lines past the step that a resumed run starts from, and summaries: none is logged twice."""
         if state.is_world_process_zero and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True) if state.global_step else []
             whole = [line for line in lines if line.endswith("\n")]  # a full disk may have cut the last one
             with new_file(self.path) as partial:
-                partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= state.global_step))
+                rows = [(line, json.loads(line)) for line in whole]
+                kept = [line for line, row in rows if row["step"] <= state.global_step and "train_runtime" not in row]
+                partial.write_text("".join(kept))
 
     def on_log(
         self,
@@ -84,9 +87,10 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line. Names that begin with `eval_` begin with `eval/`, as the trackers show them."""
+        """Append one line, with null for NaN and infinity. Names with `eval_` get `eval/`, as trackers show them."""
         if state.is_world_process_zero:
-            named = {re.sub("^eval_", "eval/", name): value for name, value in (logs or {}).items()}
+            finite = {name: value if math.isfinite(value) else None for name, value in (logs or {}).items()}
+            named = {re.sub("^eval_", "eval/", name): value for name, value in finite.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **named}) + "\n")
 

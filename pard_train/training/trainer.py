@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -23,13 +26,22 @@ from pard_train.data.packing import PackedDataset, PardCollator
 from pard_train.data.scores import Scores, open_teacher
 from pard_train.data.store import TokenStore, open_store
 from pard_train.device import device_name
-from pard_train.errors import UserError
+from pard_train.errors import Interrupted, UserError
 from pard_train.layout import SlotLayout
 from pard_train.mask_token import required_mask_token_of
 from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
-from pard_train.runs import check_run, claim_run, newest_checkpoint, read_json, require_same, write_json
+from pard_train.runs import check_run, claim_run, locked, newest_checkpoint, require_recorded, write_json
 from pard_train.training.arguments import training_settings
-from pard_train.training.callbacks import CurrentIntervals, DataEpoch, ProfileSteps, SealCheckpoint, ShortProgress
+from pard_train.training.callbacks import (
+    CurrentIntervals,
+    DataEpoch,
+    ProfileSteps,
+    SealCheckpoint,
+    ShortProgress,
+    StepGuard,
+    UsesTrainer,
+)
+from pard_train.training.signals import ignore_stop_signals, stop_signals
 from pard_train.training.throughput import (
     ModelShape,
     Work,
@@ -60,12 +72,18 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
 
     Raises:
         UserError: for bad data, a base that cannot draft, or an output folder that holds something else.
+        Interrupted: if a signal ended the run before its last step. A checkpoint of the step is saved.
     """
+    with locked(Path(config.output_dir)) if _is_first() else nullcontext():
+        return _train(config, callbacks)
+
+
+def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     output_dir, settings = Path(config.output_dir), training_settings(config)
     check_output(config)
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
-    _require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
+    require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
     scores = teacher_of(config, store)
     if _is_first():  # the other ranks wait at the barrier below
         claim_run(output_dir, _identity(config), dataclasses.asdict(config))
@@ -83,25 +101,25 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         )
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
-    for callback in callbacks:
-        if isinstance(callback, UsesTrainer):
-            callback.trainer = trainer
-        trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer.write_draft(output_dir / DRAFT_FOLDER)
+    with stop_signals() as received:
+        guard = StepGuard(received, output_dir / DRAFT_FOLDER, config.trainer.max_bad_steps)
+        for callback in (guard, *callbacks):
+            if isinstance(callback, UsesTrainer):
+                callback.trainer = trainer
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step, num_steps = trainer.state.global_step, trainer.state.max_steps
+        if step == num_steps:
+            return trainer.write_draft(output_dir / DRAFT_FOLDER)
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the other ranks when the first one ends
+        raise Interrupted(f"stopped after step {step:,} of {num_steps:,}, with a checkpoint")
 
 
 def check_output(config: Config) -> None:
     """Check that the run may write to its output folder. Raises UserError if it holds another run or other files."""
     if _is_first():
-        check_run(Path(config.output_dir), _identity(config), resume=config.resume)
-
-
-def _require_recorded(record: Path, manifest: dict[str, Any], what: str) -> None:
-    """Check that a resumed run has the same inputs: other inputs give other packs, some of which it would skip."""
-    if record.exists():
-        old, run = read_json(record)["identity"], record.parent
-        require_same(old, manifest["identity"], what=f"the run in {run} was started with other {what} (see {record})")
+        with locked(Path(config.output_dir)):
+            check_run(Path(config.output_dir), _identity(config), resume=config.resume)
 
 
 def _is_first() -> bool:
@@ -125,7 +143,7 @@ def teacher_of(config: Config, store: TokenStore) -> Scores | None:
             print(f"data.scores={folder} is not used: objective.kd, objective.lk and objective.cat are off")
         return None
     scores = open_teacher(Path(folder), store)
-    _require_recorded(Path(config.output_dir) / TEACHER_FILE, scores.manifest, "data.scores")
+    require_recorded(Path(config.output_dir) / TEACHER_FILE, scores.manifest, "data.scores")
     return scores
 
 
@@ -216,15 +234,24 @@ class PardTrainer(Trainer):
         self.shape = ModelShape.of(self.model.config)
         self.chip = chip_of(device_name()) if self.args.bf16 else None  # its peak rate is that of bfloat16
         self.is_compiled = self.args.torch_compile or attention == "flex"
+        self.is_finite = torch.ones((), dtype=torch.bool, device=self.args.device)  # losses and gradient of this step
         # Of the steps since the last log:
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.args.device)  # sum over good steps, of this rank
         self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
         self.work = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
         self.window_start, self.window_step = time.perf_counter(), -1  # -1 until the first step
-        self.seconds_waiting = 0.0
+        self.seconds_waiting, self.num_skipped, self.num_bad_steps = 0.0, 0, 0  # the last one counts those in a row
         self.num_compiled_before = num_compilations()
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
         return SequentialSampler(cast(PackedDataset, self.train_dataset))  # packs are already in training order
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's, with workers that outlive a stop signal until the step is over."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        inner.worker_init_fn = partial(ignore_stop_signals, inner.worker_init_fn)
+        return loader
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """Micro-batches of one optimizer step, and the sum of their weights over all ranks (a float32 scalar)."""
@@ -236,6 +263,8 @@ class PardTrainer(Trainer):
             self.window_start, self.window_step = started, self.state.global_step
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self.seconds_waiting += time.perf_counter() - started
+        self.is_finite.fill_(True)
+        self.sums_before = [tensor.clone() for tensor in self._sums()]
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(weight, reduction="sum")
 
@@ -260,6 +289,33 @@ class PardTrainer(Trainer):
         self.work += count_work(layout, inputs["labels"])
         return loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's, which also notes the loss. Trainer's own sum leaves out what is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        self.is_finite &= loss.isfinite()
+        self.loss += loss
+        return loss.nan_to_num(0.0, 0.0, 0.0)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, which also notes whether it is finite. DeepSpeed has -1 for a norm that is not."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        size = torch.as_tensor(0.0 if norm is None else norm, device=self.args.device)
+        self.is_finite &= size.isfinite() & (size >= 0)
+        return norm
+
+    def skip_step(self) -> None:
+        """Leave weights, optimizer states and the sums of the log as they were before this step. All ranks call it."""
+        for parameter in self.model.parameters():
+            parameter.grad = None  # optimizers pass such parameters over
+        for tensor, before in zip(self._sums(), self.sums_before, strict=True):
+            tensor.copy_(before)
+        self.num_skipped += 1
+        self.num_bad_steps += 1
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        """Sums over the steps since the last log."""
+        return (*self.statistics.tensors(), self.work, self.loss)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the loss with accuracy per depth, expected accepted length and throughput over all ranks."""
         if "loss" in logs:
@@ -268,16 +324,18 @@ class PardTrainer(Trainer):
 
     def _end_window(self) -> dict[str, float]:
         """Metrics of the steps since the last log; starts the next window."""
-        sums = (*self.statistics.tensors(), self.work)
+        sums = self._sums()
         for tensor in sums:
             tensor.copy_(self.accelerator.reduce(tensor, reduction="sum"))
         now, step, num_compiled = time.perf_counter(), self.state.global_step, num_compilations()
         seconds, metrics = now - self.window_start, self.statistics.metrics()
         metrics["supervised_slots_per_second"] = metrics["supervised_slots"] / seconds
+        num_steps = max(1, step - self.window_step)
+        good = self.args.world_size * (num_steps - self.num_skipped)
+        metrics |= {"loss": float(self.loss) / good if good else float("nan"), "skipped_steps": self.num_skipped}
         work, num_tokens = Work(*map(int, self.work.tolist())), float(self.statistics.slots[0])
         rates = throughput_metrics(work, num_tokens, seconds, self.shape, self.chip, self.args.world_size)
-        rates["seconds_per_step"] = seconds / max(1, step - self.window_step)
-        rates["data_wait_share"] = self.seconds_waiting / seconds
+        rates |= {"seconds_per_step": seconds / num_steps, "data_wait_share": self.seconds_waiting / seconds}
         if (memory := peak_memory(self.args.device)) is not None:
             rates["peak_memory_gb"] = memory / 1e9
         if self.is_compiled:
@@ -285,21 +343,20 @@ class PardTrainer(Trainer):
         for tensor in sums:
             tensor.zero_()
         self.window_start, self.window_step, self.num_compiled_before = now, step, num_compiled
-        self.seconds_waiting = 0.0
+        self.seconds_waiting, self.num_skipped = 0.0, 0
         return metrics | {f"throughput/{name}": value for name, value in rates.items()}
 
     def write_draft(self, folder: Path) -> Path:
-        """Write the trained model as a draft folder, atomically, from whatever shards the ranks hold."""
+        """Write the model as a draft folder, in place of an older one. Raises UserError if a weight is not finite."""
         state = self.accelerator.get_state_dict(self.model_wrapped)
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state or {}).items()}  # of torch.compile
-        if self.args.should_save and not folder.exists():
+        if self.args.should_save:
+            if not all(tensor.isfinite().all() for tensor in state.values()):
+                raise UserError(
+                    f"weights of step {self.state.global_step} are NaN or infinite: {folder} is not written"
+                )
+            shutil.rmtree(folder, ignore_errors=True)
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             write_model_folder(model, self.initial, folder, state_dict=state)
         self.accelerator.wait_for_everyone()
         return folder
-
-
-class UsesTrainer(TrainerCallback):
-    """A callback with access to the trainer, which `train` sets."""
-
-    trainer: PardTrainer
