@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pard_train.architectures import windows_of
 from pard_train.config import ObjectiveConfig
 from pard_train.core.attention import attention_inputs
 from pard_train.core.head import Reweigh, SlotHead, gives_plain_logits
@@ -187,7 +188,7 @@ class PackLoss:
     def __init__(
         self, model: PreTrainedModel, attention: str, num_draft_tokens: int, objective: ObjectiveConfig | None = None
     ):
-        self.attention, self.num_draft_tokens = attention, num_draft_tokens
+        self.attention, self.windows, self.num_draft_tokens = attention, windows_of(model.config), num_draft_tokens
         self.objective = objective or ObjectiveConfig()
         head = model.get_output_embeddings()
         self.head = SlotHead(cast(nn.Linear, head)) if gives_plain_logits(model) else None
@@ -212,7 +213,7 @@ class PackLoss:
             position_ids=layout.position[None],
             logits_to_keep=supervised,
             use_cache=False,
-            **attention_inputs(self.attention, layout),
+            **attention_inputs(self.attention, layout, self.windows),
         )
         layout = layout[supervised]
         loss, losses, is_correct = self._scores(
