@@ -13,7 +13,7 @@ from pard_train.layout import Window
 WORKS = """
 afmoe apertus apertus1p5_text arcee aria_text axk1 beam biogpt bitnet cohere cohere2 cohere2_moe ctrl cwm
 deepseek_v2 deepseek_v3 doge dots1 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe flex_olmo flint gemma gemma2
-gemma3_text gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox
+gemma3_text gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox
 gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama mellum mimo_v2_flash minicpm3 minimax_m2
 minimax_m3_vl_text ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3
@@ -38,7 +38,7 @@ REFUSED = {  # reason -> types
     "its layers do not call Transformers' attention interface, so the mask of a pack does not reach them": """bloom
     codegen cpmant dbrx falcon gpt_neo gpt_neox_japanese gptj mpt nemotron openai-gpt stablelm xglm""",
     "its packed forward pass, or its decoding with a cache, differs from one pass per chain": """diffllama dory
-    gemma3n_text hrm_text longcat_flash modernbert-decoder""",
+    gemma3n_text gemma4_unified_text hrm_text longcat_flash modernbert-decoder""",
 }
 REASONS = {model_type: reason for reason, types in REFUSED.items() for model_type in types.split()}
 LAYERS = {"full_attention", "sliding_attention"}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -28,6 +29,7 @@ from pard_train.core.cpu.products import use_onednn
 from pard_train.device import default_device
 from pard_train.downloads import local_model
 from pard_train.errors import UserError
+from pard_train.kept_layers import keep_layers, resolve_keep_layers
 from pard_train.mask_token import choose_mask_token, mask_token_of, set_draft_keys
 from pard_train.runs import new_folder
 
@@ -174,6 +176,7 @@ class Base:
         tokenizer: its tokenizer.
         mask_token_id: of the draft to be made from it.
         is_draft: it already is a draft model, whose mask token and row are kept.
+        keep: layers that the draft keeps, their number, or None for all.
     """
 
     config: ModelConfig
@@ -181,6 +184,7 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     mask_token_id: int
     is_draft: bool
+    keep: int | list[int] | None = None
 
 
 def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
@@ -198,31 +202,37 @@ def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
             f"draft.num_draft_tokens={draft.num_draft_tokens}: a chain must fit into the sliding window of {window} "
             f"tokens that {path} has; give draft.num_draft_tokens<={window}"
         )
+    keep = resolve_keep_layers(config.keep_layers, model_config.num_hidden_layers)
     existing = mask_token_of(model_config)
     if existing is None:
         mask_token_id = choose_mask_token(tokenizer, model_config.vocab_size, draft)
-        return Base(config, model_config.vocab_size, tokenizer, mask_token_id, is_draft=False)
+        return Base(config, model_config.vocab_size, tokenizer, mask_token_id, is_draft=False, keep=keep)
     wanted = tokenizer.get_vocab().get(draft.mask_token) if draft.mask_token else draft.mask_token_id
     if wanted not in (None, existing):
         raise UserError(
             f"draft.mask_token_id={wanted}, but {path} already is a draft model with mask token {existing}: leave "
             "draft.mask_token_id and draft.mask_token null"
         )
-    return Base(config, model_config.vocab_size, tokenizer, existing, is_draft=True)
+    return Base(config, model_config.vocab_size, tokenizer, existing, is_draft=True, keep=keep)
 
 
-def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path) -> None:
+def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path, texts: Sequence[np.ndarray] = ()) -> None:
     """Write the untrained draft model: the base model with a mask token and the keys that engines read.
 
     Args:
         base: from `inspect_base`.
         num_draft_tokens: K_train, recorded in config.json.
         folder: written atomically; left alone if it exists.
+        texts: token ids of documents, to choose the layers that are kept.
     """
     if folder.exists():
         return
     path, trust, revision = base.config.path, base.config.trust_remote_code, base.config.revision
     model = load_causal_lm(path, trust_remote_code=trust, revision=revision)
+    if base.keep is not None:
+        kept = keep_layers(model, base.keep, base.config.keep_layers_by, texts)
+        print(f"layers kept of {path}: {', '.join(map(str, kept))}")
+        model.config.pard_kept_layers = kept
     if not base.is_draft:
         add_mask_token(model, base.mask_token_id)
         model.config.pard_base = path

@@ -85,9 +85,12 @@ def _text_blocks(text: TextSpan, window: Window) -> list[QueryBlock]:
     blocks = []
     for start in range(text.start, text.stop, MAX_BLOCK_SLOTS):
         stop = min(start + MAX_BLOCK_SLOTS, text.stop)
-        is_cut = window is not None and stop - text.start > window
-        first = max(text.start, start - window + 1) if is_cut else text.start  # key of the first query
-        masked = first if is_cut else start  # every key before it is visible to all of the queries
+        first, masked = (
+            text.start,
+            start,
+        )  # every key from the first to the masked ones is visible to all of the queries
+        if window is not None and stop - text.start > window:
+            first = masked = max(text.start, start - window + 1)
         queries, keys = (lay_out_text(torch.arange(a, stop, device="cpu")) for a in (start, masked))
         bias = _bias(is_visible(queries, keys, window))
         blocks.append(QueryBlock(slice(start, stop), slice(first, stop), bias))
