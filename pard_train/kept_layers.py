@@ -6,7 +6,8 @@ the least is left out, and the influence of the others is measured again, becaus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -46,14 +47,14 @@ def resolve_keep_layers(keep: Any, num_layers: int) -> int | list[int] | None:
     return list(keep)
 
 
-def keep_layers(model: PreTrainedModel, keep: int | list[int], by: str, texts: Sequence[np.ndarray]) -> list[int]:
+def keep_layers(model: PreTrainedModel, keep: int | list[int], by: str, texts: Iterable[np.ndarray]) -> list[int]:
     """Leave layers out of a model, in place; its config describes what is left.
 
     Args:
         model: causal LM of N layers.
         keep: from `resolve_keep_layers`.
         by: influence | even | first, how a count of layers is chosen.
-        texts: token ids of documents, for influence.
+        texts: token ids of documents; the first ones serve.
 
     Returns:
         The layers kept, in order.
@@ -62,6 +63,7 @@ def keep_layers(model: PreTrainedModel, keep: int | list[int], by: str, texts: S
         UserError: if a config of fewer layers describes another model.
         ValueError: without texts.
     """
+    texts = list(islice(texts, NUM_TEXTS))
     if not texts:
         raise ValueError("the layers to keep are chosen and checked on texts")
     layers = _Layers(model)
@@ -131,14 +133,14 @@ def measure_influence(model: PreTrainedModel, layers: nn.ModuleList, texts: Sequ
         seen.append(float(nn.functional.cosine_similarity(inputs[0].float(), after.float(), dim=-1).mean()))
 
     hooks = [layer.register_forward_hook(see) for layer in layers]
-    for text in texts[:NUM_TEXTS]:
+    for text in texts:
         ids = torch.from_numpy(np.asarray(text[:MAX_TOKENS], dtype=np.int64))[None].to(model.device)
         model.base_model(input_ids=ids, use_cache=False)
         total += 1 - np.array(seen)
         seen.clear()
     for hook in hooks:
         hook.remove()
-    return total / len(texts[:NUM_TEXTS])
+    return total / len(texts)
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +216,7 @@ def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
     return Base(config, model_config.vocab_size, tokenizer, existing, is_draft=True, keep=keep)
 
 
-def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path, texts: Sequence[np.ndarray] = ()) -> None:
+def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path, texts: Iterable[np.ndarray] = ()) -> None:
     """Write the untrained draft model: the base model with a mask token and the keys that engines read.
 
     Args:

@@ -109,7 +109,7 @@ def architectures() -> str:
         "",
         "`model_type` of a model's `config.json` decides. An architecture works if one packed forward pass gives the",
         "logits of one forward pass per chain. Training, decoding with a cache and replay must all agree.",
-        "`tests/test_architectures.py` builds each one tiny and compares. Everything else is refused before weights load.",
+        "`tests/test_architectures.py` builds each one tiny and compares. The rest is refused before weights load.",
         "",
         f"## Works ({len(works)})",
         "",

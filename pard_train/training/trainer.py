@@ -27,7 +27,6 @@ from pard_train.data.scores import Scores, open_teacher
 from pard_train.data.store import TokenStore, open_store
 from pard_train.device import device_name
 from pard_train.errors import Interrupted, UserError
-from pard_train.kept_layers import NUM_TEXTS
 from pard_train.layout import SlotLayout
 from pard_train.mask_token import required_mask_token_of
 from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
@@ -88,7 +87,7 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     scores = teacher_of(config, store)
     if _is_first():  # the other ranks wait at the barrier below
         claim_run(output_dir, _identity(config), dataclasses.asdict(config))
-        texts = [store[row].input_ids for row in range(min(len(store), NUM_TEXTS))]
+        texts = (document.input_ids for document in store)
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER, texts)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), so all ranks must take part.
     arguments = TrainingArguments(**settings)
