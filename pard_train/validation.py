@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from operator import attrgetter
+from urllib.parse import urlsplit
 
 from pard_train.commands import command
 from pard_train.config import Config, DataConfig, DraftConfig, ObjectiveConfig, PrepareConfig, check_ranges
@@ -97,6 +98,19 @@ def validate_compare(config: Config) -> None:
         raise UserError("compare.results needs two or more: results.before=DIR results.after=DIR")
 
 
+def validate_study(config: Config) -> None:
+    """Check the runs of a study and their evaluation; each run is checked as a training run. Raises UserError."""
+    _check_settings(config, "output_dir")
+    validate_measurement(config)
+    _check_benchmarks(config)
+    if not config.study.runs or not config.study.seeds:
+        raise UserError(
+            "study.runs and study.seeds need at least one entry: study=NAME, or 'study.runs.NAME=[\"SETTING=VALUE\"]'"
+        )
+    if config.evaluate.drafts:
+        raise UserError("evaluate.drafts must be empty: a study measures the drafts of its runs")
+
+
 def validate_export(config: Config) -> None:
     """Check an export. Raises UserError."""
     _check_settings(config, "output_dir")
@@ -146,7 +160,14 @@ def _check_targets(config: Config) -> None:
     if not config.targets:
         raise UserError(f"targets is empty: give a list, for example {_EXAMPLES['targets']}")
     for server in config.inference.servers:
-        if not server.startswith(("http://", "https://")):
+        address = urlsplit(server)
+        if "@" in address.netloc:
+            shown = address._replace(netloc=f"***@{address.hostname}").geturl()
+            raise UserError(
+                f"inference.servers: {shown} holds a password, which would reach logs and files: give a key in "
+                "OPENAI_API_KEY, or log in on a proxy of your own"
+            )
+        if address.scheme not in ("http", "https"):
             raise UserError(f"inference.servers: {server!r} must be an address such as http://localhost:8000/v1")
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from pard_train.bootstrap import counts_per_prompt, tau_interval
+
 # Legend: P prompts, K draft tokens, N tokens of an answer.
 
-NUM_BOOTSTRAP = 1000  # resamples of prompts for the 95% interval
 POSITION_WIDTH = 64  # tokens of an answer per group of positions
 
 
@@ -96,6 +97,7 @@ class Acceptance:
         num_tokens: tokens emitted.
         tau_low, tau_high: bootstrap 95% interval over prompts.
         mean_prompt_tau: mean of tokens / steps over prompts that have a step; None in an estimate.
+        prompt_counts: tokens and steps of every prompt, [P, 2].
     """
 
     num_draft_tokens: int
@@ -106,6 +108,7 @@ class Acceptance:
     tau_low: float
     tau_high: float
     mean_prompt_tau: float | None
+    prompt_counts: Sequence[Sequence[float]]
 
     @property
     def num_steps(self) -> float:
@@ -163,27 +166,8 @@ def pool(traces: Sequence[Trace], num_draft_tokens: int, *, prompts: Sequence[st
         tau_low=low,
         tau_high=high,
         mean_prompt_tau=float((answered[:, 0] / answered[:, 1]).mean()),
+        prompt_counts=counts.astype(int).tolist(),
     )
-
-
-def tau_interval(counts: np.ndarray) -> tuple[float, float]:
-    """Bootstrap 95% interval of tokens / steps, the same on every call.
-
-    Args:
-        counts: tokens and steps of every prompt, [P, 2].
-    """
-    draws = np.random.default_rng(0).integers(len(counts), size=(NUM_BOOTSTRAP, len(counts)))
-    tokens, steps = counts[draws].sum(axis=1).T  # [NUM_BOOTSTRAP] each
-    low, high = np.quantile(tokens / np.maximum(steps, 1), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def counts_per_prompt(items: Sequence[tuple[float, float]], prompts: Sequence[Any]) -> np.ndarray:
-    """(tokens, steps) of some items, summed by prompt: [P, 2]."""
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    counts = np.zeros((len(numbers), 2))
-    np.add.at(counts, [numbers[prompt] for prompt in prompts], np.reshape(items, (-1, 2)))
-    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
