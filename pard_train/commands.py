@@ -37,10 +37,10 @@ PROGRAMS = {
     "score": Program("data_scripts", (*_WRITING, "score"), shares_work=True),
     "show": Program("data_scripts", ("model", "draft", "objective", "data", "show")),
     "train": Program("recipes", (*_TRAINING, "inference", "evaluate"), shares_work=True),
-    "export": Program("recipes", ("model", "draft", "targets", "export")),
+    "export": Program("recipes", ("model", "draft", "targets", "logger", "export")),
     "evaluate": Program("recipes", (*_WRITING, "draft", "logger", "evaluate")),
-    "compare": Program("recipes", ("compare",)),
-    "verify": Program("recipes", ("model", "draft", "targets", "data", "verify")),
+    "compare": Program("recipes", ("logger", "compare")),
+    "verify": Program("recipes", ("model", "draft", "targets", "data", "logger", "verify")),
     "generate": Program("recipes", (*_WRITING, "draft", "generate")),
     "quickstart": Program("recipes", (*_TRAINING, "inference", "prepare", "regenerate", "evaluate", "export")),
 }

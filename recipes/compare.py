@@ -16,12 +16,15 @@ from pard_train.validation import validate_compare
 
 def run(config: Config) -> None:
     """Compare, print the table, and check the ratios."""
-    from pard_train.reports.comparison import compare, ratios_below, render_comparison
+    from pard_train.reports.comparison import COMPARISON_PAGE, compare, ratios, ratios_below, render_comparison
+    from pard_train.training.trackers import Outcome, check_trackers, log_outcome
 
-    settings = config.compare
-    comparison = compare(settings.results, Path(config.output_dir), min_ratio=settings.min_ratio)
+    settings, folder = config.compare, Path(config.output_dir)
+    check_trackers(config.logger)
+    comparison = compare(settings.results, folder, min_ratio=settings.min_ratio)
     print(render_comparison(comparison))
-    print(f"written to {config.output_dir}")
+    print(f"written to {folder}; open {folder / COMPARISON_PAGE} in a browser")
+    log_outcome(config, Outcome("compare", folder, ratios(comparison), files=[folder / COMPARISON_PAGE]))
     if misses := ratios_below(comparison, settings.min_ratio):
         raise ThresholdError(misses)
 

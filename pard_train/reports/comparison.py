@@ -155,6 +155,14 @@ def _how(record: Record) -> str:
     return ", ".join(filter(None, parts))
 
 
+def ratios(comparison: Comparison) -> dict[str, float]:
+    """The ratio of every pair, by later result, case and K."""
+    return {
+        f"compare/{p.name}/{r['target']}/{r['benchmark']}, {_how(r)}/k_{r['num_draft_tokens']}": p.ratio
+        for p, r in ((pair, pair.later) for pair in comparison.pairs)
+    }
+
+
 def ratios_below(comparison: Comparison, min_ratio: float | None) -> list[str]:
     """One line for every pair below min_ratio and for the rows that a later result lacks; none without min_ratio."""
     if min_ratio is None:
