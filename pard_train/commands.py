@@ -40,6 +40,7 @@ PROGRAMS = {
     "export": Program("recipes", ("model", "draft", "targets", "logger", "export")),
     "evaluate": Program("recipes", (*_WRITING, "draft", "logger", "evaluate")),
     "compare": Program("recipes", ("logger", "compare")),
+    "study": Program("recipes", (*_TRAINING, "inference", "evaluate", "study")),
     "verify": Program("recipes", ("model", "draft", "targets", "data", "logger", "verify")),
     "generate": Program("recipes", (*_WRITING, "draft", "generate")),
     "quickstart": Program("recipes", (*_TRAINING, "inference", "prepare", "regenerate", "evaluate", "export")),

@@ -19,6 +19,7 @@ from pard_train.config.programs import (
     RegenerateConfig,
     ScoreConfig,
     ShowConfig,
+    StudyConfig,
     VerifyConfig,
 )
 from pard_train.config.setting import check_ranges, decisive, section, setting
@@ -51,6 +52,7 @@ __all__ = [
     "ScoreConfig",
     "ShowConfig",
     "SourceConfig",
+    "StudyConfig",
     "TrainerConfig",
     "VerifyConfig",
     "check_ranges",
@@ -78,6 +80,7 @@ class Config:
     show: ShowConfig = section(ShowConfig, free=True)
     evaluate: EvaluateConfig = section(EvaluateConfig, free=True)
     compare: CompareConfig = section(CompareConfig, free=True)
+    study: StudyConfig = section(StudyConfig, free=True)
     export: ExportConfig = section(ExportConfig, free=True)
     verify: VerifyConfig = section(VerifyConfig, free=True)
     generate: GenerateConfig = section(GenerateConfig, free=True)

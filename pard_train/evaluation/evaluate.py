@@ -114,7 +114,7 @@ def _log_draft(config: Config, records: list[Record], name: str, path: str) -> N
         folder=folder,
         values=scalars(records),
         files=[folder / file for file in (PAGE_FILE, SAMPLES_PAGE, PICTURE_FILE)],
-        rows=[{k: v for k, v in r.items() if k != "groups"} for r in records],
+        rows=[{k: v for k, v in r.items() if k not in ("groups", "prompt_counts")} for r in records],
         training=run,
         kind={INITIAL_FOLDER: "init", BEST_FOLDER: "best"}.get(Path(path).name, "last"),
         facts={
