@@ -33,7 +33,7 @@ from pard_train.training.background import Background
 from pard_train.training.trainer import train
 from recipes.compare import run as compare
 
-OFFLINE = LoggerConfig(trackers=["wandb"], wandb_mode="offline")
+OFFLINE = LoggerConfig(trackers=["wandb"], wandb_mode="offline", page_minutes=0)
 SECRETS = {name: f"{name.lower()}-planted-0123456789abcdef0123456789" for name in ("HF_TOKEN", "OPENAI_API_KEY")}
 SECRETS["WANDB_API_KEY"] = "0123456789abcdef0123456789abcdef01234567"
 
@@ -102,7 +102,7 @@ def job(base_folder: Path, chats_file: Path, tmp_path_factory: pytest.TempPathFa
         for name, value in SECRETS.items():
             patch.setenv(name, value)
         config = experiment_in(root, base_folder, chats_file)
-        training = replace(config, logger=replace(config.logger, trackers=["wandb", "tensorboard"]))
+        training = replace(config, logger=replace(config.logger, trackers=["wandb", "tensorboard"], page_minutes=9))
         train(training, build_monitor(training))
         run = root / "mine"
         drafts = {"before": str(run / "init"), "after": str(run / "draft")}
@@ -141,8 +141,10 @@ def test_a_training_run_has_its_identity_config_series_summaries_and_artifacts(j
     assert "learning_rate" not in run.config  # TrainingArguments are not mixed in
 
     lines = metrics(config)
-    assert len(run.history) - 1 == len(lines) == 6 + 4  # Trainer's summary comes last
-    for row, line in zip(run.history[:-1], lines, strict=True):
+    *history, _, page = run.history  # the summary of Trainer, and the page
+    assert "report/path" in page
+    assert len(history) == len(lines) == 6 + 4
+    for row, line in zip(history, lines, strict=True):
         own = {re.sub("^train/", "", name): value for name, value in row.items() if not name.startswith("_")}
         assert own.pop("global_step") == line.pop("step")
         assert own == pytest.approx(line)
@@ -167,7 +169,7 @@ def test_a_resumed_run_continues_its_wandb_run(config: Config, tmp_path: Path) -
 
 
 def test_progress_is_the_same_whether_a_run_was_interrupted_or_not(config: Config, tmp_path: Path) -> None:
-    plain = replace(config, logger=LoggerConfig(), output_dir=str(tmp_path / "plain"))
+    plain = replace(config, logger=LoggerConfig(page_minutes=0), output_dir=str(tmp_path / "plain"))
     train(plain)
     lines = log_lines(plain)
     tokens = [line["throughput/supervised_tokens_per_second"] * line["throughput/seconds_per_step"] for line in lines]
@@ -219,7 +221,7 @@ def test_wandb_is_not_imported_unless_it_is_chosen(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails from here on
-    config = replace(config, logger=LoggerConfig())
+    config = replace(config, logger=LoggerConfig(page_minutes=0))
     draft = train(config)
     evaluate(with_settings(config, "evaluate", draft=draft, output_dir=str(tmp_path / "evaluation")))
     assert not list(tmp_path.rglob("wandb"))
@@ -251,7 +253,7 @@ def test_an_unreachable_server_costs_the_online_view_and_nothing_else(
     monkeypatch.setenv("WANDB_API_KEY", SECRETS["WANDB_API_KEY"])
     monkeypatch.setattr("pard_train.training.trackers.INIT_SECONDS", 2.0)
     wandb.teardown()
-    config = replace(config, logger=LoggerConfig(trackers=["wandb"]))
+    config = replace(config, logger=LoggerConfig(trackers=["wandb"], page_minutes=0))
     draft = train(config)
     assert draft.is_dir()
     assert "kept offline" in caplog.text
@@ -287,7 +289,7 @@ class Recorder(TrainerCallback):
 def test_a_slow_tracker_receives_every_line_and_delays_no_step(config: Config) -> None:
     slow = Recorder(seconds=0.4)
     tracker = Background("slow", slow)
-    config = replace(config, logger=LoggerConfig())
+    config = replace(config, logger=LoggerConfig(page_minutes=0))
     train(config, [tracker])
     assert len(slow.lines) < 6  # training is over, and it is still busy
     assert max(line["throughput/seconds_per_step"] for line in log_lines(config)) < 0.4
@@ -302,7 +304,7 @@ def test_a_tracker_that_fails_in_the_middle_stops_nothing(
     failing = Recorder(error=ConnectionError("gone"))
     tracker = Background("failing", failing)
     monkeypatch.setattr(background, "MAX_FAILURES", 3)
-    assert train(replace(config, logger=LoggerConfig()), [tracker]).is_dir()
+    assert train(replace(config, logger=LoggerConfig(page_minutes=0)), [tracker]).is_dir()
     tracker.end()
     assert len(failing.lines) == 3
     messages = [record.message for record in caplog.records if record.name == background.logger.name]
@@ -323,7 +325,7 @@ def test_a_stall_is_reported_once_until_training_goes_on(config: Config) -> None
 
     watcher = Recorder()
     tracker = Background("watcher", watcher, stall_seconds=0.6)
-    train(replace(config, logger=LoggerConfig()), [Pauses(), tracker])
+    train(replace(config, logger=LoggerConfig(page_minutes=0)), [Pauses(), tracker])
     time.sleep(1.0)  # after the end nothing stalls
     tracker.end()
     assert len(watcher.stalls) == 2

@@ -152,6 +152,7 @@ class LoggerConfig:
     group: Optional[str] = setting(None, "Group of a W&B run; null takes the name of the training run.")
     tags: list[str] = setting([], "Tags of a W&B run.")
     upload: bool = setting(False, "Upload drafts and exports to W&B; otherwise it keeps references to their folders.")
+    page_minutes: float = setting(10.0, "Minutes between updates of the run's report.html; 0 writes none.", low=0)
     stall_minutes: float = setting(30.0, "Minutes without a step until W&B sends an alert; 0: no alert.", low=0)
 
 

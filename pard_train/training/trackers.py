@@ -22,9 +22,11 @@ from pard_train.commands import PROGRAMS
 from pard_train.config import Config, LoggerConfig
 from pard_train.errors import Interrupted, UserError
 from pard_train.fingerprints import model_fingerprint
+from pard_train.reports.curves import RUN_PAGE
 from pard_train.reports.records import distinct, flatten
 from pard_train.runs import provenance, run_of
 from pard_train.training.background import Background
+from pard_train.training.page import RunPage
 
 if TYPE_CHECKING:
     import wandb
@@ -69,8 +71,12 @@ def tracking(config: Config, drafts: Mapping[str, Path], *, is_first: bool) -> I
         is_first: whether this is the first rank; the others have no trackers.
     """
     made: dict[str, Callable[[Config], TrainerCallback]] = {"wandb": WandbRun, "tensorboard": _tensorboard}
-    names, stall_seconds = distinct(config.logger.trackers) if is_first else [], 60 * config.logger.stall_minutes
+    settings = config.logger
+    names, stall_seconds = distinct(settings.trackers) if is_first else [], 60 * settings.stall_minutes
     trackers = [Background(name, made[name](config), stall_seconds) for name in names]
+    if is_first and settings.page_minutes:  # first in the list: W&B takes the last page
+        page = RunPage(Path(config.output_dir), settings.page_minutes)
+        trackers.insert(0, Background(RUN_PAGE, page))
     error: BaseException | None = None
     try:
         yield trackers
@@ -224,6 +230,8 @@ class WandbRun(WandbCallback):
         if error is not None and not isinstance(error, Interrupted):
             run.alert("Run failed", str(error)[:1000], level="ERROR")
         data, run_id = run_of(self.folder)["data_manifest"], run.id
+        if (page := self.folder / RUN_PAGE).exists():
+            run.log({"report": _media(page)})
         store = Path(data["folder"])
         add_artifact(run, f"data-{data['fingerprint']}", "data", folder=store, is_input=True, manifest=data)
         for kind, folder in drafts.items():
