@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"  # of a training run: every line of its log
 MANIFEST_FILE = "manifest.json"  # of a data set: what it was made of, and how much of it is where
 SEAL_FILE = "files.json"  # in every checkpoint: its files and their sizes in bytes
 LOCK_FILE = ".lock"  # of an output folder, held while a program works in it
@@ -100,12 +101,28 @@ def check_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
     require_same(old, settings, what=f"output_dir={folder} holds a run with other settings")
 
 
-def claim_run(folder: Path, settings: dict[str, Any], config: dict[str, Any] | None = None) -> None:
-    """Write the settings that decide the result to config.json, all of them to run.json. Called by one process."""
+def claim_run(folder: Path, settings: dict[str, Any], config: dict[str, Any] | None = None, **facts: Any) -> None:
+    """Write the settings that decide the result to config.json, all of them to run.json. Called by one process.
+
+    run.json also holds the run's id, which a resumed run and trackers keep, and `facts`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG_FILE).exists():
         write_json(folder / CONFIG_FILE, {"settings_version": SETTINGS_VERSION, **settings})
-    write_json(folder / RUN_FILE, {**provenance(), "config": config})
+    run_id = os.environ.get("WANDB_RUN_ID") or run_of(folder).get("run_id") or uuid.uuid4().hex[:12]
+    write_json(folder / RUN_FILE, {"run_id": run_id, **provenance(), **facts, "config": config})
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """run.json of an output folder; empty if it has none."""
+    return read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of a training run; none if it has no log. Skips a last line that is cut."""
+    file = folder / METRICS_FILE
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def claim_product(product: Path, made_from: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, name: str, val
 def test_settings_that_decide_no_result_may_change_and_the_first_ones_stay_on_record(tmp_path: Path) -> None:
     open_run(tmp_path, settings_of(tmp_path), resume=False)
     before = contents(tmp_path)["config.json"]
-    free = {"resume": True, "logger.report_to": "wandb", "evaluate.max_prompts": 3, "inference.batch_size": 2}
+    free = {"resume": True, "logger.trackers": ["wandb"], "evaluate.max_prompts": 3, "inference.batch_size": 2}
     free |= {"trainer.logging_steps": 1, "trainer.save_steps": 7}
     open_run(tmp_path, settings_of(tmp_path, **free), resume=True)
     assert contents(tmp_path)["config.json"] == before
