@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from pard_train.config import Config, ObjectiveConfig, decisive
+from pard_train.config import Config, ObjectiveConfig
 from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.core.objectives import DepthStatistics, PackLoss
 from pard_train.data.chat import ChatEncoder
@@ -43,6 +42,7 @@ from pard_train.training.callbacks import (
     StepGuard,
     UsesTrainer,
 )
+from pard_train.training.processes import for_processes, is_first_process, num_processes, run_identity
 from pard_train.training.signals import ignore_stop_signals, stop_signals
 from pard_train.training.throughput import (
     ModelShape,
@@ -79,21 +79,22 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         UserError: for bad data, a base that cannot draft, or an output folder that holds something else.
         Interrupted: if a signal ended the run before its last step. A checkpoint of the step is saved.
     """
-    with locked(Path(config.output_dir)) if _is_first() else nullcontext():
+    with locked(Path(config.output_dir)) if is_first_process() else nullcontext():
         return _train(config, callbacks)
 
 
 def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
-    output_dir, settings = Path(config.output_dir), training_settings(config)
     check_output(config)
+    config = for_processes(config)
+    output_dir, settings = Path(config.output_dir), training_settings(config)
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
     require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
     scores = teacher_of(config, store)
-    if _is_first():  # the other ranks wait at the barrier below
+    if is_first_process():  # the other ranks wait at the barrier below
         data = {"folder": str(store.folder), "fingerprint": fingerprint(store.manifest["identity"]), **store.manifest}
-        facts = {"device": device_name(), "world_size": int(os.environ.get("WORLD_SIZE", 1)), "data_manifest": data}
-        claim_run(output_dir, _identity(config), dataclasses.asdict(config), **facts)
+        facts = {"device": device_name(), "world_size": num_processes(), "data_manifest": data}
+        claim_run(output_dir, run_identity(config), dataclasses.asdict(config), **facts)
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), so all ranks must take part.
     arguments = TrainingArguments(**settings)
@@ -131,19 +132,10 @@ def check_output(config: Config) -> None:
     Raises:
         UserError: if the folder holds another run or other files, or a tracker has no login.
     """
-    if _is_first():
+    if is_first_process():
         check_trackers(config.logger)
         with locked(Path(config.output_dir)):
-            check_run(Path(config.output_dir), _identity(config), resume=config.resume)
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """The settings that decide a run, the number of processes included: it decides the packs of a step."""
-    return {**decisive(config), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+            check_run(Path(config.output_dir), run_identity(for_processes(config)), resume=config.resume)
 
 
 def teacher_of(config: Config, store: TokenStore) -> Scores | None:
@@ -154,7 +146,7 @@ def teacher_of(config: Config, store: TokenStore) -> Scores | None:
     """
     folder = config.data.scores
     if not config.objective.needs_scores or folder is None:
-        if folder is not None and _is_first():
+        if folder is not None and is_first_process():
             print(f"data.scores={folder} is not used: objective.kd, objective.lk and objective.cat are off")
         return None
     scores = open_teacher(Path(folder), store)
