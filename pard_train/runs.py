@@ -247,20 +247,25 @@ def num_cores() -> int:
 
 def provenance() -> dict[str, Any]:
     """Command, versions, git state, machine and time: what is needed to reproduce a result."""
+    return {
+        "command": sys.argv,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "versions": package_versions(),
+        "git": _git_state(),
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that decide a result; None for one that is not installed."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    return {
-        "command": sys.argv,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "versions": versions,
-        "git": _git_state(),
-    }
+    return versions
 
 
 def _git_state() -> dict[str, Any] | None:

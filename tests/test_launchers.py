@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +150,24 @@ def test_two_nodes_train_as_one(alone: Path, base_folder: Path, chats_file: Path
     command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]
     run_all([command] * 2, [{**nodes, "NODE_RANK": str(rank)} for rank in range(2)])
     check_as_alone(tmp_path / "run", alone)
+
+
+def test_processes_with_other_settings_are_named_before_the_first_step(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    nodes = {"NUM_NODES": "2", "NUM_PROCESSES": "1", "MASTER": f"127.0.0.1:{free_port()}", "OMP_NUM_THREADS": "1"}
+    command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]
+    environment = {**os.environ, **nodes, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    tasks = [
+        subprocess.Popen([*command, *more], cwd=ROOT, env={**environment, "NODE_RANK": str(rank)}, **pipes)
+        for rank, more in enumerate(([], ["trainer.learning_rate=0.5"]))
+    ]
+    outputs = [task.communicate(timeout=300)[0] for task in tasks]
+    assert all(task.returncode for task in tasks)
+    for output in outputs:
+        assert "process 1 differs from process 0 (trainer.learning_rate: 0.001 -> 0.5)" in output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 SRUN = """#!/usr/bin/env bash

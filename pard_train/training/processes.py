@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pard_train.config import Config, decisive
 from pard_train.errors import UserError
-from pard_train.runs import CONFIG_FILE, read_json
+from pard_train.runs import CONFIG_FILE, read_json, require_same
 
 
 def num_processes() -> int:
@@ -54,6 +56,24 @@ def run_identity(config: Config) -> dict[str, Any]:
         settings["world_size"] = started["world_size"]
         settings["trainer"] = {**settings["trainer"], accumulation: started[accumulation]}
     return settings
+
+
+def require_equal_processes(facts: dict[str, Any]) -> None:
+    """Check that all processes are about to do the same: else they would train a mixture, or wait for each other.
+
+    Args:
+        facts: what decides the run, JSON-like. All processes call this.
+
+    Raises:
+        UserError: in every process, naming the first one that differs from process 0, and every difference.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, facts)
+    for rank, theirs in enumerate(everyone):
+        what = f"process {rank} differs from process 0"
+        require_same(everyone[0], theirs, what=what, fix="start all with the same command, code, packages and data")
 
 
 def _started(config: Config) -> dict[str, int] | None:

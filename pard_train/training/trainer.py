@@ -29,7 +29,16 @@ from pard_train.errors import Interrupted, UserError
 from pard_train.layout import SlotLayout
 from pard_train.mask_token import required_mask_token_of
 from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
-from pard_train.runs import check_run, claim_run, fingerprint, locked, newest_checkpoint, require_recorded, write_json
+from pard_train.runs import (
+    check_run,
+    claim_run,
+    fingerprint,
+    locked,
+    newest_checkpoint,
+    package_versions,
+    require_recorded,
+    write_json,
+)
 from pard_train.training.arguments import training_settings
 from pard_train.training.callbacks import (
     CurrentIntervals,
@@ -42,7 +51,13 @@ from pard_train.training.callbacks import (
     StepGuard,
     UsesTrainer,
 )
-from pard_train.training.processes import for_processes, is_first_process, num_processes, run_identity
+from pard_train.training.processes import (
+    for_processes,
+    is_first_process,
+    num_processes,
+    require_equal_processes,
+    run_identity,
+)
 from pard_train.training.signals import ignore_stop_signals, stop_signals
 from pard_train.training.throughput import (
     ModelShape,
@@ -101,8 +116,8 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     if arguments.n_gpu > 1:
         print(f"no launcher: training on one of {arguments.n_gpu} GPUs (torchrun or deepspeed use all)")
         arguments._n_gpu = 1  # else Trainer wraps the model in DataParallel, which splits packs
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    facts = {"tokens": store.manifest["identity"], "packages": package_versions()}
+    require_equal_processes({**run_identity(config), **facts})
     if not (output_dir / INITIAL_FOLDER).is_dir():
         raise UserError(
             f"output_dir={output_dir} exists for the first process only: choose a folder on a disk that all nodes share"
