@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +30,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"  # of a training run: every line of its log
 MANIFEST_FILE = "manifest.json"  # of a data set: what it was made of, and how much of it is where
 SEAL_FILE = "files.json"  # in every checkpoint: its files and their sizes in bytes
+CHECKSUM_BLOCK = 2**24  # bytes
 LOCK_FILE = ".lock"  # of an output folder, held while a program works in it
 LOCK_SECONDS = 10.0  # to wait for it: data workers of a killed run hold it until they end, some seconds later
 PACKAGES = ("pard_train", "torch", "transformers", "datasets", "accelerate", "deepspeed", "hydra-core", "numpy")
@@ -282,21 +284,33 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Record the size of every file of a finished checkpoint. Written last: without it a checkpoint is incomplete."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    files.pop(SEAL_FILE, None)
-    write_json(folder / SEAL_FILE, files)
+    """Record size and checksum of every file of a checkpoint. Written last: without it a checkpoint is incomplete."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL_FILE]
+    write_json(folder / SEAL_FILE, {str(p.relative_to(folder)): [p.stat().st_size, _checksum(p)] for p in paths})
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Check the size of every file of a checkpoint. Raises UserError naming a missing or truncated file."""
-    for name, size in read_json(folder / SEAL_FILE).items():
-        path = folder / name
+    """Check size and checksum of every file of a checkpoint. Raises UserError naming a missing or damaged file."""
+    for name, seal in read_json(folder / SEAL_FILE).items():
+        path, (size, checksum) = (
+            folder / name,
+            seal if isinstance(seal, list) else (seal, None),
+        )  # a number in version 0.1
         found = path.stat().st_size if path.exists() else 0
+        fix = f"delete {folder} to resume from the checkpoint before"
         if found != size:
-            raise UserError(
-                f"{path} is truncated: {found} bytes of {size}; delete {folder} to resume from the checkpoint before"
-            )
+            raise UserError(f"{path} is truncated: {found} bytes of {size}; {fix}")
+        if checksum is not None and _checksum(path) != checksum:
+            raise UserError(f"{path} has changed since it was written: {fix}")
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: it finds damage, and reads as fast as a disk."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(CHECKSUM_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

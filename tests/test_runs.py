@@ -193,3 +193,20 @@ def test_sealing_again_covers_what_came_since(tmp_path: Path) -> None:
     (checkpoint / "late.pt").write_bytes(bytes(6))
     with pytest.raises(UserError, match=r"late\.pt is truncated: 6 bytes of 7"):
         check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("byte", [0, -1])
+def test_one_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path, byte: int) -> None:
+    checkpoint = build_checkpoint(tmp_path, 10)
+    data = bytearray((checkpoint / "model.safetensors").read_bytes())
+    data[byte] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=f"model.safetensors has changed since it was written: delete {checkpoint}"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_seal_of_an_earlier_version_has_sizes_only(tmp_path: Path) -> None:
+    checkpoint = build_checkpoint(tmp_path, 10)
+    seal = json.loads((checkpoint / SEAL_FILE).read_text())
+    (checkpoint / SEAL_FILE).write_text(json.dumps({name: size for name, (size, _) in seal.items()}))
+    check_checkpoint(checkpoint)
