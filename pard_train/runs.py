@@ -207,8 +207,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+    """Read a JSON file of ours. Raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # of JSON and of UTF-8
+        raise UserError(
+            f"{path} is damaged ({error}): restore it, or delete what it describes and run the same command again"
+        ) from error
 
 
 @contextmanager

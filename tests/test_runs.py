@@ -210,3 +210,10 @@ def test_a_seal_of_an_earlier_version_has_sizes_only(tmp_path: Path) -> None:
     seal = json.loads((checkpoint / SEAL_FILE).read_text())
     (checkpoint / SEAL_FILE).write_text(json.dumps({name: size for name, (size, _) in seal.items()}))
     check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff"])
+def test_damaged_json_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged .*: restore it"):
+        check_run(tmp_path, {}, resume=True)
