@@ -30,6 +30,7 @@ def run(config: Config) -> None:
     from pard_train.fingerprints import model_fingerprint
     from pard_train.model import inspect_base
     from pard_train.publishing.export import check_targets, export
+    from pard_train.reports.curves import RUN_PAGE
     from pard_train.reports.records import ACCEPTANCE_FILE
     from pard_train.reports.report import PAGE_FILE, render_report, tau_below
     from pard_train.runs import CONFIG_FILE, claim_product, read_json
@@ -86,7 +87,8 @@ def run(config: Config) -> None:
     if not (root / "export").exists():
         for folder in export(exported):
             print(f"exported and reloaded: {folder}")
-    print(f"done in {(time.time() - started) / 60:.1f} min; open {evaluation_dir / PAGE_FILE} in a browser")
+    pages = f"{evaluation_dir / PAGE_FILE} (acceptance) and {train_dir / RUN_PAGE} (training)"
+    print(f"done in {(time.time() - started) / 60:.1f} min; open {pages} in a browser")
 
 
 if __name__ == "__main__":
