@@ -43,7 +43,7 @@ def find(draft: Path, target: Path, num_tokens: int = 100, dtype: str = "float32
 def test_a_draft_and_its_own_base_agree_in_everything(draft_folder: Path, base_folder: Path) -> None:
     findings = find(draft_folder, base_folder)
     assert {finding.level for finding in findings.values()} == {OK}
-    assert len(findings) == 9
+    assert len(findings) == 10
     require(list(findings.values()))
 
 
@@ -86,6 +86,21 @@ def test_a_text_longer_than_a_models_positions_is_an_error(draft_folder: Path, b
     finding = find(draft_folder, base_folder, num_tokens=2049)[f"context of {draft_folder}"]
     assert finding.level == ERROR
     assert "2048 positions" in finding.text
+
+
+def test_texts_longer_than_those_of_training_are_a_warning_with_both_lengths(
+    draft_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(draft_folder, trained)
+    assert "unknown" in find(trained, base_folder, num_tokens=500)["trained length"].text
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"pard_trained_length": 256}))
+    assert find(trained, base_folder, num_tokens=256)["trained length"].level == OK
+    finding = find(trained, base_folder, num_tokens=257)["trained length"]
+    assert finding.level == WARNING
+    assert "up to 256 tokens" in finding.text
+    assert "257" in finding.text
 
 
 def test_another_dtype_than_the_stored_one_is_a_warning_unless_it_is_float32(

@@ -147,6 +147,7 @@ def test_a_draft_of_some_layers_is_trained_and_exported_as_any_other(
     draft = train(config)
     trained = load_config(str(draft))
     assert trained.num_hidden_layers == 4
+    assert 0 < trained.pard_trained_length <= config.data.max_length
     assert len(trained.pard_kept_layers) == 4
     assert trained.layer_types == [TYPES[layer] for layer in trained.pard_kept_layers]
     assert f"layers kept of {base}: {', '.join(map(str, trained.pard_kept_layers))}" in capsys.readouterr().out

@@ -50,10 +50,9 @@ def test_a_target_that_cannot_be_decoded_is_refused_before_any_weights_are_read(
 ) -> None:
     target = shutil.copytree(base_folder, tmp_path / "target")
     config = json.loads((target / "config.json").read_text())
-    windows = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
-    (target / "config.json").write_text(json.dumps(config | windows))
+    (target / "config.json").write_text(json.dumps(config | {"layer_types": ["chunked_attention"] * 2}))
     (target / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"it has sliding_attention layers"):
+    with pytest.raises(UserError, match=r"it has chunked_attention layers"):
         chat(draft_folder, target)
 
 

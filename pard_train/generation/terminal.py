@@ -76,6 +76,11 @@ class ChatSession:
 
     def _check_context(self, num_prompt: int) -> None:
         needed = num_prompt + self.config.max_new_tokens + self.config.num_draft_tokens
+        trained = getattr(self.drafter.model.config, "pard_trained_length", None)
+        if trained is not None and needed > trained:
+            self.console.print(
+                f"(the draft was trained on up to {trained} tokens; this may take {needed})", style="dim"
+            )
         for name, limit in self.contexts.items():
             if limit is not None and needed > limit:
                 raise UserError(

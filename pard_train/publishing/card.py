@@ -113,6 +113,7 @@ def _facts(card: Card) -> str:
             ("vocabulary rows", config.vocab_size),
             ("mask token id", config.pard_token),
             ("K in training", f"{getattr(config, 'pard_num_draft_tokens', 'unknown')} (may be larger when serving)"),
+            ("longest training document", f"{getattr(config, 'pard_trained_length', 'unknown')} tokens"),
         ]
     )
 

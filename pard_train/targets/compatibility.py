@@ -84,6 +84,7 @@ def check_pair(draft: Model, target: Model, *, num_tokens: int, dtype: str) -> l
         _template(draft, target),
         _context(draft, num_tokens),
         _context(target, num_tokens),
+        _trained_length(draft, num_tokens),
         _dtype(draft, target, dtype),
         _tensor_parallel(draft, target),
     ]
@@ -181,6 +182,17 @@ def _context(model: Model, num_tokens: int) -> Finding:
         subject,
         f"{limit} positions, but prompt, answer and draft tokens need up to {num_tokens}: use shorter prompts, or a "
         "smaller max_new_tokens or num_draft_tokens",
+    )
+
+
+def _trained_length(draft: Model, num_tokens: int) -> Finding:
+    limit = getattr(draft.config, "pard_trained_length", None)
+    return _warn_unless(
+        limit is None or num_tokens <= limit,
+        "trained length",
+        f"{limit or 'unknown'}, needed {num_tokens}",
+        f"the draft was trained on documents of up to {limit} tokens, and texts here have up to {num_tokens}: expect "
+        "fewer accepted tokens beyond, or train on longer documents (docs/guides/long-context.md)",
     )
 
 

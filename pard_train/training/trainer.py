@@ -186,6 +186,8 @@ def build_trainer(
     dataset = _build_dataset(config, arguments, store, scores)
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
+    longest = int(store.lengths().max())
+    model.config.pard_trained_length = max(longest, getattr(model.config, "pard_trained_length", 0))
     if model.config.tie_word_embeddings:  # a checkpoint has no tied head, and Trainer would warn about it
         model._keys_to_ignore_on_save = list(model._tied_weights_keys)
     mask_token_id = required_mask_token_of(model.config)
