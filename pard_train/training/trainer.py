@@ -150,7 +150,8 @@ def check_output(config: Config) -> None:
     if is_first_process():
         check_trackers(config.logger)
         with locked(Path(config.output_dir)):
-            check_run(Path(config.output_dir), run_identity(for_processes(config)), resume=config.resume)
+            config = for_processes(config)
+            check_run(Path(config.output_dir), run_identity(config), resume=config.resume)
 
 
 def teacher_of(config: Config, store: TokenStore) -> Scores | None:
