@@ -19,6 +19,7 @@ from pard_train.config.programs import (
     RegenerateConfig,
     ScoreConfig,
     ShowConfig,
+    StandInConfig,
     VerifyConfig,
 )
 from pard_train.config.setting import check_ranges, decisive, section, setting
@@ -51,6 +52,7 @@ __all__ = [
     "ScoreConfig",
     "ShowConfig",
     "SourceConfig",
+    "StandInConfig",
     "TrainerConfig",
     "VerifyConfig",
     "check_ranges",
@@ -77,6 +79,7 @@ class Config:
     score: ScoreConfig = section(ScoreConfig, free=True)
     show: ShowConfig = section(ShowConfig, free=True)
     evaluate: EvaluateConfig = section(EvaluateConfig, free=True)
+    stand_in: StandInConfig = section(StandInConfig, free=True)
     compare: CompareConfig = section(CompareConfig, free=True)
     export: ExportConfig = section(ExportConfig, free=True)
     verify: VerifyConfig = section(VerifyConfig, free=True)

@@ -109,6 +109,16 @@ class EvaluateConfig:
 
 
 @dataclass
+class StandInConfig:
+    """The last step of the quickstart: speed on a stand-in for a larger target, the first target with more layers."""
+
+    times: int = setting(0, "Times that every layer of the stand-in stands there (TARGET*N); 0 skips the step.", low=0)
+    num_draft_tokens: int = setting(4, "K.", low=1)
+    max_new_tokens: int = setting(48, "Tokens per answer; one prompt per benchmark is decoded.", low=1)
+    num_rounds: int = setting(3, "Interleaved rounds with and without the draft.", low=1)
+
+
+@dataclass
 class CompareConfig:
     """Comparison of several evaluations."""
 

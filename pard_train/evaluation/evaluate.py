@@ -8,7 +8,7 @@ resumes an interrupted evaluation. A target that fails does not stop the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,38 @@ def _stored_settings(folder: Path) -> dict[str, Any] | None:
     for name in ("settings_version", "output_dir"):
         stored.pop(name, None)
     return stored | ({"drafts": {Path(draft).name: draft}} if draft else {})
+
+
+def on_stand_in(config: Config, draft: str, folder: Path) -> Config:
+    """The evaluation of a draft's speed on a stand-in for a larger target: the first target with repeated layers.
+
+    In float32: products of one row in bfloat16 are slow on many CPUs, which would flatter the draft.
+
+    Args:
+        config: of a job; its `stand_in` says how.
+        draft: its folder.
+        folder: output folder.
+    """
+    settings = config.stand_in
+    evaluation = replace(
+        config.evaluate,
+        drafts={},
+        max_prompts=1,
+        max_new_tokens=settings.max_new_tokens,
+        num_draft_tokens=[settings.num_draft_tokens],
+        live_num_draft_tokens=settings.num_draft_tokens,
+        live_prompts=1,
+        live_rounds=settings.num_rounds,
+        fail_below={},
+    )
+    return replace(
+        config,
+        draft=replace(config.draft, path=draft),
+        targets=[f"{config.targets[0]}*{settings.times}"],
+        evaluate=evaluation,
+        inference=replace(config.inference, dtype="float32"),
+        output_dir=str(folder),
+    )
 
 
 def find_result(config: Config) -> Result | None:

@@ -20,6 +20,7 @@ from pard_train.reports.records import (
     grouped,
     label_of,
     read_result,
+    speedup_text,
     with_interval,
 )
 from pard_train.reports.sections import Section, interval_charts, tau_cell
@@ -184,12 +185,12 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 def _pair_row(pair: Pair, *, with_draft: bool) -> list[str]:
     draft = f"{pair.later['draft']}, " if with_draft else ""
-    speeds = [record.get("speed") for record in (pair.first, pair.later)]
+    speeds = [speedup_text(record) for record in (pair.first, pair.later)]
     return [
         *(pair.later["benchmark"], draft + _how(pair.later), str(pair.later["num_draft_tokens"])),
         *(f"{pair.ratio:.3f}", with_interval(pair.first), with_interval(pair.later)),
         "disjoint" if pair.is_apart else "overlap",
-        " to ".join(f"{speed['speedup']:.2f}x" if speed else NONE for speed in speeds) if any(speeds) else NONE,
+        " to ".join(speeds) if {*speeds} != {NONE} else NONE,
     ]
 
 

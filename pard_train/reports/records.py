@@ -48,6 +48,10 @@ TERMS = {
     "speed-up": "Tokens per second with the draft, divided by those of the target alone. Both decode the same prompts "
     "in alternation; prefill is included.",
 }
+SLOW_BASELINE = (
+    "(!) marks a speed-up above tau. A draft saves at most tau passes of the target, so there the target alone decodes "
+    "more slowly than it must, such as in bfloat16 on a CPU. Measure in float32 before you quote it."
+)
 
 
 def read_result(path: Path) -> Result:
@@ -170,6 +174,18 @@ def failure_line(failure: dict[str, Any]) -> str:
     """A failed part of the evaluation and its reason, in one line."""
     where = ", ".join(f"{kind} {failure[kind]}" for kind in KINDS if failure[kind])
     return f"{where}: {failure['reason']}"
+
+
+def has_slow_baseline(record: Record) -> bool:
+    """Whether the measured speed-up is above tau, which only a slow baseline explains."""
+    return record["speed"]["speedup"] > record["tau"]
+
+
+def speedup_text(record: Record) -> str:
+    """The measured speed-up of a record; `5.30x (!)` if it is above tau."""
+    if not record.get("speed"):
+        return "-"
+    return f"{record['speed']['speedup']:.2f}x{' (!)' * has_slow_baseline(record)}"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
