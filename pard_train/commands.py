@@ -42,6 +42,7 @@ PROGRAMS = {
     "evaluate": Program("recipes", (*_WRITING, "draft", "logger", "evaluate")),
     "compare": Program("recipes", ("compare",)),
     "verify": Program("recipes", ("model", "draft", "targets", "data", "verify")),
+    "load": Program("recipes", ("model", "draft", "targets", "data", "load")),
     "generate": Program("recipes", (*_WRITING, "draft", "generate")),
     "quickstart": Program("recipes", (*_TRAINING, *_STEPS, "stand_in", "export")),
 }

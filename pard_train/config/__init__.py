@@ -15,6 +15,7 @@ from pard_train.config.programs import (
     ExportConfig,
     GenerateConfig,
     InferenceConfig,
+    LoadConfig,
     PrepareConfig,
     RegenerateConfig,
     ScoreConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "ExportConfig",
     "GenerateConfig",
     "InferenceConfig",
+    "LoadConfig",
     "LoggerConfig",
     "ModelConfig",
     "MonitorConfig",
@@ -83,6 +85,7 @@ class Config:
     compare: CompareConfig = section(CompareConfig, free=True)
     export: ExportConfig = section(ExportConfig, free=True)
     verify: VerifyConfig = section(VerifyConfig, free=True)
+    load: LoadConfig = section(LoadConfig, free=True)
     generate: GenerateConfig = section(GenerateConfig, free=True)
     output_dir: str = setting("", "Folder of everything that the program writes.", free=True)
     seed: int = setting(42, "Seed of data order, COD draws, initialization and sampling.", low=0)

@@ -34,7 +34,8 @@ from pard_train.reports.records import ACCEPTANCE_FILE, KINDS, SCHEMA_VERSION, R
 from pard_train.reports.report import write_report
 from pard_train.runs import CONFIG_FILE, check_run, claim_run, locked, read_json, require_same, write_json
 from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
-from pard_train.targets.compatibility import OK, Model, check_engine, check_pair, require
+from pard_train.targets.compatibility import OK, Model, check_pair, require
+from pard_train.targets.serving import check_engine
 from pard_train.targets.target import Target, load_targets, short_name
 from pard_train.training.checkpoints import resolve_draft
 
