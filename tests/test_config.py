@@ -41,6 +41,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "evaluate": {**SERVED, "evaluate.benchmarks": "[humaneval]"},
     "compare": {"compare.results.a": "a", "compare.results.b": "b", "output_dir": "out"},
     "verify": SERVED,
+    "load": SERVED,
     "generate": {"targets": "[t]", "draft.path": "d"},
     "quickstart": {"experiment": "quickstart"},
 }
