@@ -368,6 +368,23 @@ def test_rows_that_a_later_result_lost_are_few_notes_and_misses_and_those_it_has
     assert f"gsm8k on {SMALL}: not compared" in lost(benchmark="gsm8k")
 
 
+def test_a_comparison_shows_what_each_draft_is_worth_at_every_batch_size_and_k(tmp_path: Path) -> None:
+    contents = dict(zip(("main", "mine"), results(), strict=True))
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "acceptance.json").write_text(json.dumps(content))
+    own = predictions(contents["mine"])
+    (tmp_path / "mine" / "predictions.json").write_text(json.dumps(own))  # the other one was not timed
+    compare({name: str(tmp_path / name) for name in contents}, tmp_path / "out")
+    table = (tmp_path / "out" / "compare.md").read_text().split("predicted speed-up by batch size and K")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "mine: " in line]
+    assert len(rows) == len(own) > 1
+    for row, p in zip(rows, own, strict=True):
+        assert row[:4] == [f"mine: {p['draft']}", p["target"], str(p["batch_size"]), row[3]]
+        assert row[4:] == [f"{r['speedup']:.2f}x" for r in p["rows"]]
+    assert "predicted speed-up by batch size" in (tmp_path / "out" / "compare.html").read_text()
+
+
 def test_nothing_comparable_is_an_error(tmp_path: Path) -> None:
     main, mine = results()
     for r in mine["records"]:

@@ -30,7 +30,15 @@ from pard_train.evaluation.measurement import (
 )
 from pard_train.evaluation.speed import Latencies
 from pard_train.fingerprints import model_fingerprint
-from pard_train.reports.records import ACCEPTANCE_FILE, KINDS, SCHEMA_VERSION, Record, Result, read_result
+from pard_train.reports.records import (
+    ACCEPTANCE_FILE,
+    KINDS,
+    PREDICTIONS_FILE,
+    SCHEMA_VERSION,
+    Record,
+    Result,
+    read_result,
+)
 from pard_train.reports.report import write_report
 from pard_train.runs import CONFIG_FILE, check_run, claim_run, locked, read_json, require_same, write_json
 from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
@@ -39,7 +47,6 @@ from pard_train.targets.serving import check_engine
 from pard_train.targets.target import Target, load_targets, short_name
 from pard_train.training.checkpoints import resolve_draft
 
-PREDICTIONS_FILE = "predictions.json"
 SAMPLES_FILE = "samples.json"
 
 

@@ -6,8 +6,9 @@ Rows are compared only if target weights, prompts, limits, precision and templat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pard_train.errors import UserError
 from pard_train.reports.records import (
@@ -19,12 +20,13 @@ from pard_train.reports.records import (
     flatten,
     grouped,
     label_of,
+    read_predictions,
     read_result,
     speedup_text,
     with_interval,
 )
 from pard_train.reports.sections import Section, interval_charts, tau_cell
-from pard_train.reports.tables import NONE, Table
+from pard_train.reports.tables import NONE, Table, prediction_table
 from pard_train.reports.webpage import fill
 
 COMPARISON_FILE = "compare.md"
@@ -66,12 +68,14 @@ class Comparison:
         pairs: comparable rows.
         notes: rows that cannot be compared and why, one line each.
         missing: rows of the first result that a later one lacks, several in a line.
+        predictions: of predictions.json; each draft with the name of its result.
     """
 
     first: str
     pairs: list[Pair]
     notes: list[str]
     missing: list[str]
+    predictions: Sequence[dict[str, Any]] = ()
 
     @property
     def results(self) -> list[tuple[str, Record]]:
@@ -93,6 +97,8 @@ def compare(results: Mapping[str, str], folder: Path, *, min_ratio: float | None
     comparison = compare_results({name: read_result(Path(path)) for name, path in results.items()})
     if not comparison.pairs:
         raise UserError(f"nothing to compare: {'; '.join(comparison.notes)}")
+    found = [(name, p) for name, path in results.items() for p in read_predictions(Path(path)) if p["rows"]]
+    comparison = replace(comparison, predictions=[{**p, "draft": f"{name}: {p['draft']}"} for name, p in found])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COMPARISON_FILE).write_text(render_comparison(comparison))
     (folder / COMPARISON_PAGE).write_text(render_comparison_page(comparison, ratios_below(comparison, min_ratio)))
@@ -172,6 +178,9 @@ def ratios_below(comparison: Comparison, min_ratio: float | None) -> list[str]:
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """One table for every later result and target."""
     header = ["benchmark", "measurement", "K", "ratio", comparison.first]
+    caption = "predicted speed-up by batch size and K: tau and measured forward passes of each draft"
+    predicted = [replace(prediction_table(comparison.predictions), caption=caption)] if comparison.predictions else []
+    pairs = grouped(comparison.pairs, lambda p: (p.name, p.later["target"]))
     return [
         Table(
             [*header, name, "intervals", "speed-up"],
@@ -179,8 +188,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             num_names=2,
             caption=f"{name} compared with {comparison.first} on target {target}",
         )
-        for (name, target), mine in grouped(comparison.pairs, lambda p: (p.name, p.later["target"])).items()
-    ]
+        for (name, target), mine in pairs.items()
+    ] + predicted
 
 
 def _pair_row(pair: Pair, *, with_draft: bool) -> list[str]:

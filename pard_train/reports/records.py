@@ -12,6 +12,7 @@ from pard_train.commands import command
 from pard_train.errors import UserError
 
 ACCEPTANCE_FILE = "acceptance.json"
+PREDICTIONS_FILE = "predictions.json"
 PICTURE_FILE = "acceptance.png"
 SCHEMA_VERSION = 2  # of acceptance.json; adding a field keeps the version, renaming or removing one raises it
 RENAMED = {  # names of schema_version 1, which results of version 0.1 and cached cells still use
@@ -71,6 +72,12 @@ def read_result(path: Path) -> Result:
     if found not in (1, SCHEMA_VERSION):
         raise UserError(f"{file} has schema_version={found}; allowed are 1 and {SCHEMA_VERSION}: evaluate again")
     return upgrade(result)
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """Predictions of an evaluation's folder; none if it has none, or if acceptance.json is given without its folder."""
+    file = path / PREDICTIONS_FILE
+    return json.loads(file.read_text()) if file.is_file() else []
 
 
 def upgrade(result: Result) -> Result:
