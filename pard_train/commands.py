@@ -41,6 +41,7 @@ PROGRAMS = {
     "export": Program("recipes", ("model", "draft", "targets", "export")),
     "evaluate": Program("recipes", (*_WRITING, "draft", "logger", "evaluate")),
     "compare": Program("recipes", ("compare",)),
+    "study": Program("recipes", (*_TRAINING, "inference", "evaluate", "study")),
     "verify": Program("recipes", ("model", "draft", "targets", "data", "verify")),
     "load": Program("recipes", ("model", "draft", "targets", "data", "load")),
     "generate": Program("recipes", (*_WRITING, "draft", "generate")),

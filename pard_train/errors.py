@@ -1,5 +1,7 @@
 """Exceptions: bad input, bad rows of data, and results below their threshold."""
 
+RESUMABLE = 75  # exit status of a training run that a signal ended, with a checkpoint (EX_TEMPFAIL of sysexits.h)
+
 
 class UserError(ValueError):
     """Bad input. The message names the field or file:line, the value, what is allowed and what to do.

@@ -13,20 +13,21 @@ from textwrap import fill
 from typing import Any, NoReturn, cast
 
 import hydra
+from hydra import compose
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pard_train.commands import CONFIG_DIR, PROGRAMS, command
 from pard_train.config import Config, SourceConfig
-from pard_train.errors import Interrupted, ThresholdError, UserError
+from pard_train.errors import RESUMABLE, Interrupted, ThresholdError, UserError
 from pard_train.overrides import all_settings, check_overrides, explain_type, options, unread, with_section
 
 PRIMARY = "config"  # conf/config.yaml
 DISK_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
 INTERRUPTED = 130  # exit status of Ctrl-C, as shells have it
-RESUMABLE = 75  # of a training run that a signal ended after a step, with a checkpoint (EX_TEMPFAIL of sysexits.h)
 
 
 def register_schema() -> None:
@@ -60,6 +61,24 @@ def to_config(composed: DictConfig) -> Config:
     if missing:
         raise UserError(f"not set: {', '.join(missing)}. Give {missing[0]}=... or choose an experiment=...")
     return cast(Config, OmegaConf.to_object(composed))
+
+
+def task_overrides() -> list[str]:
+    """The command line of the running program, without Hydra's own options."""
+    return list(HydraConfig.get().overrides.task)
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The configuration of another command line, within a running program.
+
+    Raises:
+        UserError: naming a setting, group or option that does not exist, or a value of a wrong type.
+    """
+    checked = check_overrides(overrides)
+    try:
+        return to_config(compose(PRIMARY, overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_readable(error, checked)) from error
 
 
 def hydra_program(name: str, validate: Callable[[Config], None], run: Callable[[Config], Any]) -> None:

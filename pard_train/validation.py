@@ -97,6 +97,19 @@ def validate_compare(config: Config) -> None:
         raise UserError("compare.results needs two or more: results.before=DIR results.after=DIR")
 
 
+def validate_study(config: Config) -> None:
+    """Check the runs of a study and their evaluation; each run is checked as a training run. Raises UserError."""
+    _check_settings(config, "output_dir")
+    validate_measurement(config)
+    _check_benchmarks(config)
+    if not config.study.runs or not config.study.seeds:
+        raise UserError(
+            "study.runs and study.seeds need at least one entry: study=NAME, or 'study.runs.NAME=[\"SETTING=VALUE\"]'"
+        )
+    if config.evaluate.drafts:
+        raise UserError("evaluate.drafts must be empty: a study measures the drafts of its runs")
+
+
 def validate_export(config: Config) -> None:
     """Check an export. Raises UserError."""
     _check_settings(config, "output_dir")

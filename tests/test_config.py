@@ -40,6 +40,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "export": {"draft.path": "d", "output_dir": "out"},
     "evaluate": {**SERVED, "evaluate.benchmarks": "[humaneval]"},
     "compare": {"compare.results.a": "a", "compare.results.b": "b", "output_dir": "out"},
+    "study": {**CHOSEN, "targets": "[t]", "evaluate.benchmarks": "[humaneval]", "study": "objectives"},
     "verify": SERVED,
     "load": SERVED,
     "generate": {"targets": "[t]", "draft.path": "d"},
@@ -94,7 +95,7 @@ def test_every_program_accepts_what_it_needs_and_names_what_is_missing(program: 
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "compare"])
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in ("compare", "study")])
 def test_an_experiment_serves_every_program(program: str, experiment: str) -> None:
     validator(program)(to_config(composed(f"experiment={experiment}", **{"draft.path": "d"})))
 

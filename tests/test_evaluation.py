@@ -25,8 +25,8 @@ from pard_train.validation import validate_evaluate
 ROOT = Path(__file__).parents[1]
 FIELDS = """draft target benchmark mode method temperature top_p num_draft_tokens batch_size max_new_tokens dtype
 system_prompt template_kwargs prompt_template draft_fingerprint target_fingerprint benchmark_fingerprint num_prompts
-num_turns num_tokens num_steps tau tau_low tau_high mean_prompt_tau histogram survival conditional groups speed
-provenance"""
+num_turns num_tokens num_steps tau tau_low tau_high mean_prompt_tau prompt_counts histogram survival conditional groups
+speed provenance"""
 Drafts = tuple[Path, Path]
 
 

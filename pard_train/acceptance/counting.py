@@ -96,6 +96,7 @@ class Acceptance:
         num_tokens: tokens emitted.
         tau_low, tau_high: bootstrap 95% interval over prompts.
         mean_prompt_tau: mean of tokens / steps over prompts that have a step; None in an estimate.
+        prompt_counts: tokens and steps of every prompt, [P, 2].
     """
 
     num_draft_tokens: int
@@ -106,6 +107,7 @@ class Acceptance:
     tau_low: float
     tau_high: float
     mean_prompt_tau: float | None
+    prompt_counts: Sequence[Sequence[float]]
 
     @property
     def num_steps(self) -> float:
@@ -163,6 +165,7 @@ def pool(traces: Sequence[Trace], num_draft_tokens: int, *, prompts: Sequence[st
         tau_low=low,
         tau_high=high,
         mean_prompt_tau=float((answered[:, 0] / answered[:, 1]).mean()),
+        prompt_counts=counts.astype(int).tolist(),
     )
 
 
@@ -175,6 +178,26 @@ def tau_interval(counts: np.ndarray) -> tuple[float, float]:
     draws = np.random.default_rng(0).integers(len(counts), size=(NUM_BOOTSTRAP, len(counts)))
     tokens, steps = counts[draws].sum(axis=1).T  # [NUM_BOOTSTRAP] each
     low, high = np.quantile(tokens / np.maximum(steps, 1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def ratio_interval(first: np.ndarray, later: np.ndarray) -> tuple[float, float]:
+    """Bootstrap 95% interval of the ratio of two taus on the same prompts, which are resampled in pairs.
+
+    Most of the variance of tau lies between prompts and cancels, so the interval is narrower than those of two taus.
+
+    Args:
+        first: tokens and steps of every prompt, [P, 2].
+        later: those of the other draft, [P, 2].
+
+    Example: a draft that needs half the steps on every prompt.
+
+        >>> ratio_interval(np.array([[8, 4], [9, 6]]), np.array([[8, 2], [9, 3]]))
+        (2.0, 2.0)
+    """
+    draws = np.random.default_rng(0).integers(len(first), size=(NUM_BOOTSTRAP, len(first)))
+    taus = [tokens / np.maximum(steps, 1) for tokens, steps in (c[draws].sum(axis=1).T for c in (later, first))]
+    low, high = np.quantile(taus[0] / taus[1], [0.025, 0.975])
     return float(low), float(high)
 
 

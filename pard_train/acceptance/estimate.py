@@ -110,6 +110,7 @@ def estimate_acceptance(
         tau_low=low,
         tau_high=high,
         mean_prompt_tau=None,
+        prompt_counts=per_prompt.tolist(),
         outside=float(np.concatenate(outside).mean()),
     )
 

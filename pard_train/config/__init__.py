@@ -21,6 +21,7 @@ from pard_train.config.programs import (
     ScoreConfig,
     ShowConfig,
     StandInConfig,
+    StudyConfig,
     VerifyConfig,
 )
 from pard_train.config.setting import check_ranges, decisive, section, setting
@@ -55,6 +56,7 @@ __all__ = [
     "ShowConfig",
     "SourceConfig",
     "StandInConfig",
+    "StudyConfig",
     "TrainerConfig",
     "VerifyConfig",
     "check_ranges",
@@ -83,6 +85,7 @@ class Config:
     evaluate: EvaluateConfig = section(EvaluateConfig, free=True)
     stand_in: StandInConfig = section(StandInConfig, free=True)
     compare: CompareConfig = section(CompareConfig, free=True)
+    study: StudyConfig = section(StudyConfig, free=True)
     export: ExportConfig = section(ExportConfig, free=True)
     verify: VerifyConfig = section(VerifyConfig, free=True)
     load: LoadConfig = section(LoadConfig, free=True)

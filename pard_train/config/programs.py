@@ -127,6 +127,17 @@ class CompareConfig:
 
 
 @dataclass
+class StudyConfig:
+    """Training runs that differ in a few settings, and are measured on the same prompts."""
+
+    runs: dict[str, list[str]] = setting(
+        {}, "Settings of each run by name, as on the command line; the others are compared with the first."
+    )
+    seeds: list[int] = setting([42], "Every run is trained once with each seed.", low=0)
+    launcher: list[str] = setting([], "Command before recipes/train.py: [torchrun,--nproc_per_node,8].", free=True)
+
+
+@dataclass
 class ExportConfig:
     """A plain Hugging Face folder from a run, a checkpoint or a draft folder."""
 

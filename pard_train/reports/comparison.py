@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pard_train.acceptance.counting import ratio_interval
 from pard_train.errors import UserError
 from pard_train.reports.records import (
     Record,
@@ -31,7 +34,10 @@ from pard_train.reports.webpage import fill
 
 COMPARISON_FILE = "compare.md"
 COMPARISON_PAGE = "compare.html"
-MEANING = "tau [95% interval] of each result. The ratio is tau of the later result divided by tau of the first."
+MEANING = (
+    "tau [95% interval] of each result. The ratio is tau of the later result divided by tau of the first. Its interval "
+    "is paired by prompt: the later draft accepts more if it lies above 1, and less if it lies below."
+)
 # Rows with an equal KEY measure the same thing; they are comparable if the fields of SAME are equal, too.
 KEY = ("target", "benchmark", "num_draft_tokens", "mode", "estimator", "temperature", "method", "batch_size")
 SAME = (
@@ -54,9 +60,10 @@ class Pair:
         return self.later["tau"] / self.first["tau"]
 
     @property
-    def is_apart(self) -> bool:
-        """Whether the two intervals are disjoint."""
-        return self.first["tau_high"] < self.later["tau_low"] or self.later["tau_high"] < self.first["tau_low"]
+    def interval(self) -> tuple[float, float] | None:
+        """95% interval of the ratio, paired by prompt; None where a result has no counts by prompt."""
+        counts = [np.array(record.get("prompt_counts") or ()) for record in (self.first, self.later)]
+        return ratio_interval(*counts) if all(map(len, counts)) else None
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     pairs = grouped(comparison.pairs, lambda p: (p.name, p.later["target"]))
     return [
         Table(
-            [*header, name, "intervals", "speed-up"],
+            [*header, name, "speed-up"],
             [_pair_row(pair, with_draft=len(distinct(p.later["draft"] for p in mine)) > 1) for pair in mine],
             num_names=2,
             caption=f"{name} compared with {comparison.first} on target {target}",
@@ -197,8 +204,8 @@ def _pair_row(pair: Pair, *, with_draft: bool) -> list[str]:
     speeds = [speedup_text(record) for record in (pair.first, pair.later)]
     return [
         *(pair.later["benchmark"], draft + _how(pair.later), str(pair.later["num_draft_tokens"])),
-        *(f"{pair.ratio:.3f}", with_interval(pair.first), with_interval(pair.later)),
-        "disjoint" if pair.is_apart else "overlap",
+        f"{pair.ratio:.3f}" + (" [{:.3f}, {:.3f}]".format(*pair.interval) if pair.interval else ""),
+        *(with_interval(pair.first), with_interval(pair.later)),
         " to ".join(speeds) if {*speeds} != {NONE} else NONE,
     ]
 

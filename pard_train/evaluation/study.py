@@ -1,0 +1,174 @@
+"""A study: several training runs that differ in a few settings, each with every seed, compared on the same prompts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+
+from pard_train.acceptance.counting import ratio_interval, tau_interval
+from pard_train.commands import HOME, PROGRAMS
+from pard_train.config import StudyConfig
+from pard_train.errors import RESUMABLE, Interrupted
+from pard_train.reports.charts import Chart, write_png
+from pard_train.reports.records import Record, Result, acceptance_records, at_largest_k, distinct, grouped
+from pard_train.reports.sections import interval_charts
+from pard_train.reports.tables import NONE, Table
+from pard_train.runs import CONFIG_FILE
+from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER
+
+RUNS_FOLDER = "runs"
+BEFORE = "before"  # name of the untrained draft
+REPORT_FILE, CHART_FILE = "study.md", "study.png"
+OWN = ("study", "output_dir", "seed", "resume")  # settings that every run has its own of
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: of its settings in the study.
+        settings: in which it differs, as on the command line.
+        overrides: the whole command line.
+    """
+
+    name: str
+    seed: int
+    folder: Path
+    settings: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    @property
+    def draft(self) -> str:
+        """Name of its draft in the evaluation."""
+        return f"{self.name}-{self.seed}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its trained draft exists."""
+        return (self.folder / DRAFT_FOLDER).exists()
+
+
+def plan_runs(study: StudyConfig, overrides: Sequence[str], folder: Path) -> list[Run]:
+    """The runs of a study, seed by seed.
+
+    Args:
+        study: names, settings and seeds.
+        overrides: of the study's own command line.
+        folder: output folder of the study.
+    """
+    shared = [line for line in overrides if line.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
+    runs = []
+    for seed in study.seeds:
+        for name, settings in study.runs.items():
+            place = folder / RUNS_FOLDER / f"{name}-{seed}"
+            own = [f"output_dir={place}", f"seed={seed}", f"resume={str((place / CONFIG_FILE).exists()).lower()}"]
+            runs.append(Run(name, seed, place, tuple(settings), (*shared, *settings, *own)))
+    return runs
+
+
+def train_run(run: Run, launcher: Sequence[str]) -> str | None:
+    """Train in a process of its own. Returns why it failed, or None.
+
+    Args:
+        run: skipped if it is finished.
+        launcher: command before recipes/train.py; empty: this Python.
+
+    Raises:
+        Interrupted: if a signal ended the run, which then has a checkpoint.
+    """
+    if run.is_finished:
+        return None
+    program = HOME / PROGRAMS["train"].folder / "train.py"
+    with subprocess.Popen([*(launcher or [sys.executable]), str(program), *run.overrides]) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it got the signal too, and saves a checkpoint
+            raise
+    if status == RESUMABLE:
+        raise Interrupted(f"{run.draft} stopped with a checkpoint")
+    return f"{run.draft} ended with status {status}" if status else None
+
+
+def drafts_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Folders of the drafts to evaluate, by name: the untrained one first."""
+    return {BEFORE: str(runs[0].folder / INITIAL_FOLDER)} | {run.draft: str(run.folder / DRAFT_FOLDER) for run in runs}
+
+
+def write_study(result: Result, runs: Sequence[Run], folder: Path) -> str:
+    """Write study.md and study.png.
+
+    Args:
+        result: evaluation of `drafts_of`.
+        runs: those that were evaluated.
+        folder: output folder.
+
+    Returns:
+        The tables as Markdown.
+    """
+    by_target = grouped(acceptance_records(result), itemgetter("target"))
+    text = "\n\n".join(_table(target, records, runs).markdown() for target, records in by_target.items())
+    meaning = "tau at the largest K, over all seeds. Ratios are to the first run, with intervals paired by prompt."
+    (folder / REPORT_FILE).write_text(f"# Study\n\n{meaning}\n\n{text}\n\n![tau by run]({CHART_FILE})\n")
+    write_png([_charts(by_target, runs)], folder / CHART_FILE)
+    return text
+
+
+def _drafts_by_name(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Names of drafts by name of their settings."""
+    return {BEFORE: [BEFORE]} | {
+        name: [r.draft for r in same] for name, same in grouped(runs, lambda r: r.name).items()
+    }
+
+
+def _counts(records: Sequence[Record], drafts: Sequence[str]) -> np.ndarray:
+    """Tokens and steps of every prompt of all benchmarks, summed over drafts (one per seed): [P, 2]."""
+    mine = grouped([r for r in records if r["draft"] in drafts], itemgetter("benchmark"))
+    return np.concatenate([np.sum([r["prompt_counts"] for r in same], axis=0) for same in mine.values()])
+
+
+def _tau(counts: np.ndarray) -> float:
+    tokens, steps = counts.sum(axis=0)
+    return float(tokens / steps)
+
+
+def _table(target: str, records: list[Record], runs: Sequence[Run]) -> Table:
+    """Per run tau by benchmark and over all, by seed, the ratio to the first run, and tau at the smallest K."""
+    largest, benchmarks = at_largest_k(records), distinct(r["benchmark"] for r in records)
+    ks = sorted(distinct(r["num_draft_tokens"] for r in records))
+    smallest = [r for r in records if r["num_draft_tokens"] == ks[0]]
+    settings = {run.name: " ".join(run.settings) or NONE for run in runs} | {BEFORE: "untrained"}
+    drafts = _drafts_by_name(runs)
+    first = _counts(largest, drafts[runs[0].name])
+    rows = []
+    for name, mine in drafts.items():
+        counts = _counts(largest, mine)
+        low, high = ratio_interval(first, counts)
+        taus = [_tau(_counts([r for r in largest if r["benchmark"] == b], mine)) for b in benchmarks]
+        by_seed = ", ".join(f"{_tau(_counts(largest, [draft])):.3f}" for draft in mine)
+        ratio = NONE if name == runs[0].name else f"{_tau(counts) / _tau(first):.3f} [{low:.3f}, {high:.3f}]"
+        numbers = [f"{tau:.2f}" for tau in (*taus, _tau(counts))]
+        rows.append([name, settings[name], *numbers, by_seed, ratio, f"{_tau(_counts(smallest, mine)):.3f}"])
+    header = ["run", "settings", *benchmarks, "all", "by seed", f"ratio to {runs[0].name}", f"K={ks[0]}"]
+    return Table(header, rows, num_names=2, caption=f"tau at K={ks[-1]} on target {target}")
+
+
+def _charts(by_target: dict[str, list[Record]], runs: Sequence[Run]) -> list[Chart]:
+    """tau with intervals of every run, by benchmark; one chart per target."""
+    cells = {
+        target: [
+            (benchmark, name, [_tau(counts), *tau_interval(counts)])
+            for benchmark, mine in grouped(at_largest_k(records), itemgetter("benchmark")).items()
+            for name, drafts in _drafts_by_name(runs).items()
+            for counts in [_counts(mine, drafts)]
+        ]
+        for target, records in by_target.items()
+    }
+    return interval_charts(cells)

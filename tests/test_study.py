@@ -1,0 +1,112 @@
+"""Studies: planned command lines, resumption, and tables against sums over the records."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from records import document
+
+from pard_train.acceptance.counting import ratio_interval
+from pard_train.config import StudyConfig
+from pard_train.evaluation.study import Run, plan_runs, write_study
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_run_has_the_studys_settings_then_its_own_and_a_folder_and_seed(tmp_path: Path) -> None:
+    study = StudyConfig(runs={"slow": ["trainer.learning_rate=1e-5"], "fast": []}, seeds=[1, 2])
+    given = [
+        "experiment=quickstart",
+        "study=rates",
+        "study.seeds=[1,2]",
+        "seed=5",
+        "+trainer.extra.a=1",
+        "output_dir=o",
+    ]
+    runs = plan_runs(study, given, tmp_path)
+    assert [run.draft for run in runs] == ["slow-1", "fast-1", "slow-2", "fast-2"]
+    own = [f"output_dir={tmp_path}/runs/slow-1", "seed=1", "resume=false"]
+    shared = ("experiment=quickstart", "+trainer.extra.a=1")
+    assert runs[0].overrides == (*shared, "trainer.learning_rate=1e-5", *own)
+    (tmp_path / "runs" / "slow-1").mkdir(parents=True)
+    (tmp_path / "runs" / "slow-1" / "config.json").touch()
+    assert plan_runs(study, given, tmp_path)[0].overrides[-1] == "resume=true"
+
+
+def test_the_interval_of_a_ratio_is_paired_by_prompt() -> None:
+    draw = np.random.default_rng(0)
+    first = np.stack([draw.integers(20, 90, 50), draw.integers(5, 40, 50)], axis=1)  # prompts differ much
+    later = first.copy()
+    later[:, 1] *= 2  # and the later draft needs twice the steps on each
+    assert ratio_interval(first, later) == pytest.approx((0.5, 0.5))
+    assert ratio_interval(first, first) == (1.0, 1.0)
+    low, high = ratio_interval(first, later[::-1])
+    assert high - low > 0.05  # without pairs nothing cancels
+
+
+def test_the_table_pools_prompts_and_seeds_and_compares_with_the_first_run(tmp_path: Path) -> None:
+    result = document(targets=["Qwen2.5-7B-Instruct"])
+    names = {"untrained": "before", "pard-0.5b": "plain-1", "pard-0.5b-dpace": "dpace-1"}
+    records = [{**r, "draft": names[r["draft"]]} for r in result["records"] if r["mode"] == "replay"]
+    runs = [Run(name, 1, tmp_path / name, settings, ()) for name, settings in (("plain", ()), ("dpace", ("a=1",)))]
+    text = write_study({**result, "records": records}, runs, tmp_path)
+
+    def tau(draft: str, k: int) -> float:
+        mine = [r for r in records if r["draft"] == draft and r["num_draft_tokens"] == k]
+        return sum(r["num_tokens"] for r in mine) / sum(r["num_steps"] for r in mine)
+
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    rows = {line[0]: line for line in lines}
+    assert rows["plain"][-2] == "-" and rows["plain"][-1] == f"{tau('plain-1', 1):.3f}"
+    assert rows["dpace"][1:2] + rows["dpace"][5:6] == ["a=1", f"{tau('dpace-1', 16):.2f}"]
+    assert rows["dpace"][-2].startswith(f"{tau('dpace-1', 16) / tau('plain-1', 16):.3f} [")
+    assert (tmp_path / "study.png").stat().st_size > 0
+    assert text in (tmp_path / "study.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_study_trains_compares_and_skips_what_is_finished(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"why the {word}?"}) + "\n" for word in ("cat", "dog", "sun")))
+    settings = [
+        *(
+            f"model.path={base_folder}",
+            f"data.source={chats_file}",
+            f"targets=[{base_folder}]",
+            f"output_dir={tmp_path}/s",
+        ),
+        *(
+            "draft.num_draft_tokens=4",
+            "data.slot_budget=768",
+            "data.max_length=256",
+            f"data.cache_dir={tmp_path}/tokens",
+        ),
+        *("trainer.max_steps=2", "trainer.bf16=false", "trainer.save_steps=0", "trainer.dataloader_num_workers=0"),
+        *(f"evaluate.benchmarks=[{prompts}]", "evaluate.max_new_tokens=8", "evaluate.num_draft_tokens=[1,4]"),
+        *("runs.slow=[]", 'runs.fast=["trainer.learning_rate=0.01"]'),
+    ]
+    (tmp_path / "s" / "runs" / "slow-42" / "draft").mkdir(parents=True)  # of somebody else
+
+    def study(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "recipes" / "study.py"), *settings, *more]
+        return subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=600)
+
+    assert "error: " in (refused := study('runs.fast=["trainer.lr=1"]')).stderr and refused.returncode == 2
+    assert "use trainer.learning_rate" in refused.stderr
+    assert "is not empty" in (refused := study()).stderr and refused.returncode == 2
+    (tmp_path / "s" / "runs" / "slow-42" / "draft").rmdir()
+    first = study()
+    assert first.returncode == 0, first.stderr[-2000:]
+    drafts = [tmp_path / "s" / "runs" / name / "draft" / "model.safetensors" for name in ("slow-42", "fast-42")]
+    assert drafts[0].read_bytes() != drafts[1].read_bytes()
+    again = study()
+    assert again.returncode == 0 and "supervised" not in again.stdout  # nothing was trained
+    assert again.stdout.partition("tau at")[2] == first.stdout.partition("tau at")[2] != ""
