@@ -38,6 +38,7 @@ from pard_train.training.callbacks import (
     ProfileSteps,
     SealCheckpoint,
     ShortProgress,
+    SpikeWarning,
     StepGuard,
     UsesTrainer,
 )
@@ -102,7 +103,8 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
     with stop_signals() as received:
-        guard = StepGuard(received, output_dir / DRAFT_FOLDER, config.trainer.max_bad_steps)
+        draft, limits = output_dir / DRAFT_FOLDER, config.trainer
+        guard = StepGuard(received, draft, limits.max_bad_steps, limits.save_minutes)
         for callback in (guard, *callbacks):
             if isinstance(callback, UsesTrainer):
                 callback.trainer = trainer
@@ -110,7 +112,7 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step, num_steps = trainer.state.global_step, trainer.state.max_steps
         if step == num_steps:
-            return trainer.write_draft(output_dir / DRAFT_FOLDER)
+            return trainer.write_draft(draft)
         trainer.accelerator.wait_for_everyone()  # a launcher ends the other ranks when the first one ends
         raise Interrupted(f"stopped after step {step:,} of {num_steps:,}, with a checkpoint")
 
@@ -169,6 +171,7 @@ def build_trainer(
     callbacks = [
         DataEpoch(dataset.num_epochs),
         CurrentIntervals(),
+        SpikeWarning(),
         SealCheckpoint(config.trainer.save_total_limit),
         MetricsFile(output_dir),
         ConfigToWandb(config),
