@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from pard_train.engines.vllm_engine import ENVIRONMENT, NOT_PASSED, Counters, fa
 METRIC = re.compile(r"^vllm:spec_decode_(\w+?)_total\{(.*)\} (\S+)$", re.MULTILINE)
 POSITION = re.compile(r'position="(\d+)"')
 POLL_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,12 @@ class VllmServer:
         try:
             with self.log.open("w") as log:
                 self.process = subprocess.Popen(
-                    self.command, env=environment, stdout=log, stderr=log, start_new_session=True
+                    self.command,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
         except OSError as error:
             raise failure(f"engine_python={self.command[0]} cannot be started: {error.strerror}", self.log) from error
@@ -144,6 +151,12 @@ class VllmServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def _end_with_parent() -> None:
+    """In the server's process: on Linux, end when the process that started it ends, also if it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def counters_in(metrics: str, num_draft_tokens: int) -> Counters:
