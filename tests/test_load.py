@@ -243,6 +243,13 @@ def test_a_server_that_does_not_start_is_one_error_with_its_log(
         VllmServer(ServerSettings("T"), python=sys.executable, log=log, timeout=60),
     ):
         pass
+    slow = tmp_path / "python"
+    slow.write_text(f"#!{sys.executable}\nimport time; time.sleep(60)\n")
+    slow.chmod(0o755)
+    server = VllmServer(ServerSettings("T"), python=str(slow), log=log, timeout=0.5)
+    with pytest.raises(UserError, match=r"timeout=0.5 s exceeded before the server answers"), server:
+        pass
+    assert server.process.poll() is not None  # ended
     config = Config(targets=[str(tmp_path)], output_dir=str(tmp_path / "out"))
     config.draft.path = str(tmp_path)
     with pytest.raises(UserError):

@@ -120,15 +120,22 @@ class VllmServer:
                 )
         except OSError as error:
             raise failure(f"engine_python={self.command[0]} cannot be started: {error.strerror}", self.log) from error
+        try:
+            self._wait()
+        except BaseException:  # also an interrupt: nobody else ends the server
+            self.kill()
+            raise
+        return self
+
+    def _wait(self) -> None:
+        """Wait until the server answers."""
         deadline = time.monotonic() + self.timeout
         while not self.read("health", default=None):
             if (status := self.process.poll()) is not None:
                 raise failure(last_words(self.log, status), self.log)
             if time.monotonic() > deadline:
-                self.kill()
                 raise failure(f"timeout={self.timeout:g} s exceeded before the server answers: raise it", self.log)
             time.sleep(POLL_SECONDS)
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.kill()
