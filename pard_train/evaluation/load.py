@@ -104,16 +104,9 @@ def measure_load(config: Config) -> dict[str, Any]:
     claim_run(folder, decides)
     served = {k: load.server_settings(target.name, draft.name if k else None, k) for k in load.values_of_k}
     version, runs, times = _measure(load, served, folder)
-    texts = {index: ids for run in runs if not run["num_draft_tokens"] for index, ids in run["texts"].items()}
+    texts = _compare_texts(runs)
     drafter = Drafter.load(draft.name, dtype=DTYPES[settings.dtype], device=default_device(), trust_remote_code=trust)
-    predictions = _predict(load, drafter, texts, times)
-    best = {b: best_k([row for row in predictions if row["concurrency"] == b]) for b in settings.concurrency}
-    for row in predictions:
-        row["is_best"] = best[row["concurrency"]] == row["num_draft_tokens"]
-    for run in runs:
-        own = run.pop("texts")
-        run["num_identical"] = sum(ids == texts[index] for index, ids in own.items())
-        run["num_texts"] = len(own)
+    predictions, best = _predict(load, drafter, texts, times)
     result = {
         "schema_version": SCHEMA_VERSION,
         **{key: decides[key] for key in ("draft", "target", "dtype", "max_new_tokens")},
@@ -236,6 +229,15 @@ def _run(load: Load, server: VllmServer, concurrency: int) -> dict[str, Any]:
     }
 
 
+def _compare_texts(runs: Sequence[dict[str, Any]]) -> dict[int, Ids]:
+    """Answers of the target alone by prompt; every run counts how many of its own equal them."""
+    texts = {index: ids for run in runs if not run["num_draft_tokens"] for index, ids in run["texts"].items()}
+    for run in runs:
+        own = run.pop("texts")
+        run |= {"num_identical": sum(ids == texts[index] for index, ids in own.items()), "num_texts": len(own)}
+    return texts
+
+
 def _report(run: Mapping[str, Any]) -> None:
     draft = f"K = {run['num_draft_tokens']}" if run["num_draft_tokens"] else "no draft"
     print(f"{run['concurrency']} clients, {draft}: {run['tokens_per_second']:.1f} tokens/s", flush=True)
@@ -298,7 +300,7 @@ async def _ask_all(
     replies: dict[int, Reply] = {}
     async with AsyncOpenAI(base_url=server.url, api_key=key, timeout=timeout, max_retries=0) as client:
 
-        async def ask_in_turn() -> None:
+        async def _ask_in_turn() -> None:
             for number, prompt in numbered:
                 reply = replies[number] = Reply([], time.perf_counter(), [])
                 stream = await client.completions.create(
@@ -314,7 +316,7 @@ async def _ask_all(
                         reply.token_ids.extend(ids)
                         reply.arrivals.append(time.perf_counter())
 
-        await asyncio.gather(*(ask_in_turn() for _ in range(concurrency)))
+        await asyncio.gather(*(_ask_in_turn() for _ in range(concurrency)))
     return [replies[number] for number in range(len(prompts))]
 
 
@@ -323,16 +325,19 @@ async def _ask_all(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _predict(load: Load, drafter: Drafter, texts: Mapping[int, Ids], times: StepTimes) -> list[dict[str, Any]]:
-    """Predictions of every K and concurrency, from replay of the target's own answers."""
+def _predict(
+    load: Load, drafter: Drafter, texts: Mapping[int, Ids], times: StepTimes
+) -> tuple[list[dict[str, Any]], dict[int, int]]:
+    """Predictions of every K and concurrency, from replay of the target's own answers, and the best K of each."""
     used = sorted(texts)
     pairs = [(load.prompts[index], texts[index]) for index in used]
     matches = replay_all(drafter, pairs, load.values_of_k[-1], description="replay")
     requests = {
         index: Request(len(load.prompts[index]), found.tolist()) for index, found in zip(used, matches, strict=True)
     }
-    return [
-        row
-        for concurrency in load.settings.concurrency
-        for row in predict_load([requests[i] for i in load.indexes(concurrency)], times, concurrency)
-    ]
+    rows, best = [], {}
+    for concurrency in load.settings.concurrency:
+        own = predict_load([requests[i] for i in load.indexes(concurrency)], times, concurrency)
+        best[concurrency] = best_k(own)
+        rows += [row | {"is_best": row["num_draft_tokens"] == best[concurrency]} for row in own]
+    return rows, best
