@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pard_train.acceptance.counting import ratio_interval
+from pard_train.bootstrap import ratio_interval
 from pard_train.errors import UserError
 from pard_train.reports.records import (
     Record,
