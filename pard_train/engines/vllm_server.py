@@ -81,23 +81,14 @@ class VllmServer:
         python: interpreter of vLLM's environment; None is the current one.
         log: file of its output.
         timeout: seconds that it may take to start.
-        environment: variables besides the user's.
     """
 
-    def __init__(
-        self,
-        settings: ServerSettings,
-        *,
-        python: str | None,
-        log: Path,
-        timeout: float,
-        environment: dict[str, str] | None = None,
-    ):
+    def __init__(self, settings: ServerSettings, *, python: str | None, log: Path, timeout: float):
         port = _free_port()
         self.settings, self.log, self.timeout = settings, log, timeout
         self.address = f"http://127.0.0.1:{port}"
         self.command = settings.command(python or sys.executable, port)
-        self.environment = {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", **(environment or {}), **os.environ}
+        self.environment = {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
     @property
     def url(self) -> str:
