@@ -114,8 +114,8 @@ class StandInConfig:
 
     times: int = setting(0, "Times that every layer of the stand-in stands there (TARGET*N); 0 skips the step.", low=0)
     num_draft_tokens: int = setting(4, "K.", low=1)
-    max_new_tokens: int = setting(48, "Tokens per answer; one prompt per benchmark is decoded.", low=1)
-    num_rounds: int = setting(3, "Interleaved rounds with and without the draft.", low=1)
+    max_new_tokens: int = setting(24, "Tokens of the answer to the first prompt of the first benchmark.", low=1)
+    num_rounds: int = setting(2, "Interleaved rounds with and without the draft.", low=1)
 
 
 @dataclass

@@ -246,6 +246,7 @@ def on_stand_in(config: Config, draft: str, folder: Path) -> Config:
     evaluation = replace(
         config.evaluate,
         drafts={},
+        benchmarks=config.evaluate.benchmarks[:1],
         max_prompts=1,
         max_new_tokens=settings.max_new_tokens,
         num_draft_tokens=[settings.num_draft_tokens],
