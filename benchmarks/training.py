@@ -286,7 +286,7 @@ def our_step(
         return [{k: v.to(device) for k, v in collator([pack]).items()} for pack in packs]
 
     def step(batches: list[dict[str, Tensor]]) -> tuple[Work, int]:
-        work, num_tokens = torch.zeros(3, dtype=torch.float64, device=device), 0
+        work, num_tokens = torch.zeros(4, dtype=torch.float64, device=device), 0
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum()
         for batch in batches:
             with precision_of(arguments, device):

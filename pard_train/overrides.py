@@ -30,6 +30,7 @@ KNOWN_ELSEWHERE = {
     "target": "targets=[...]",
     "checkpoint": "export.checkpoint, or draft.path",
     "licence": "license",
+    "report_to": "logger.trackers=[...]",
     "system": "generate.system_prompt",
     "dtype": "inference.dtype",
 }

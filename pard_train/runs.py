@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +27,10 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"  # of a training run: every line of its log
 MANIFEST_FILE = "manifest.json"  # of a data set: what it was made of, and how much of it is where
 SEAL_FILE = "files.json"  # in every checkpoint: its files and their sizes in bytes
+CHECKSUM_BLOCK = 2**24  # bytes
 LOCK_FILE = ".lock"  # of an output folder, held while a program works in it
 LOCK_SECONDS = 10.0  # to wait for it: data workers of a killed run hold it until they end, some seconds later
 PACKAGES = ("pard_train", "torch", "transformers", "datasets", "accelerate", "deepspeed", "hydra-core", "numpy")
@@ -100,12 +103,28 @@ def check_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
     require_same(old, settings, what=f"output_dir={folder} holds a run with other settings")
 
 
-def claim_run(folder: Path, settings: dict[str, Any], config: dict[str, Any] | None = None) -> None:
-    """Write the settings that decide the result to config.json, all of them to run.json. Called by one process."""
+def claim_run(folder: Path, settings: dict[str, Any], config: dict[str, Any] | None = None, **facts: Any) -> None:
+    """Write the settings that decide the result to config.json, all of them to run.json. Called by one process.
+
+    run.json also holds the run's id, which a resumed run and trackers keep, and `facts`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG_FILE).exists():
         write_json(folder / CONFIG_FILE, {"settings_version": SETTINGS_VERSION, **settings})
-    write_json(folder / RUN_FILE, {**provenance(), "config": config})
+    run_id = os.environ.get("WANDB_RUN_ID") or run_of(folder).get("run_id") or uuid.uuid4().hex[:12]
+    write_json(folder / RUN_FILE, {"run_id": run_id, **provenance(), **facts, "config": config})
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """run.json of an output folder; empty if it has none."""
+    return read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of a training run; none if it has no log. Skips a last line that is cut."""
+    file = folder / METRICS_FILE
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def claim_product(product: Path, made_from: dict[str, Any]) -> None:
@@ -188,8 +207,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+    """Read a JSON file of ours. Raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # of JSON and of UTF-8
+        raise UserError(
+            f"{path} is damaged ({error}): restore it, or delete what it describes and run the same command again"
+        ) from error
 
 
 @contextmanager
@@ -230,20 +254,25 @@ def num_cores() -> int:
 
 def provenance() -> dict[str, Any]:
     """Command, versions, git state, machine and time: what is needed to reproduce a result."""
+    return {
+        "command": sys.argv,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "versions": package_versions(),
+        "git": _git_state(),
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that decide a result; None for one that is not installed."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    return {
-        "command": sys.argv,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "versions": versions,
-        "git": _git_state(),
-    }
+    return versions
 
 
 def _git_state() -> dict[str, Any] | None:
@@ -260,21 +289,33 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Record the size of every file of a finished checkpoint. Written last: without it a checkpoint is incomplete."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    files.pop(SEAL_FILE, None)
-    write_json(folder / SEAL_FILE, files)
+    """Record size and checksum of every file of a checkpoint. Written last: without it a checkpoint is incomplete."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL_FILE]
+    write_json(folder / SEAL_FILE, {str(p.relative_to(folder)): [p.stat().st_size, _checksum(p)] for p in paths})
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Check the size of every file of a checkpoint. Raises UserError naming a missing or truncated file."""
-    for name, size in read_json(folder / SEAL_FILE).items():
-        path = folder / name
+    """Check size and checksum of every file of a checkpoint. Raises UserError naming a missing or damaged file."""
+    for name, seal in read_json(folder / SEAL_FILE).items():
+        path, (size, checksum) = (
+            folder / name,
+            seal if isinstance(seal, list) else (seal, None),
+        )  # a number in version 0.1
         found = path.stat().st_size if path.exists() else 0
+        fix = f"delete {folder} to resume from the checkpoint before"
         if found != size:
-            raise UserError(
-                f"{path} is truncated: {found} bytes of {size}; delete {folder} to resume from the checkpoint before"
-            )
+            raise UserError(f"{path} is truncated: {found} bytes of {size}; {fix}")
+        if checksum is not None and _checksum(path) != checksum:
+            raise UserError(f"{path} has changed since it was written: {fix}")
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: it finds damage, and reads as fast as a disk."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(CHECKSUM_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -22,12 +22,10 @@ def run(config: Config) -> None:
     """Evaluate, print the report, and check the thresholds."""
     from pard_train.evaluation.evaluate import evaluate
     from pard_train.reports.report import PAGE_FILE, render_report, tau_below
-    from pard_train.training.trackers import log_evaluation
 
     document, folder = evaluate(config), Path(config.output_dir)
     print(render_report(document))
     print(f"written to {folder}; open {folder / PAGE_FILE} in a browser")
-    log_evaluation(config.logger, folder.name, document, folder / PAGE_FILE)
     if misses := tau_below(document, config.evaluate.fail_below):
         raise ThresholdError(misses)
     if document["failures"]:

@@ -30,6 +30,7 @@ def run(config: Config) -> None:
     from pard_train.fingerprints import model_fingerprint
     from pard_train.model import inspect_base
     from pard_train.publishing.export import check_targets, export
+    from pard_train.reports.curves import RUN_PAGE
     from pard_train.reports.records import ACCEPTANCE_FILE
     from pard_train.reports.report import PAGE_FILE, render_report, render_speed, tau_below
     from pard_train.runs import CONFIG_FILE, claim_product, read_json
@@ -90,7 +91,9 @@ def run(config: Config) -> None:
         step(6, f"speed on a stand-in for a target {times} times the draft's cost: same text, each layer {times} times")
         timing = on_stand_in(evaluation, drafts["after"], root / "stand_in")
         print(render_speed(find_result(timing) or evaluate(timing)))
-    print(f"done in {(time.time() - started) / 60:.1f} min; open {evaluation_dir / PAGE_FILE} in a browser")
+    print(
+        f"done in {(time.time() - started) / 60:.1f} min; pages: {evaluation_dir / PAGE_FILE}, {train_dir / RUN_PAGE}"
+    )
 
 
 if __name__ == "__main__":

@@ -289,3 +289,24 @@ def test_text_keeps_special_tokens_but_not_the_end_of_turn_nor_half_a_character(
     assert answer_text(Answer([*ids, 2], False), encoder, LIMITS) == "<|unused|>the cat , it 's 世"
     assert answer_text(Answer(ids, True), encoder, LIMITS) == "<|unused|>the cat , it 's 世"
     assert answer_text(Answer(ids[:-1], True), encoder, LIMITS) == "<|unused|>the cat , it 's "
+
+
+def test_a_flipped_bit_costs_its_answer_and_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    answers, path = random_answers(12), tmp_path / "answers.jsonl"
+    with AnswerCache(path) as cache:
+        cache.add(answers)
+    whole, draw = path.read_bytes(), random.Random(1)
+    for place in draw.sample(range(len(whole)), 200):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+        with AnswerCache(path) as cache:
+            found = {key: cache[key] for key in cache}
+        assert found.items() <= answers.items(), place
+        assert len(found) >= len(answers) - 2, place  # a damaged line break costs two lines
+    assert "is damaged: skipped" in caplog.text
+
+
+def test_a_cache_of_an_earlier_version_has_no_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"key": "a", "ids": [1, 2], "is_cut": false}\n')
+    with AnswerCache(path) as cache:
+        assert dict(cache) == {"a": Answer([1, 2], is_cut=False)}

@@ -124,7 +124,7 @@ def test_the_command_line_wins_over_an_experiment(experiment: str) -> None:
     overrides = [f"{key}={value}" for key, value in changes.items()]
     config = composed(*overrides, f"experiment={experiment}", "logger=wandb", **missing)  # in any order
     assert {key: OmegaConf.select(config, key) for key in changes} == changes
-    assert config.logger.report_to == "wandb"
+    assert config.logger.trackers == ["wandb"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,24 @@ def test_two_nodes_train_as_one(alone: Path, base_folder: Path, chats_file: Path
     check_as_alone(tmp_path / "run", alone)
 
 
+def test_processes_with_other_settings_are_named_before_the_first_step(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    nodes = {"NUM_NODES": "2", "NUM_PROCESSES": "1", "MASTER": f"127.0.0.1:{free_port()}", "OMP_NUM_THREADS": "1"}
+    command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]
+    environment = {**os.environ, **nodes, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    tasks = [
+        subprocess.Popen([*command, *more], cwd=ROOT, env={**environment, "NODE_RANK": str(rank)}, **pipes)
+        for rank, more in enumerate(([], ["trainer.learning_rate=0.5"]))
+    ]
+    outputs = [task.communicate(timeout=300)[0] for task in tasks]
+    assert all(task.returncode for task in tasks)
+    for output in outputs:
+        assert "process 1 differs from process 0 (trainer.learning_rate: 0.001 -> 0.5)" in output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 SRUN = """#!/usr/bin/env bash
 [ "$1" = --kill-on-bad-exit=1 ] || exit 9
 for node in 0 1; do SLURM_NODEID=$node "${@:2}" & tasks+=($!); done
@@ -188,6 +207,26 @@ def test_the_nodes_of_a_slurm_job_train_as_one_and_go_on_when_slurm_starts_it_ag
     shutil.rmtree(tmp_path / "run" / "draft")
     run_all([command], [{**job, "SLURM_RESTART_COUNT": "1"}])
     check_as_alone(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="it loads nothing to `cpu:0`, where Trainer wants the optimizer")
+def test_a_run_goes_on_with_another_number_of_processes(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    whole, run, settings = tmp_path / "whole", tmp_path / "run", {"num_train_epochs": 4, "max_steps": STEPS}
+    train(experiment(base_folder, chats_file, whole, **settings, gradient_accumulation_steps=4))
+    more = ["trainer.num_train_epochs=4", "trainer.save_steps=1", "trainer.save_total_limit=9"]
+    command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, run), *more]
+    for number, first, override in (
+        (2, 0, "trainer.gradient_accumulation_steps=2"),
+        (1, 1, "resume=true"),
+        (4, 2, "resume=true"),
+    ):
+        for step in range(first + 1, STEPS + 1):
+            shutil.rmtree(run / f"checkpoint-{step}", ignore_errors=True)  # as if it had been stopped before
+        run_all([[*command, override]], [{"NUM_PROCESSES": str(number)}])
+    for step in (1, 2):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    check_as_alone(run, whole)
 
 
 def test_the_job_script_of_slurm_is_valid_bash_and_says_when_to_signal() -> None:

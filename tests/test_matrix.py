@@ -60,3 +60,13 @@ def test_an_interrupt_is_not_survived(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), matrix.keep_going(target="t"):
         raise KeyboardInterrupt
     assert matrix.failures == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"result": \xff'])
+def test_a_damaged_result_is_computed_again(tmp_path: Path, damage: bytes) -> None:
+    matrix = open_matrix(tmp_path)
+    matrix.result("replay", {"k": 1}, lambda: [1])
+    (cell,) = (tmp_path / "cells").iterdir()
+    cell.write_bytes(damage)
+    assert matrix.result("replay", {"k": 1}, lambda: [2])[0] == [2]
+    assert matrix.result("replay", {"k": 1}, lambda: [3])[0] == [2]

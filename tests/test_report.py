@@ -1,4 +1,4 @@
-"""Tables, CSV, thresholds, comparison and trackers say what the records say, and say it when something is missing."""
+"""Tables, CSV, thresholds and comparison say what the records say, and say it when something is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from records import document, predictions, samples
 
-from pard_train.config import LoggerConfig
 from pard_train.errors import UserError
 from pard_train.reports.comparison import (
     compare,
@@ -27,7 +26,6 @@ from pard_train.reports.records import flatten, label_of, pooled_tau, read_resul
 from pard_train.reports.report import render_report, tau_below, write_report
 from pard_train.reports.sections import build_sections
 from pard_train.reports.tables import Table, prediction_table, tau_tables
-from pard_train.training.trackers import log_evaluation
 
 ROOT = Path(__file__).parents[1]
 SMALL, LARGE = "Qwen2.5-7B-Instruct", "Qwen2.5-Coder-14B-Instruct"
@@ -420,46 +418,3 @@ def test_the_compare_program_exits_with_3_for_a_miss_2_for_bad_input_and_0_other
     absent = run("main", "nowhere")
     assert absent.returncode == 2
     assert absent.stderr.startswith("compare.py: error: ")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights & Biases
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_an_offline_run_holds_table_summary_picture_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    result = document(drafts=["pard-0.5b"], targets=[SMALL])
-    write_report(result, tmp_path)
-    page = tmp_path / "report.html"
-    log_evaluation(LoggerConfig(report_to="wandb", wandb_mode="offline"), "evaluation", result, page)
-    wandb.teardown()  # its service writes the last bytes of the log when it ends
-    (run,) = tmp_path.glob("wandb/offline-run-*")
-    (log,) = run.glob("*.wandb")
-    content = log.read_bytes()
-    for r in greedy(result, num_draft_tokens=16):
-        name = f"eval/tau/{SMALL}/{r['benchmark']}/pard-0.5b".encode()
-        assert re.search(re.escape(name) + b".{1,9}" + str(r["tau"]).encode(), content, flags=re.DOTALL)
-    (table,) = run.glob("files/media/table/eval/records*.json")
-    saved = json.loads(table.read_text())
-    for column in ("tau", "survival"):
-        values = [row[saved["columns"].index(column)] for row in saved["data"]]
-        assert values == [flatten(r)[column] for r in result["records"]]
-    (html,) = run.glob("files/media/html/eval/report*.html")
-    assert html.read_text() == page.read_text()
-    (picture,) = run.glob("files/media/images/eval/acceptance*.png")
-    assert picture.read_bytes() == (tmp_path / "acceptance.png").read_bytes()
-    assert not [p for p in run.rglob("*") if p.is_file() and b"a" * 40 in p.read_bytes()]
-
-
-def test_nothing_of_wandb_is_imported_unless_it_is_the_chosen_tracker(
-    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails from here on
-    page = tmp_path / "report.html"
-    log_evaluation(LoggerConfig(), "evaluation", whole, page)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ImportError):
-        log_evaluation(LoggerConfig(report_to="wandb"), "evaluation", whole, page)

@@ -122,7 +122,7 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, name: str, val
 def test_settings_that_decide_no_result_may_change_and_the_first_ones_stay_on_record(tmp_path: Path) -> None:
     open_run(tmp_path, settings_of(tmp_path), resume=False)
     before = contents(tmp_path)["config.json"]
-    free = {"resume": True, "logger.report_to": "wandb", "evaluate.max_prompts": 3, "inference.batch_size": 2}
+    free = {"resume": True, "logger.trackers": ["wandb"], "evaluate.max_prompts": 3, "inference.batch_size": 2}
     free |= {"trainer.logging_steps": 1, "trainer.save_steps": 7}
     open_run(tmp_path, settings_of(tmp_path, **free), resume=True)
     assert contents(tmp_path)["config.json"] == before
@@ -193,3 +193,27 @@ def test_sealing_again_covers_what_came_since(tmp_path: Path) -> None:
     (checkpoint / "late.pt").write_bytes(bytes(6))
     with pytest.raises(UserError, match=r"late\.pt is truncated: 6 bytes of 7"):
         check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("byte", [0, -1])
+def test_one_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path, byte: int) -> None:
+    checkpoint = build_checkpoint(tmp_path, 10)
+    data = bytearray((checkpoint / "model.safetensors").read_bytes())
+    data[byte] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=f"model.safetensors has changed since it was written: delete {checkpoint}"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_seal_of_an_earlier_version_has_sizes_only(tmp_path: Path) -> None:
+    checkpoint = build_checkpoint(tmp_path, 10)
+    seal = json.loads((checkpoint / SEAL_FILE).read_text())
+    (checkpoint / SEAL_FILE).write_text(json.dumps({name: size for name, (size, _) in seal.items()}))
+    check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff"])
+def test_damaged_json_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged .*: restore it"):
+        check_run(tmp_path, {}, resume=True)

@@ -35,7 +35,7 @@ from pard_train.training.throughput import (
 SHAPE = ModelShape(
     num_layers=2, hidden=4, num_heads=2, num_key_value_heads=1, head_size=3, intermediate=5, vocabulary=7
 )
-WORK = Work(slots=10, supervised=6, pairs=40)
+WORK = Work(slots=10, supervised=6, pairs=40, tokens=3)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -117,7 +117,8 @@ def test_work_is_that_of_the_mask_without_padding() -> None:
     labels = torch.full((len(layout),), IGNORE_INDEX)
     labels[[3, 5, 40]] = 0
     real = layout[layout.document >= 0]
-    expected = [len(layout) - 9, 3, int(is_visible(real, real).sum())]
+    num_tokens = int((layout.depth[[3, 5, 40]] == 0).sum())
+    expected = [len(layout) - 9, 3, int(is_visible(real, real).sum()), num_tokens]
     assert count_work(layout, labels).tolist() == expected
 
 
@@ -158,7 +159,7 @@ def test_a_chip_that_is_not_in_the_list_has_no_peak(name: str) -> None:
 def test_rates_are_work_over_seconds_and_a_share_of_what_all_devices_could_do() -> None:
     flops = step_flops(SHAPE, WORK).total
     chip = CHIPS[0]
-    metrics = throughput_metrics(WORK, 3, 2.0, SHAPE, chip, num_devices=4)
+    metrics = throughput_metrics(WORK, 2.0, SHAPE, chip, num_devices=4)
     assert metrics == pytest.approx(
         {
             "slots_per_second": 5.0,
@@ -171,6 +172,6 @@ def test_rates_are_work_over_seconds_and_a_share_of_what_all_devices_could_do() 
 
 def test_what_is_not_known_is_absent() -> None:
     rates = {"slots_per_second", "supervised_tokens_per_second"}
-    assert throughput_metrics(WORK, 3, 2.0, None, CHIPS[0], 1).keys() == rates
-    assert throughput_metrics(WORK, 3, 2.0, SHAPE, None, 1).keys() == rates | {"model_flops_per_second"}
+    assert throughput_metrics(WORK, 2.0, None, CHIPS[0], 1).keys() == rates
+    assert throughput_metrics(WORK, 2.0, SHAPE, None, 1).keys() == rates | {"model_flops_per_second"}
     assert peak_memory(torch.device("cpu")) is None

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pard_train.config import Config, DataConfig, DraftConfig, ModelConfig, TrainerConfig
+from pard_train.config import Config, DataConfig, DraftConfig, LoggerConfig, ModelConfig, TrainerConfig
 from pard_train.mask_token import set_draft_keys
 from pard_train.model import inspect_base, write_initial_draft
 
@@ -134,6 +134,7 @@ def experiment(base: Path, chats: Path, output_dir: Path, **trainer: Any) -> Con
             source=str(chats), max_length=256, slot_budget=768, cache_dir=str(output_dir.with_name("tokens"))
         ),
         trainer=TrainerConfig(**{**settings, **trainer}),
+        logger=LoggerConfig(page_minutes=0),  # drawing takes longer than such a run
         output_dir=str(output_dir),
     )
 

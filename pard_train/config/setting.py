@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from pard_train.errors import UserError
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that the user must choose
+SECRET_NAME = re.compile(
+    r"(?i)((api|access|secret)_?key|secret|password|(hub|api|auth|access)_token)$"
+)  # of an entry of a dict
+SECRET_URL = re.compile(r"://[^/@\s]+@")  # user and password before a host
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
     """Check every setting of a configuration, and of the groups in it, against its rule.
 
     Raises:
-        UserError: naming the first setting whose value is not allowed, with `prefix` before its name.
+        UserError: naming the first setting whose value is not allowed or a secret, with `prefix` before its name.
     """
     for config_field in fields(config):
         name, value, rule = prefix + config_field.name, getattr(config, config_field.name), rule_of(config_field)
@@ -81,6 +86,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
             check_ranges(value, f"{name}.")
             continue
         for item_name, item in _items(name, value):
+            _check_secret(item_name, item)
             if is_dataclass(item):
                 check_ranges(item, f"{item_name}.")
             elif item is not None and rule.allowed() and not rule.accepts(item):
@@ -99,3 +105,12 @@ def decisive(config: Any) -> dict[str, Any]:
 
     values = {f.name: getattr(config, f.name) for f in fields(config) if not rule_of(f).is_free}
     return {name: decisive(value) if is_dataclass(value) else value for name, value in values.items()}
+
+
+def _check_secret(name: str, value: Any) -> None:
+    """Refuse secrets: settings are written to files, pages and trackers."""
+    if isinstance(value, str) and (SECRET_URL.search(value) or SECRET_NAME.search(name)):
+        raise UserError(
+            f"{name} holds a secret, and settings are written to files: leave it out, and use an environment variable "
+            "(HF_TOKEN, OPENAI_API_KEY, WANDB_API_KEY)"
+        )

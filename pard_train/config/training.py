@@ -148,10 +148,15 @@ class TrainerConfig:
 class LoggerConfig:
     """Trackers; metrics.jsonl is always written."""
 
-    report_to: str = setting("none", "Tracker.", choices=("none", "tensorboard", "wandb"))
-    wandb_mode: str = setting("online", "Log in with `wandb login`.", choices=("online", "offline"))
-    wandb_project: str = setting("pard_train", "Weights & Biases project.")
+    trackers: list[str] = setting([], "Any of wandb, tensorboard.", choices=("wandb", "tensorboard"))
+    wandb_mode: str = setting("online", "Log in with `wandb login`; WANDB_MODE wins.", choices=("online", "offline"))
+    wandb_project: str = setting("pard_train", "Weights & Biases project; WANDB_PROJECT wins.")
     run_name: Optional[str] = setting(None, "Name of the run; null takes the name of the output folder.")
+    group: Optional[str] = setting(None, "Group of a W&B run; null takes the name of the training run.")
+    tags: list[str] = setting([], "Tags of a W&B run.")
+    upload: bool = setting(False, "Upload drafts and exports to W&B; otherwise it keeps references to their folders.")
+    page_minutes: float = setting(10.0, "Minutes between updates of the run's report.html; 0 writes none.", low=0)
+    stall_minutes: float = setting(30.0, "Minutes without a step until W&B sends an alert; 0: no alert.", low=0)
 
 
 @dataclass

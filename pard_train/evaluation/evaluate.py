@@ -33,19 +33,24 @@ from pard_train.fingerprints import model_fingerprint
 from pard_train.reports.records import (
     ACCEPTANCE_FILE,
     KINDS,
+    PICTURE_FILE,
     PREDICTIONS_FILE,
     SCHEMA_VERSION,
     Record,
     Result,
+    distinct,
     read_result,
+    scalars,
 )
-from pard_train.reports.report import write_report
+from pard_train.reports.report import PAGE_FILE, SAMPLES_PAGE, write_report
 from pard_train.runs import CONFIG_FILE, check_run, claim_run, locked, read_json, require_same, write_json
 from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
 from pard_train.targets.compatibility import OK, Model, check_pair, require
 from pard_train.targets.serving import check_engine
 from pard_train.targets.target import Target, load_targets, short_name
-from pard_train.training.checkpoints import resolve_draft
+from pard_train.training.checkpoints import find_checkpoint, resolve_draft
+from pard_train.training.trackers import Outcome, check_trackers, log_outcome
+from pard_train.training.trainer import BEST_FOLDER, INITIAL_FOLDER
 
 SAMPLES_FILE = "samples.json"
 
@@ -69,6 +74,7 @@ def evaluate(config: Config) -> Result:
 
 def _evaluate(config: Config) -> Result:
     matrix, settings = Matrix(config), config.evaluate
+    check_trackers(config.logger)
     _check_thresholds(settings)
     benchmarks = load_benchmarks(settings.benchmarks, settings.max_prompts)
     targets, paths = load_targets(config), draft_paths(config)
@@ -95,7 +101,32 @@ def _evaluate(config: Config) -> Result:
     for name, content in ((ACCEPTANCE_FILE, result), (PREDICTIONS_FILE, predictions), (SAMPLES_FILE, samples)):
         write_json(matrix.folder / name, content)
     write_report(result, matrix.folder, predictions=predictions, samples=samples)
+    for name, path in paths.items():
+        _log_draft(config, [r for r in records if r["draft"] == name], name, path)
     return result
+
+
+def _log_draft(config: Config, records: list[Record], name: str, path: str) -> None:
+    """One W&B run per draft, with columns that line up."""
+    folder, run = Path(config.output_dir), find_checkpoint(path).run
+    fingerprints = {kind: {r[kind]: r[f"{kind}_fingerprint"] for r in records} for kind in KINDS}
+    outcome = Outcome(
+        program="evaluate",
+        folder=folder,
+        values=scalars(records),
+        files=[folder / file for file in (PAGE_FILE, SAMPLES_PAGE, PICTURE_FILE)],
+        rows=[{k: v for k, v in r.items() if k not in ("groups", "prompt_counts")} for r in records],
+        training=run,
+        kind={INITIAL_FOLDER: "init", BEST_FOLDER: "best"}.get(Path(path).name, "last"),
+        facts={
+            "draft": name,
+            "draft_path": path,
+            "fingerprints": fingerprints,
+            "dtypes": distinct(r["dtype"] for r in records),
+        },
+        label=name if config.evaluate.drafts else "",
+    )
+    log_outcome(config, outcome)
 
 
 @dataclass

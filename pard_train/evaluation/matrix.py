@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,11 @@ from typing import Any
 
 from pard_train.config import Config
 from pard_train.device import device_name, dtype_name
+from pard_train.errors import UserError
 from pard_train.generation.sampling import GREEDY, Sampling
 from pard_train.runs import fingerprint, provenance, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 RESULTS_FOLDER = "cells"
 FAILURES_LOG = "failures.log"  # whole tracebacks; acceptance.json has their last lines
@@ -48,8 +52,13 @@ class Matrix:
             compute: gives it as JSON.
         """
         path = self._path(kind, identity)
-        if not path.exists():
-            write_json(path, {"identity": identity, "result": compute(), "made_by": self.provenance})
+        if path.exists():
+            try:
+                stored = read_json(path)
+                return stored["result"], stored["made_by"]
+            except (UserError, KeyError, TypeError):
+                logger.warning("%s is damaged: measured again", path)
+        write_json(path, {"identity": identity, "result": compute(), "made_by": self.provenance})
         stored = read_json(path)
         return stored["result"], stored["made_by"]
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
-from pard_train.acceptance.counting import walk
+from pard_train.acceptance.counting import counts_per_prompt, tau_interval, walk
 from pard_train.acceptance.replay import replay_all
 from pard_train.config import Config, MonitorConfig
 from pard_train.data.benchmarks import load_benchmarks
@@ -36,8 +36,7 @@ from pard_train.runs import fingerprint, read_json, require_same, write_json
 from pard_train.targets.cases import Case, write_case
 from pard_train.targets.target import load_targets
 from pard_train.training.callbacks import UsesTrainer
-from pard_train.training.checkpoints import BEST_FILE, BEST_FOLDER
-from pard_train.training.trainer import PardTrainer, check_output
+from pard_train.training.trainer import BEST_FILE, BEST_FOLDER, PardTrainer, check_output
 
 
 def build_monitor(config: Config) -> list[TrainerCallback]:
@@ -87,10 +86,12 @@ class Measurement:
     Attributes:
         step: optimizer steps done.
         rows: tau by "target/benchmark", in the order of the cases.
+        details: intervals of tau, tau by K and survival by position, under their names in the log.
     """
 
     step: int
     rows: dict[str, float]
+    details: dict[str, float] = field(default_factory=dict)
 
     def tau(self, criterion: str) -> float:
         """`mean` over the targets or of the `worst` target; a target counts with its mean over benchmarks."""
@@ -136,7 +137,7 @@ class AcceptanceMonitor(UsesTrainer):
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
         started = time.perf_counter()
-        measurement = Measurement(state.global_step, self._replay())
+        measurement = Measurement(state.global_step, *self._replay())
         is_good = state.global_step > 0 and not self.trainer.num_bad_steps  # bad weights make every step bad
         is_best = is_good and self.keeper.offer(measurement, self.trainer)
         seconds = time.perf_counter() - started
@@ -145,28 +146,48 @@ class AcceptanceMonitor(UsesTrainer):
         mean, worst = measurement.tau("mean"), measurement.tau("worst")
         taus = {**measurement.rows, "mean": mean, "worst": worst}
         should_log = control.should_log
-        self.trainer.log({f"eval_tau/{name}": tau for name, tau in taus.items()} | {"eval_seconds": seconds})
+        logs = {f"eval_tau/{name}": tau for name, tau in taus.items()} | measurement.details
+        self.trainer.log(logs | {"eval_seconds": seconds})
         control.should_log = should_log  # Trainer takes a pending log of the loss as done
         if state.is_world_process_zero:
             note = "  best so far" if is_best else ""
             line = f"step {state.global_step:>6}  tau {mean:.3f}  worst target {worst:.3f}  ({seconds:.1f} s){note}"
             tqdm.write(line)
 
-    def _replay(self) -> dict[str, float]:
-        """tau by case; every rank replays its share of the turns."""
-        accelerator = self.trainer.accelerator
-        share = np.array_split(np.arange(len(self.turns)), accelerator.num_processes)[accelerator.process_index]
-        mine = [self.turns[number] for number in share]
+    def _replay(self) -> tuple[dict[str, float], dict[str, float]]:
+        """tau by case, and its details; every rank replays its share of the turns."""
+        accelerator, most = self.trainer.accelerator, self.num_draft_tokens
+        mine = np.array_split(np.arange(len(self.turns)), accelerator.num_processes)[accelerator.process_index]
         copy = copy_model(accelerator.unwrap_model(self.trainer.model), self.dtype, self.trainer.args.device)
         drafter = Drafter(copy, self.trainer.processing_class)
-        pairs = [(turn.prompt_ids, turn.answer.ids) for _, turn in mine]
-        counts = torch.zeros(len(self.names), 3, dtype=torch.int64, device=self.trainer.args.device)
-        for (case, _), matches in zip(mine, replay_all(drafter, pairs, self.num_draft_tokens), strict=True):
-            trace = walk(matches.tolist(), self.num_draft_tokens)
-            counts[case] += torch.tensor([trace.num_tokens, len(trace.accepted), 1], device=counts.device)
-        totals = accelerator.reduce(counts, reduction="sum").tolist()
-        assert sum(num_turns for *_, num_turns in totals) == len(self.turns)
-        return {name: tokens / steps for name, (tokens, steps, _) in zip(self.names, totals, strict=True)}
+        pairs = [(self.turns[i][1].prompt_ids, self.turns[i][1].answer.ids) for i in mine]
+        # Of every turn: tokens, steps at K = 1, 2, ..., and the histogram of accepted tokens at the largest K.
+        counts = torch.zeros(len(self.turns), 2 * most + 2, dtype=torch.int64, device=self.trainer.args.device)
+        for i, matches in zip(mine, replay_all(drafter, pairs, most), strict=True):
+            traces = [walk(matches.tolist(), k) for k in range(1, most + 1)]
+            steps = [len(trace.accepted) for trace in traces]
+            histogram = np.bincount(traces[-1].accepted, minlength=most + 1).tolist()
+            counts[i] = torch.tensor([traces[-1].num_tokens, *steps, *histogram])
+        totals = accelerator.reduce(counts, reduction="sum").cpu().numpy()
+        assert (totals[:, 1 : most + 1] > 0).all()
+        return self._summarize(totals)
+
+    def _summarize(self, counts: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
+        """tau by case, and its details, from the counts of every turn."""
+        rows: dict[str, float] = {}
+        details: dict[str, float] = {}
+        most = self.num_draft_tokens
+        for case, name in enumerate(self.names):
+            is_mine = [number == case for number, _ in self.turns]
+            mine, prompts = counts[is_mine], [turn.prompt_id for number, turn in self.turns if number == case]
+            tokens, steps, histogram = np.split(mine.sum(axis=0), [1, most + 1])
+            rows[name] = float(tokens[0] / steps[-1])
+            low, high = tau_interval(counts_per_prompt(mine[:, [0, most]].tolist(), prompts))
+            details |= {f"eval_tau_low/{name}": low, f"eval_tau_high/{name}": high}
+            details |= {f"eval_tau_by_k/{name}/k_{k}": float(tokens[0] / n) for k, n in enumerate(steps, start=1)}
+            accepted = np.cumsum(histogram[::-1])[::-1][1:] / steps[-1]
+            details |= {f"eval_survival/{name}/position_{i}": float(share) for i, share in enumerate(accepted, start=1)}
+        return rows, details
 
 
 @torch.no_grad()
@@ -248,8 +269,8 @@ class BestDraft:
         new = self._sibling("new")
         trainer.write_draft(new)
         if trainer.args.should_save:
-            record = {"chosen_by": self.criterion, "tau": tau, **asdict(measurement), "measured_on": self.measured_on}
-            write_json(new / BEST_FILE, record)
+            record = {"chosen_by": self.criterion, "tau": tau, "step": measurement.step, "rows": measurement.rows}
+            write_json(new / BEST_FILE, record | {"measured_on": self.measured_on})
             self._replace(new)
         return True
 

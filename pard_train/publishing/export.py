@@ -24,6 +24,7 @@ from pard_train.config import Config, ExportConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.engines.candidates import write_custom_generate
 from pard_train.errors import UserError
+from pard_train.fingerprints import model_fingerprint
 from pard_train.mask_token import mask_token_of, produced_ids, required_mask_token_of, set_draft_keys
 from pard_train.model import (
     DTYPES,
@@ -41,8 +42,10 @@ from pard_train.model import (
 from pard_train.publishing.card import Card, write_card
 from pard_train.publishing.hub import check_upload, public_address, public_name
 from pard_train.publishing.origin import find_base, read_acceptance, read_license, read_training
-from pard_train.runs import new_folder, read_json, write_json
+from pard_train.runs import new_folder, read_json, run_of, write_json
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint
+from pard_train.training.trackers import Outcome, check_trackers, log_outcome
+from pard_train.training.trainer import BEST_FOLDER
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -82,6 +85,7 @@ def export(config: Config) -> list[Path]:
             is too full, or the hub refuses the upload.
     """
     root, settings = Path(config.output_dir), config.export
+    check_trackers(config.logger)
     plan = plan_export(config)
     model = load_causal_lm(plan.checkpoint.path, dtype=DTYPES[settings.dtype])
     model.config.use_cache = True  # Trainer turns it off
@@ -102,7 +106,23 @@ def export(config: Config) -> list[Path]:
             title = "" if settings.push_to_hub else Path(name).name  # the folder is not in its place yet
             write_custom_generate(folder)
             write_card(replace(plan.card, name=name, title=title, config=model.config, targets=targets), folder)
-    return [plan.folder(root, num_rows) for num_rows in plan.sizes]
+    folders = [plan.folder(root, num_rows) for num_rows in plan.sizes]
+    _log_export(config, plan, folders)
+    return folders
+
+
+def _log_export(config: Config, plan: Plan, folders: Sequence[Path]) -> None:
+    run, chosen = plan.checkpoint.run, Path(plan.checkpoint.path).name
+    own = (run_of(run).get("run_id") if run else None) or model_fingerprint(plan.checkpoint.path)
+    outcome = Outcome(
+        program="export",
+        folder=Path(config.output_dir),
+        products={f"export-{own}-{num_rows}": folder for num_rows, folder in zip(plan.sizes, folders, strict=True)},
+        training=run,
+        kind="best" if chosen == BEST_FOLDER else "last",
+        facts={"draft_path": plan.checkpoint.path, "choice": plan.checkpoint.choice},
+    )
+    log_outcome(config, outcome)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

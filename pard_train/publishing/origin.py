@@ -17,8 +17,8 @@ from pard_train.model import file_of
 from pard_train.publishing.hub import is_hub_name
 from pard_train.reports.records import read_result
 from pard_train.runs import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
-from pard_train.training.checkpoints import BEST_FOLDER, Checkpoint, find_checkpoint
-from pard_train.training.trainer import DRAFT_FOLDER
+from pard_train.training.checkpoints import Checkpoint, find_checkpoint
+from pard_train.training.trainer import BEST_FOLDER, DRAFT_FOLDER
 
 MEASURED_MODES = ("replay", "live", "engine")  # of acceptance.json, the most exact first; an estimate is no measurement
 

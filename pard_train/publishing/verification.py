@@ -35,11 +35,13 @@ from pard_train.runs import check_run, claim_run, provenance, write_json
 from pard_train.targets.compatibility import Finding, Model, require
 from pard_train.targets.serving import check_served, check_serving
 from pard_train.targets.target import first_target
-from pard_train.training.checkpoints import resolve_draft
+from pard_train.training.checkpoints import find_checkpoint, resolve_draft
+from pard_train.training.trackers import Outcome, check_trackers, log_outcome
 
 VERIFICATION_FILE = "verification.json"
 SCHEMA_VERSION = 1
 PLAIN_FOLDER, SPECULATIVE_FOLDER = "plain", "speculative"  # requests, results and logs of vLLM
+COUNTED = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 PREFILLED = {"vllm": 1, "transformers": 0}  # tokens of an answer that no draft predicts, by engine
 
 
@@ -56,6 +58,7 @@ def verify(config: Config) -> dict[str, Any]:
         UserError: if draft and target do not fit, two benchmarks have one name, or the engine fails.
     """
     settings, folder, trust = config.verify, Path(config.output_dir), config.model.trust_remote_code
+    check_trackers(config.logger)
     names = {"draft": resolve_draft(config.draft.path or ""), "target": first_target(config)}
     decides = {**names, **decisive(settings), "template_kwargs": dict(config.data.template_kwargs)}
     check_run(folder, decides, resume=True)
@@ -78,6 +81,10 @@ def verify(config: Config) -> dict[str, Any]:
         "made_by": provenance(),
     }
     write_json(folder / VERIFICATION_FILE, report)
+    counts = {f"{who}/{name}": report[who][name] for who in ("expected", "observed") for name in COUNTED}
+    values = {f"verify/{name}": number for name, number in {"agrees": int(report["agrees"]), **counts}.items()}
+    training, facts = find_checkpoint(draft.name).run, {"difference": report["difference"], **names}
+    log_outcome(config, Outcome("verify", folder, values, rows=report["prompts"], training=training, facts=facts))
     return report
 
 

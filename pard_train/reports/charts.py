@@ -190,7 +190,7 @@ def _draw_lines(axes: Axes, chart: Chart, looks: Mapping[str, dict[str, Any]]) -
         color = looks[name]["color"]
         band = np.array([(p.x, p.low, p.high) for p in points if p.low is not None]).reshape(-1, 3)
         axes.fill_between(*band.T, color=color, alpha=0.14, linewidth=0)
-        axes.plot([p.x for p in points], [p.y for p in points], **looks[name])
+        axes.plot([p.x for p in points], [p.y for p in points], **looks[name], markevery=1 + len(points) // 20)
         for p in points:
             if p.is_marked:
                 axes.plot(p.x, p.y, "o", markersize=14, fillstyle="none", color=color, clip_on=False)

@@ -14,6 +14,7 @@ import numpy as np
 
 from pard_train.bootstrap import ratio_interval
 from pard_train.errors import UserError
+from pard_train.reports.curves import best_taus, is_training_run, read_runs, run_charts, runs_table
 from pard_train.reports.records import (
     Record,
     Result,
@@ -31,6 +32,7 @@ from pard_train.reports.records import (
 from pard_train.reports.sections import Section, interval_charts, tau_cell
 from pard_train.reports.tables import NONE, Table, prediction_table
 from pard_train.reports.webpage import fill
+from pard_train.runs import run_of
 
 COMPARISON_FILE = "compare.md"
 COMPARISON_PAGE = "compare.html"
@@ -38,6 +40,7 @@ MEANING = (
     "tau [95% interval] of each result. The ratio is tau of the later result divided by tau of the first. Its interval "
     "is paired by prompt: the later draft accepts more if it lies above 1, and less if it lies below."
 )
+RUNS_MEANING = "Training runs over supervised tokens. The table names the settings in which they differ."
 # Rows with an equal KEY measure the same thing; they are comparable if the fields of SAME are equal, too.
 KEY = ("target", "benchmark", "num_draft_tokens", "mode", "estimator", "temperature", "method", "batch_size")
 SAME = (
@@ -91,25 +94,70 @@ class Comparison:
         return list({(name, id(row)): (name, row) for name, row in named}.values())
 
 
-def compare(results: Mapping[str, str], folder: Path, *, min_ratio: float | None = None) -> Comparison:
+@dataclass(frozen=True)
+class Compared:
+    """What recipes/compare.py prints and returns.
+
+    Attributes:
+        text: tables as Markdown.
+        values: ratios to the first result by name.
+        misses: one line for every ratio below min_ratio.
+    """
+
+    text: str
+    values: dict[str, float]
+    misses: list[str]
+
+
+def compare(results: Mapping[str, str], folder: Path, *, min_ratio: float | None = None) -> Compared:
     """Compare every later result with the first; write compare.md and compare.html, which lists ratios below min_ratio.
 
     Args:
-        results: evaluation folder or acceptance.json by name.
+        results: by name, evaluation folders or acceptance.json files, or folders of training runs.
         folder: output folder.
 
     Raises:
         UserError: if a result cannot be read, or if no rows are comparable.
     """
-    comparison = compare_results({name: read_result(Path(path)) for name, path in results.items()})
-    if not comparison.pairs:
-        raise UserError(f"nothing to compare: {'; '.join(comparison.notes)}")
-    found = [(name, p) for name, path in results.items() for p in read_predictions(Path(path)) if p["rows"]]
-    comparison = replace(comparison, predictions=[{**p, "draft": f"{name}: {p['draft']}"} for name, p in found])
+    if any(is_training_run(Path(path)) for path in results.values()):
+        compared, page = _compare_runs(results, min_ratio)
+    else:
+        comparison = compare_results({name: read_result(Path(path)) for name, path in results.items()})
+        if not comparison.pairs:
+            raise UserError(f"nothing to compare: {'; '.join(comparison.notes)}")
+        found = [(name, p) for name, path in results.items() for p in read_predictions(Path(path)) if p["rows"]]
+        comparison = replace(comparison, predictions=[{**p, "draft": f"{name}: {p['draft']}"} for name, p in found])
+        misses = ratios_below(comparison, min_ratio)
+        compared = Compared(render_comparison(comparison), ratios(comparison), misses)
+        page = render_comparison_page(comparison, misses)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / COMPARISON_FILE).write_text(render_comparison(comparison))
-    (folder / COMPARISON_PAGE).write_text(render_comparison_page(comparison, ratios_below(comparison, min_ratio)))
-    return comparison
+    (folder / COMPARISON_FILE).write_text(compared.text)
+    (folder / COMPARISON_PAGE).write_text(page)
+    return compared
+
+
+def _compare_runs(results: Mapping[str, str], min_ratio: float | None) -> tuple[Compared, str]:
+    """Training runs by their best mean tau, and a page with their curves."""
+    runs = read_runs(results)
+    first, *later = runs
+    taus, origins = best_taus(runs), {name: run_of(Path(path)) for name, path in results.items()}
+    values = {f"compare/{name}/best_tau": taus[name] / taus[first] for name in later if {first, name} <= taus.keys()}
+    least = min_ratio or 0.0
+    misses = [
+        f"{name}: best tau {taus[name]:.3f} is {value:.3f} of {taus[first]:.3f}, below {least:.3f}"
+        for name in later
+        if (value := values.get(f"compare/{name}/best_tau", least)) < least
+    ]
+    misses += [f"{name}: no measurement of tau" for name in runs if name not in taus and min_ratio is not None]
+    table = runs_table(runs, {name: flatten(run.get("config") or {}) for name, run in origins.items()})
+    rows = [
+        (name, run["run_id"], run["time"], str((run["git"] or {}).get("commit") or NONE)[:12], " ".join(run["command"]))
+        for name, run in origins.items()
+    ]
+    made = Table(["run", "id", "time", "commit", "command"], rows, num_names=5)
+    sections = [Section("runs", "", "Runs", "", [], [table]), *run_charts(runs)]
+    page = fill("compare.html", sections, meaning=RUNS_MEANING, misses=misses, notes=[], origins=made)
+    return Compared(f"# Comparison\n\n{RUNS_MEANING}\n\n{table.markdown()}\n", values, misses), page
 
 
 def compare_results(results: Mapping[str, Result]) -> Comparison:
@@ -167,6 +215,14 @@ def _how(record: Record) -> str:
     parts += [f"T={record['temperature']:g}" if record["temperature"] else ""]
     parts += [f"batch {record['batch_size']}" if (record["batch_size"] or 1) > 1 else ""]
     return ", ".join(filter(None, parts))
+
+
+def ratios(comparison: Comparison) -> dict[str, float]:
+    """The ratio of every pair, by later result, case and K."""
+    return {
+        f"compare/{p.name}/{r['target']}/{r['benchmark']}, {_how(r)}/k_{r['num_draft_tokens']}": p.ratio
+        for p, r in ((pair, pair.later) for pair in comparison.pairs)
+    }
 
 
 def ratios_below(comparison: Comparison, min_ratio: float | None) -> list[str]:

@@ -188,6 +188,32 @@ def with_interval(record: Record) -> str:
     return f"{record['tau']:.2f} [{record['tau_low']:.2f}, {record['tau_high']:.2f}]"
 
 
+def scalars(records: Sequence[Record]) -> dict[str, float]:
+    """tau by K, survival by position and speed-up of one draft, named without it: equal columns for different drafts.
+
+    The names are those of the monitor in training (docs/reference/metrics.md); `all` pools the benchmarks of a target.
+    """
+    values: dict[str, float] = {}
+    measured = acceptance_records({"records": records})
+    for r in measured:
+        case = f"{r['target']}/{_with_temperature(r)}"
+        values[f"eval/tau_by_k/{case}/k_{r['num_draft_tokens']}"] = r["tau"]
+    for r in at_largest_k(measured):
+        case = f"{r['target']}/{_with_temperature(r)}"
+        values |= {f"eval/survival/{case}/position_{i}": share for i, share in enumerate(r["survival"], start=1)}
+    greedy = [r for r in measured if not r["temperature"]]
+    for (target, k), mine in grouped(greedy, lambda r: (r["target"], r["num_draft_tokens"])).items():
+        values[f"eval/tau_by_k/{target}/all/k_{k}"] = pooled_tau(mine)
+    for r in timed_records({"records": records}):
+        case = f"{r['target']}/{_with_temperature(r)}/{r['method']}_{r['mode']}_batch_{r['batch_size'] or 1}"
+        values[f"eval/speedup/{case}"] = r["speed"]["speedup"]
+    return values
+
+
+def _with_temperature(record: Record) -> str:
+    return record["benchmark"] + (f", T={record['temperature']:g}" if record["temperature"] else "")
+
+
 def failure_line(failure: dict[str, Any]) -> str:
     """A failed part of the evaluation and its reason, in one line."""
     where = ", ".join(f"{kind} {failure[kind]}" for kind in KINDS if failure[kind])

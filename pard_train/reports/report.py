@@ -39,10 +39,11 @@ from pard_train.reports.tables import (
     speed_tables,
     tau_tables,
 )
-from pard_train.reports.webpage import render_page
+from pard_train.reports.webpage import render_page, render_samples
 
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
+SAMPLES_PAGE = "samples.html"
 TABLE_FILE = "acceptance.csv"
 GROUPS_FILE = "groups.csv"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters of a formula in a spreadsheet
@@ -58,7 +59,7 @@ def write_report(
     predictions: Sequence[dict[str, Any]] = (),
     samples: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write report.md, report.html, acceptance.png, acceptance.csv and groups.csv.
+    """Write report.md, report.html, samples.html, acceptance.png, acceptance.csv and groups.csv.
 
     Args:
         result: acceptance.json.
@@ -68,6 +69,7 @@ def write_report(
     picture = f"![tau and survival]({PICTURE_FILE})\n"
     (folder / REPORT_FILE).write_text(f"{render_report(result)}\n{picture}\n{render_details(result)}")
     (folder / PAGE_FILE).write_text(render_page(result, predictions, samples))
+    (folder / SAMPLES_PAGE).write_text(render_samples(samples))
     shown = [section.charts for section in build_sections(result) if section.anchor in ("drafts", "positions")]
     write_png(shown, folder / PICTURE_FILE)
     write_csv([{k: v for k, v in r.items() if k != "groups"} for r in result["records"]], folder / TABLE_FILE)

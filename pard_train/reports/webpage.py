@@ -59,12 +59,21 @@ def render_page(result: Result, predictions: Sequence[dict[str, Any]], samples: 
         terms=TERMS,
         tiles=_tiles(acceptance_records(result)),
         failures=result["failures"],
-        questions=grouped(samples, itemgetter("target", "benchmark", "prompt_id", "question")),
+        questions=_questions(samples),
         record_table=record_table(records),
         fingerprints=fingerprint_table(records),
         settings=[(name, " · ".join(distinct(str(row[name]) for row in settings))) for name in SETTINGS],
         provenances=[dict(items) for items in distinct(tuple(flatten(r["provenance"]).items()) for r in records)],
     )
+
+
+def render_samples(samples: Sequence[dict[str, Any]]) -> str:
+    """A page of the sample answers alone, for trackers."""
+    return fill("samples.html", [], questions=_questions(samples))
+
+
+def _questions(samples: Sequence[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
+    return grouped(samples, itemgetter("target", "benchmark", "prompt_id", "question"))
 
 
 def _tiles(records: list[Record]) -> list[tuple[str, str, str]]:

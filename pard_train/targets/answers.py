@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Sampling, SequenceRandom, draw, probabilities
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,28 @@ def prompt_key(prompt: Sequence[int]) -> str:
     return hashlib.blake2b(np.asarray(prompt, dtype="<i4").tobytes(), digest_size=8).hexdigest()
 
 
+def _line_of(key: str, answer: Answer) -> bytes:
+    """A line of the cache, with a checksum of its other fields."""
+    row = {"key": key, "ids": answer.ids, "is_cut": answer.is_cut}
+    return json.dumps({**row, "crc": zlib.crc32(json.dumps(row).encode())}).encode() + b"\n"
+
+
+def _key_of(line: bytes) -> str | None:
+    """Key of a line, None if the line is damaged. Lines of version 0.2.0 and earlier have no checksum."""
+    try:
+        row = json.loads(line)
+        checksum = row.pop("crc", None)
+        is_whole = checksum is None or zlib.crc32(json.dumps(row).encode()) == checksum
+        return row["key"] if is_whole and "ids" in row and "is_cut" in row else None
+    except (ValueError, KeyError, AttributeError):
+        return None
+
+
 class AnswerCache(Mapping[str, Answer]):
     """Answers by prompt key, one per line of JSONL files. Memory holds file offsets, not answers.
 
-    Every process appends to its own file and reads all files. A truncated last line is ignored.
+    Every process appends to its own file and reads all files. A truncated last line is ignored; a damaged one is
+    reported and its prompt answered again.
 
     Args:
         own: file that new answers are appended to; created if missing.
@@ -71,15 +93,16 @@ class AnswerCache(Mapping[str, Answer]):
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            self._places.setdefault(json.loads(line)["key"], (number, offset))
+            if (key := _key_of(line)) is not None:
+                self._places.setdefault(key, (number, offset))
+            else:
+                logger.warning("%s: the line at byte %d is damaged: skipped", file.name, offset)
             offset += len(line)
         return offset
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Append answers in one write, and flush."""
-        lines = {
-            k: json.dumps({"key": k, "ids": a.ids, "is_cut": a.is_cut}).encode() + b"\n" for k, a in answers.items()
-        }
+        lines = {key: _line_of(key, answer) for key, answer in answers.items()}
         file = self._files[self._own]
         file.seek(0, os.SEEK_END)
         file.write(b"".join(lines.values()))

@@ -12,7 +12,6 @@ from transformers.training_args import OptimizerNames
 from pard_train.config import Config
 from pard_train.device import default_device
 from pard_train.errors import UserError
-from pard_train.training.trackers import configure_tracker
 
 CONVERTED = (
     "num_train_epochs",
@@ -58,7 +57,7 @@ def training_settings(config: Config) -> dict[str, Any]:
         "save_steps": settings.save_steps or 500,
         "save_total_limit": None,  # `SealCheckpoint` deletes older ones
         "remove_unused_columns": False,
-        "report_to": configure_tracker(config),
+        "report_to": "none",  # `tracking` adds the trackers, each in its own thread
         "use_cpu": is_cpu,
         "ddp_backend": "gloo" if is_cpu and "RANK" in os.environ else None,
         "ddp_find_unused_parameters": False,  # there are none, and searching walks the graph at every step

@@ -1,9 +1,11 @@
-"""Trainer callbacks: epochs, intervals, interruptions, sealed checkpoints, progress, and a profiler trace."""
+"""Trainer callbacks: epochs, intervals, interruptions, checkpoints, metrics.jsonl, progress bar, profiler trace."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import re
 import shutil
 import statistics
 import time
@@ -18,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from pard_train.errors import UserError
-from pard_train.runs import prune_checkpoints, seal_checkpoint
+from pard_train.runs import METRICS_FILE, new_file, prune_checkpoints, read_metrics, seal_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +166,38 @@ class SealCheckpoint(TrainerCallback):
         if state.is_world_process_zero:
             seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             prune_checkpoints(Path(args.output_dir), self.limit)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to metrics.jsonl, one JSON object per line, on the first rank."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / METRICS_FILE
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop lines past the step that a resumed run starts from, and summaries: none is logged twice."""
+        if state.is_world_process_zero and self.path.exists():
+            rows = read_metrics(self.path.parent) if state.global_step else []
+            kept = [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row]
+            with new_file(self.path) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one line, with null for NaN and infinity. Names with `eval_` get `eval/`, as trackers show them."""
+        if state.is_world_process_zero:
+            finite = {name: value if math.isfinite(value) else None for name, value in (logs or {}).items()}
+            named = {re.sub("^eval_", "eval/", name): value for name, value in finite.items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **named}) + "\n")
 
 
 class ProfileSteps(TrainerCallback):

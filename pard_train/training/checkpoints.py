@@ -6,18 +6,12 @@ weights into safetensors, also under DeepSpeed.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pard_train.errors import UserError
-from pard_train.runs import CONFIG_FILE, RUN_FILE, SEAL_FILE, check_checkpoint, read_json
-from pard_train.training.trackers import METRICS_FILE
-from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER
-
-BEST_FOLDER = "best"  # of a run: the best draft so far, with BEST_FILE in it
-BEST_FILE = "best.json"
+from pard_train.runs import CONFIG_FILE, RUN_FILE, SEAL_FILE, check_checkpoint, read_json, read_metrics
+from pard_train.training.trainer import BEST_FILE, BEST_FOLDER, DRAFT_FOLDER, INITIAL_FOLDER
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Checkpoint:
         if (folder / BEST_FILE).is_file():
             return read_json(folder / BEST_FILE)["step"]
         if folder.name == DRAFT_FOLDER:
-            return max((row["step"] for row in _metrics(self.run) if "step" in row), default=None)
+            return max((row["step"] for row in read_metrics(self.run) if "step" in row), default=None)
         number = folder.name.removeprefix("checkpoint-")
         return 0 if folder.name == INITIAL_FOLDER else int(number) if number.isdecimal() else None
 
@@ -88,7 +82,7 @@ def choose_draft(run: Path) -> Checkpoint:
         return Checkpoint(str(draft), str(draft), run, f"{draft}: the last step; the run kept no {BEST_FOLDER}/")
     record = read_json(best / BEST_FILE)
     key = f"eval/tau/{record['chosen_by']}"
-    measured = [row for row in _metrics(run) if key in row]
+    measured = [row for row in read_metrics(run) if key in row]
     last = measured[-1] if measured else {"step": None, key: float("-inf")}
     rule = f"{record['chosen_by']} tau {record['tau']:.3f} at step {record['step']}"
     if record["tau"] > last[key]:
@@ -108,11 +102,6 @@ def resolve_draft(path: str) -> str:
     checkpoint = choose_draft(Path(path))
     print(checkpoint.choice)
     return checkpoint.path
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    file = run / METRICS_FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def _check_weights(folder: Path) -> None:

@@ -76,21 +76,24 @@ class Work:
         slots: real tokens and mask slots, without padding.
         supervised: slots with a label.
         pairs: visible (query slot, key slot) pairs.
+        tokens: supervised tokens, which are the supervised slots of depth 0.
     """
 
     slots: int
     supervised: int
     pairs: int
+    tokens: int = 0
 
 
 def count_work(layout: SlotLayout, labels: Tensor) -> Tensor:
-    """Slots, supervised slots and visible pairs of a pack as float64 [3], on its device.
+    """Slots, supervised slots, visible pairs and supervised tokens of a pack as float64 [4], on its device.
 
     A slot attends to position + 1 slots: the text up to its anchor, and its chain up to its depth.
     """
-    is_real = layout.document >= 0
+    is_real, is_supervised = layout.document >= 0, labels != IGNORE_INDEX
     pairs = ((layout.position + 1) * is_real).sum()
-    return torch.stack([is_real.sum(), (labels != IGNORE_INDEX).sum(), pairs]).double()
+    tokens = (is_supervised & (layout.depth == 0)).sum()
+    return torch.stack([is_real.sum(), is_supervised.sum(), pairs, tokens]).double()
 
 
 @dataclass(frozen=True)
@@ -178,19 +181,18 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def throughput_metrics(
-    work: Work, num_tokens: float, seconds: float, shape: ModelShape | None, chip: Chip | None, num_devices: int
+    work: Work, seconds: float, shape: ModelShape | None, chip: Chip | None, num_devices: int
 ) -> dict[str, float]:
     """Rates of a window of steps over all devices.
 
     Args:
         work: of all devices.
-        num_tokens: supervised tokens, which are the supervised slots of depth 0.
         seconds: of the window.
         shape: None omits FLOPs.
         chip: None omits MFU (model FLOPs utilization), the share of the devices' peak rate.
         num_devices: that shared the work.
     """
-    metrics = {"slots_per_second": work.slots / seconds, "supervised_tokens_per_second": num_tokens / seconds}
+    metrics = {"slots_per_second": work.slots / seconds, "supervised_tokens_per_second": work.tokens / seconds}
     if shape is not None:
         metrics["model_flops_per_second"] = step_flops(shape, work).total / seconds
         if chip is not None:

@@ -1,125 +1,315 @@
-"""Where metrics and results go: metrics.jsonl always, TensorBoard or Weights & Biases on request."""
+"""Trackers: Weights & Biases and TensorBoard. metrics.jsonl and report.html are written without them.
+
+W&B takes its key from the environment or `wandb login`. WANDB_* variables that the user has set win.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 import os
 import re
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from pard_train.commands import PROGRAMS
 from pard_train.config import Config, LoggerConfig
-from pard_train.reports.records import (
-    PICTURE_FILE,
-    Result,
-    acceptance_records,
-    at_largest_k,
-    distinct,
-    flatten,
-    label_of,
-)
-from pard_train.runs import new_file
+from pard_train.errors import Interrupted, UserError
+from pard_train.fingerprints import model_fingerprint
+from pard_train.reports.curves import RUN_PAGE
+from pard_train.reports.records import distinct, flatten
+from pard_train.runs import provenance, run_of
+from pard_train.training.background import Background
+from pard_train.training.page import RunPage
 
-METRICS_FILE = "metrics.jsonl"
+if TYPE_CHECKING:
+    import wandb
 
+logger = logging.getLogger(__name__)
 
-def configure_tracker(config: Config) -> list[str]:
-    """Prepare the chosen tracker and return what TrainingArguments.report_to wants.
-
-    Weights & Biases reads its key from the environment or `wandb login`; no secret passes through here.
-    """
-    settings = config.logger
-    if settings.report_to == "none":
-        return []
-    if settings.report_to == "wandb":
-        os.environ["WANDB_MODE"] = settings.wandb_mode
-        os.environ["WANDB_PROJECT"] = settings.wandb_project
-        os.environ["WANDB_NAME"] = settings.run_name or Path(config.output_dir).name
-        os.environ["WANDB_DIR"] = config.output_dir
-    if settings.report_to == "tensorboard":
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
-    return [settings.report_to]
+VARIABLES = {  # of W&B, by the argument of wandb.init
+    **{"project": "WANDB_PROJECT", "name": "WANDB_NAME", "group": "WANDB_RUN_GROUP", "job_type": "WANDB_JOB_TYPE"},
+    **{"tags": "WANDB_TAGS", "mode": "WANDB_MODE", "dir": "WANDB_DIR", "id": "WANDB_RUN_ID"},
+}
+WITHOUT_LOGIN = ("offline", "dryrun", "disabled")  # values of WANDB_MODE
+STEP_FOLDERS = ("train", "evaluation", "comparison", "verification", "export")  # named after a step of a larger job
+INIT_SECONDS, FINISH_SECONDS = 30.0, 60.0  # to wait for W&B's server
+STEP = "train/global_step"  # Trainer's name of the steps
 
 
-class ConfigToWandb(TrainerCallback):
-    """Adds the resolved settings of the experiment to the run on the W&B dashboard."""
-
-    def __init__(self, config: Config):
-        self.config = config
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Trainer's own callback has opened the run by now."""
-        if state.is_world_process_zero and "wandb" in args.report_to:
-            import wandb
-
-            wandb.config.update({"pard_train": asdict(self.config)})
-
-
-class MetricsFile(TrainerCallback):
-    """Appends every log to metrics.jsonl, one JSON object per line, on the first rank."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / METRICS_FILE
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Drop lines past the step that a resumed run starts from, and summaries: none is logged twice."""
-        if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True) if state.global_step else []
-            whole = [line for line in lines if line.endswith("\n")]  # a full disk may have cut the last one
-            with new_file(self.path) as partial:
-                rows = [(line, json.loads(line)) for line in whole]
-                kept = [line for line, row in rows if row["step"] <= state.global_step and "train_runtime" not in row]
-                partial.write_text("".join(kept))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Append one line, with null for NaN and infinity. Names with `eval_` get `eval/`, as trackers show them."""
-        if state.is_world_process_zero:
-            finite = {name: value if math.isfinite(value) else None for name, value in (logs or {}).items()}
-            named = {re.sub("^eval_", "eval/", name): value for name, value in finite.items()}
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **named}) + "\n")
-
-
-def log_evaluation(logger: LoggerConfig, name: str, result: Result, page: Path) -> None:
-    """Log a result to W&B if that is the chosen tracker: records, tau by draft, the picture and the page.
-
-    Args:
-        logger: settings of the tracker.
-        name: of the run, unless the settings name it.
-        result: acceptance.json.
-        page: report.html; acceptance.png is next to it, and W&B writes its files there.
-    """
-    if logger.report_to != "wandb":
+def check_trackers(settings: LoggerConfig) -> None:
+    """Check the login of W&B before anything is loaded or written. Raises UserError if there is none."""
+    mode = os.environ.get("WANDB_MODE") or settings.wandb_mode
+    if "wandb" not in settings.trackers or mode in WITHOUT_LOGIN or int(os.environ.get("RANK", 0)):
         return
     import wandb
 
-    with wandb.init(
-        project=logger.wandb_project,
-        name=logger.run_name or name,
-        mode="offline" if logger.wandb_mode == "offline" else "online",
-        job_type="evaluation",
-        dir=page.parent,
+    try:
+        is_known = wandb.login(prompt=False, verify=False)
+    except wandb.Error as error:  # such as a key of a wrong form
+        raise UserError(f"logger.trackers=[wandb]: {str(error).splitlines()[0]}") from None
+    if not is_known:
+        raise UserError(
+            "logger.trackers=[wandb]: not logged in: run `wandb login`, set WANDB_API_KEY, or choose "
+            "logger.wandb_mode=offline"
+        )
+
+
+@contextmanager
+def tracking(config: Config, drafts: Mapping[str, Path], *, is_first: bool) -> Iterator[list[Background]]:
+    """Callbacks of the chosen trackers, each in its own thread, and on leaving the context the outcome of the run.
+
+    Args:
+        config: of the experiment.
+        drafts: folders of the run's drafts by their kind (last, best), which exist at the end if they were made.
+        is_first: whether this is the first rank; the others have no trackers.
+    """
+    made: dict[str, Callable[[Config], TrainerCallback]] = {"wandb": WandbRun, "tensorboard": _tensorboard}
+    settings = config.logger
+    names, stall_seconds = distinct(settings.trackers) if is_first else [], 60 * settings.stall_minutes
+    trackers = [Background(name, made[name](config), stall_seconds) for name in names]
+    if is_first and settings.page_minutes:  # first in the list: W&B takes the last page
+        page = RunPage(Path(config.output_dir), settings.page_minutes)
+        trackers.insert(0, Background(RUN_PAGE, page))
+    error: BaseException | None = None
+    try:
+        yield trackers
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        finished = {kind: folder for kind, folder in drafts.items() if folder.is_dir() and error is None}
+        for tracker in trackers:
+            tracker.end(error=error, drafts=finished)
+
+
+def _tensorboard(config: Config) -> TrainerCallback:
+    callback = TensorBoardCallback()
+    callback.logging_dir = callback.logging_dir or str(Path(config.output_dir) / "tensorboard")
+    return callback
+
+
+def group_of(folder: Path) -> str:
+    """Name of the job that an output folder belongs to: outputs/mine and outputs/mine/evaluation are both `mine`."""
+    folder = folder.absolute()
+    if folder.parent.name == "runs":  # of a study
+        return folder.parent.parent.name
+    return folder.parent.name if folder.name in STEP_FOLDERS else folder.name
+
+
+def open_run(
+    settings: LoggerConfig,
+    folder: Path,
+    job_type: str,
+    *,
+    run_id: str | None,
+    group: str,
+    label: str = "",
+    **config: Any,
+) -> wandb.Run:
+    """Open a W&B run, or continue the one with this id. If the server is unreachable, the run is kept offline.
+
+    Args:
+        folder: output folder, which names the run and holds W&B's files.
+        job_type: name of the program.
+        run_id: of the run; None makes one.
+        group: of the run, unless the settings name it.
+        label: added to the name.
+        config: of the run.
+    """
+    import wandb
+
+    own, name = group_of(folder), folder.absolute().name
+    wanted: dict[str, Any] = {
+        "project": settings.wandb_project,
+        "name": settings.run_name or "/".join(filter(None, (own, name if name != own else "", label))),
+        "group": settings.group or group,
+        "job_type": job_type,
+        "tags": list(settings.tags) or None,
+        "mode": settings.wandb_mode,
+        "dir": str(folder.parent if job_type == "export" else folder),  # an export holds what engines load
+        "id": run_id,
+    }
+    wanted = {name: value for name, value in wanted.items() if not os.environ.get(VARIABLES[name])}
+    limits = wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
+    try:
+        return wandb.init(**wanted, config=config, resume="allow", settings=limits)
+    except wandb.Error as error:
+        wandb.teardown()  # it holds the id
+        logger.warning("W&B: %s; the run is kept offline in %s: send it with `wandb sync`", error, folder / "wandb")
+        return wandb.init(**{**wanted, "mode": "offline"}, config=config, resume="allow", settings=limits)
+
+
+def run_config(config: Config, program: str, folder: Path) -> dict[str, Any]:
+    """The settings that a program reads, as the user set them, and what else is needed to reproduce its result."""
+    settings, run, own = asdict(config), run_of(folder), ("device", "world_size", "data_manifest")
+    sections = {name: settings[name] for name in (*PROGRAMS[program].sections, "output_dir", "seed")}
+    facts: dict[str, Any] = {name: run[name] for name in own if name in run}
+    return {**sections, **facts, "provenance": provenance()}
+
+
+def add_artifact(
+    run: wandb.Run, name: str, kind: str, *, folder: Path, is_input: bool = False, upload: bool = False, **facts: Any
+) -> None:
+    """Record an input or output of a run as an artifact: its facts, and its folder as a reference or in full.
+
+    W&B cannot record inputs while it is offline; the config of a run names them, too.
+    """
+    import wandb
+
+    if is_input and run.offline:
+        return
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type=kind, metadata=flatten(facts))
+    with artifact.new_file("facts.json") as file:  # new facts make a new version: a reference has no content
+        file.write(json.dumps(facts, indent=2))
+    if upload:
+        artifact.add_dir(str(folder))
+    elif folder.exists():
+        artifact.add_reference(folder.absolute().as_uri(), checksum=False)
+    (run.use_artifact if is_input else run.log_artifact)(artifact)
+
+
+class WandbRun(WandbCallback):
+    """Trainer's W&B callback with our config, metric definitions, artifacts and alerts. The folder's run.json is there.
+
+    Args:
+        config: of the experiment.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.folder = config, Path(config.output_dir)
+        self.defined: set[str] = set()  # names of tau
+
+    def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
+        """Open the run of this folder, or continue it."""
+        self._initialized = True
+        config = run_config(self.config, "train", self.folder) | {"model_config": model.config.to_dict()}
+        run_id, group = run_of(self.folder)["run_id"], group_of(self.folder)
+        run = open_run(self.config.logger, self.folder, "train", run_id=run_id, group=group, **config)
+        run.config.update({"model/num_parameters": model.num_parameters()}, allow_val_change=True)
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, logs: Any = None, **kw: Any
+    ) -> None:
+        """Trainer's, with an alert for bad steps. The summary of a tau is its best value."""
+        if not self._initialized:
+            self.setup(args, state, model)
+        for name in logs or {}:
+            if name.startswith("eval_tau/") and name not in self.defined:  # a pattern would compete with "*"
+                metric = name.replace("_", "/", 1)
+                self._wandb.run.define_metric(metric, step_metric=STEP, step_sync=True, summary="max")
+                self.defined.add(name)
+        super().on_log(args, state, control, model=model, logs=logs, **kw)
+        if number := (logs or {}).get("skipped_steps"):
+            text = f"{number:.0f} steps before step {state.global_step} had a NaN or infinite loss or gradient"
+            self._wandb.run.alert("Bad steps", text, level="WARN", wait_duration=600)
+
+    def stalled(self, seconds: float) -> None:
+        """Send an alert."""
+        self._wandb.run.alert("Stalled", f"no optimizer step for {seconds / 60:.1f} minutes", level="WARN")
+
+    def end(self, error: BaseException | None, drafts: Mapping[str, Path]) -> None:
+        """Record data and drafts as artifacts, or an alert for an error; then finish the run.
+
+        Args:
+            error: that ended the run early.
+            drafts: folders of drafts by their kind (last, best).
+        """
+        run = self._wandb.run
+        if run is None:
+            return
+        if error is not None and not isinstance(error, Interrupted):
+            run.alert("Run failed", str(error)[:1000], level="ERROR")
+        data, run_id = run_of(self.folder)["data_manifest"], run.id
+        if (page := self.folder / RUN_PAGE).exists():
+            run.log({"report": _media(page)})
+        store = Path(data["folder"])
+        add_artifact(run, f"data-{data['fingerprint']}", "data", folder=store, is_input=True, manifest=data)
+        for kind, folder in drafts.items():
+            facts = {"training_run": run_id, "fingerprint": model_fingerprint(str(folder))}
+            upload = self.config.logger.upload
+            add_artifact(run, f"draft-{run_id}-{kind}", "model", folder=folder, upload=upload, **facts)
+        run.finish(exit_code=int(error is not None))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs other than training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program hands to W&B at its end.
+
+    Attributes:
+        program: evaluate | compare | verify | export.
+        folder: its output folder.
+        values: numbers by name.
+        files: pages (.html) and pictures (.png).
+        rows: of a table of records.
+        products: folders that it wrote, by the name of the artifact.
+        training: folder of the training run that it belongs to, if known.
+        kind: of the draft of that run: last | best | init.
+        facts: of the config, besides the settings.
+        label: distinguishes several outcomes of one folder.
+    """
+
+    program: str
+    folder: Path
+    values: Mapping[str, float | str] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+    rows: Sequence[dict[str, Any]] = ()
+    products: Mapping[str, Path] = field(default_factory=dict)
+    training: Path | None = None
+    kind: str = "last"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+
+def log_outcome(config: Config, outcome: Outcome) -> None:
+    """Log an outcome as a W&B run, if W&B is a chosen tracker. What goes wrong there is a warning."""
+    if "wandb" not in config.logger.trackers:
+        return
+    try:
+        _log_outcome(config, outcome)
+    except Exception as error:  # the results are on disk, whatever W&B raises
+        logger.warning("W&B failed: %s: %s; the results are in %s", type(error).__name__, error, outcome.folder)
+
+
+def _log_outcome(config: Config, outcome: Outcome) -> None:
+    import wandb
+
+    training = run_of(outcome.training).get("run_id") if outcome.training else None
+    facts = {"training_run": training, **outcome.facts, **run_config(config, outcome.program, outcome.folder)}
+    own = run_of(outcome.folder).get("run_id")
+    run_id = re.sub(r"[/\\#?%:]", "-", f"{own}-{outcome.label}") if own and outcome.label else own
+    group, prefix = group_of(outcome.training or outcome.folder), outcome.program.replace("evaluate", "eval")
+    with open_run(
+        config.logger, outcome.folder, outcome.program, run_id=run_id, group=group, label=outcome.label, **facts
     ) as run:
-        rows = [flatten({k: v for k, v in r.items() if k != "groups"}) for r in result["records"]]
-        columns = distinct(column for row in rows for column in row)
-        table = wandb.Table(columns=[*columns], data=[[row.get(column) for column in columns] for row in rows])
-        picture = wandb.Image(str(page.with_name(PICTURE_FILE)))
-        html = wandb.Html(page.read_text(), inject=False)
-        run.log({"eval/records": table, "eval/acceptance": picture, "eval/report": html})
-        for r in at_largest_k(acceptance_records(result)):
-            run.summary[f"eval/tau/{r['target']}/{r['benchmark']}/{label_of(r)}"] = r["tau"]
+        media: dict[str, Any] = {f"{prefix}/{path.stem}": _media(path) for path in outcome.files}
+        if outcome.rows:
+            rows = [flatten(row) for row in outcome.rows]
+            columns: list[Any] = distinct(column for row in rows for column in row)
+            media[f"{prefix}/records"] = wandb.Table(columns, [[row.get(column) for column in columns] for row in rows])
+        run.log({**outcome.values, **media})
+        for name, folder in outcome.products.items():
+            facts, upload = {"training_run": training, "path": str(folder)}, config.logger.upload
+            add_artifact(run, name, "model", folder=folder, upload=upload, **facts)
+        if training is not None and outcome.kind != "init" and not run.offline:
+            run.use_artifact(f"draft-{training}-{outcome.kind}:latest")
+
+
+def _media(path: Path) -> Any:
+    import wandb
+
+    return wandb.Html(path.read_text(), inject=False) if path.suffix == ".html" else wandb.Image(str(path))

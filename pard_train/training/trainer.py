@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from pard_train.config import Config, ObjectiveConfig, decisive
+from pard_train.config import Config, ObjectiveConfig
 from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.core.objectives import DepthStatistics, PackLoss
 from pard_train.data.chat import ChatEncoder
@@ -30,17 +29,34 @@ from pard_train.errors import Interrupted, UserError
 from pard_train.layout import SlotLayout
 from pard_train.mask_token import required_mask_token_of
 from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
-from pard_train.runs import check_run, claim_run, locked, newest_checkpoint, require_recorded, write_json
+from pard_train.runs import (
+    check_run,
+    claim_run,
+    fingerprint,
+    locked,
+    newest_checkpoint,
+    package_versions,
+    require_recorded,
+    write_json,
+)
 from pard_train.training.arguments import training_settings
 from pard_train.training.callbacks import (
     CurrentIntervals,
     DataEpoch,
+    MetricsFile,
     ProfileSteps,
     SealCheckpoint,
     ShortProgress,
     SpikeWarning,
     StepGuard,
     UsesTrainer,
+)
+from pard_train.training.processes import (
+    for_processes,
+    is_first_process,
+    num_processes,
+    require_equal_processes,
+    run_identity,
 )
 from pard_train.training.signals import ignore_stop_signals, stop_signals
 from pard_train.training.throughput import (
@@ -50,12 +66,15 @@ from pard_train.training.throughput import (
     count_work,
     num_compilations,
     peak_memory,
+    step_flops,
     throughput_metrics,
 )
-from pard_train.training.trackers import ConfigToWandb, MetricsFile
+from pard_train.training.trackers import check_trackers, tracking
 
 INITIAL_FOLDER = "init"  # the untrained draft model
 DRAFT_FOLDER = "draft"  # the trained one
+BEST_FOLDER = "best"  # the best draft so far, with BEST_FILE in it
+BEST_FILE = "best.json"
 TEACHER_FILE = "teacher.json"  # manifest of the target's scores that the objective used
 TOKENS_FILE = "tokens.json"  # manifest of the tokens
 PROFILE_FOLDER = "profile"  # traces of trainer.profile_steps
@@ -75,36 +94,41 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         UserError: for bad data, a base that cannot draft, or an output folder that holds something else.
         Interrupted: if a signal ended the run before its last step. A checkpoint of the step is saved.
     """
-    with locked(Path(config.output_dir)) if _is_first() else nullcontext():
+    with locked(Path(config.output_dir)) if is_first_process() else nullcontext():
         return _train(config, callbacks)
 
 
 def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
-    output_dir, settings = Path(config.output_dir), training_settings(config)
     check_output(config)
+    config = for_processes(config)
+    output_dir, settings = Path(config.output_dir), training_settings(config)
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
     require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
     scores = teacher_of(config, store)
-    if _is_first():  # the other ranks wait at the barrier below
-        claim_run(output_dir, _identity(config), dataclasses.asdict(config))
+    if is_first_process():  # the other ranks wait at the barrier below
+        data = {"folder": str(store.folder), "fingerprint": fingerprint(store.manifest["identity"]), **store.manifest}
+        facts = {"device": device_name(), "world_size": num_processes(), "data_manifest": data}
+        claim_run(output_dir, run_identity(config), dataclasses.asdict(config), **facts)
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), so all ranks must take part.
     arguments = TrainingArguments(**settings)
     if arguments.n_gpu > 1:
         print(f"no launcher: training on one of {arguments.n_gpu} GPUs (torchrun or deepspeed use all)")
         arguments._n_gpu = 1  # else Trainer wraps the model in DataParallel, which splits packs
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    facts = {"tokens": store.manifest["identity"], "packages": package_versions()}
+    require_equal_processes({**run_identity(config), **facts})
     if not (output_dir / INITIAL_FOLDER).is_dir():
         raise UserError(
             f"output_dir={output_dir} exists for the first process only: choose a folder on a disk that all nodes share"
         )
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
-    with stop_signals() as received:
-        draft, limits = output_dir / DRAFT_FOLDER, config.trainer
-        guard = StepGuard(received, draft, limits.max_bad_steps, limits.save_minutes)
+    drafts = {"last": output_dir / DRAFT_FOLDER, "best": output_dir / BEST_FOLDER}
+    is_first, limits = arguments.process_index == 0, config.trainer
+    with stop_signals() as received, tracking(config, drafts, is_first=is_first) as trackers:
+        guard = StepGuard(received, drafts["last"], limits.max_bad_steps, limits.save_minutes)
+        trainer.callback_handler.callbacks += trackers  # `add_callback` warns of a second one of a class
         for callback in (guard, *callbacks):
             if isinstance(callback, UsesTrainer):
                 callback.trainer = trainer
@@ -112,25 +136,21 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step, num_steps = trainer.state.global_step, trainer.state.max_steps
         if step == num_steps:
-            return trainer.write_draft(draft)
+            return trainer.write_draft(drafts["last"])
         trainer.accelerator.wait_for_everyone()  # a launcher ends the other ranks when the first one ends
         raise Interrupted(f"stopped after step {step:,} of {num_steps:,}, with a checkpoint")
 
 
 def check_output(config: Config) -> None:
-    """Check that the run may write to its output folder. Raises UserError if it holds another run or other files."""
-    if _is_first():
+    """Check the output folder and the trackers of a run.
+
+    Raises:
+        UserError: if the folder holds another run or other files, or a tracker has no login.
+    """
+    if is_first_process():
+        check_trackers(config.logger)
         with locked(Path(config.output_dir)):
-            check_run(Path(config.output_dir), _identity(config), resume=config.resume)
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """The settings that decide a run, the number of processes included: it decides the packs of a step."""
-    return {**decisive(config), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+            check_run(Path(config.output_dir), run_identity(for_processes(config)), resume=config.resume)
 
 
 def teacher_of(config: Config, store: TokenStore) -> Scores | None:
@@ -141,7 +161,7 @@ def teacher_of(config: Config, store: TokenStore) -> Scores | None:
     """
     folder = config.data.scores
     if not config.objective.needs_scores or folder is None:
-        if folder is not None and _is_first():
+        if folder is not None and is_first_process():
             print(f"data.scores={folder} is not used: objective.kd, objective.lk and objective.cat are off")
         return None
     scores = open_teacher(Path(folder), store)
@@ -174,7 +194,6 @@ def build_trainer(
         SpikeWarning(),
         SealCheckpoint(config.trainer.save_total_limit),
         MetricsFile(output_dir),
-        ConfigToWandb(config),
     ]
     if config.trainer.profile_steps:
         callbacks.append(ProfileSteps(output_dir / PROFILE_FOLDER, config.trainer.profile_steps))
@@ -241,7 +260,9 @@ class PardTrainer(Trainer):
         # Of the steps since the last log:
         self.loss = torch.zeros((), dtype=torch.float64, device=self.args.device)  # sum over good steps, of this rank
         self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
-        self.work = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
+        self.work = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
+        self.progress = torch.zeros_like(self.work)  # since `store_flos`; skipped steps count
+        self.pack_size = 0
         self.window_start, self.window_step = time.perf_counter(), -1  # -1 until the first step
         self.seconds_waiting, self.num_skipped, self.num_bad_steps = 0.0, 0, 0  # the last one counts those in a row
         self.num_compiled_before = num_compilations()
@@ -289,8 +310,22 @@ class PardTrainer(Trainer):
         loss, statistics = self.pack_loss(model, inputs, self.args.world_size / cast(Tensor, num_items_in_batch))
         self.statistics.add(statistics)
         layout = SlotLayout(*(inputs[name] for name in ("document", "anchor", "depth")))
-        self.work += count_work(layout, inputs["labels"])
+        work = count_work(layout, inputs["labels"])
+        self.work += work
+        self.progress += work
+        self.pack_size = inputs["labels"].numel()  # all packs have the same
         return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Zero: `store_flos` counts model FLOPs without a synchronization for every pack."""
+        return 0
+
+    def store_flos(self) -> None:
+        """Add the work since the last call to the state, which checkpoints keep. All ranks call it."""
+        work = Work(*map(int, self.accelerator.reduce(self.progress, reduction="sum").tolist()))
+        self.progress = torch.zeros_like(self.progress)
+        self.state.num_input_tokens_seen += work.tokens
+        self.state.total_flos += step_flops(self.shape, work).total if self.shape else 0.0
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's, which also notes the loss. Trainer's own sum leaves out what is not finite."""
@@ -320,9 +355,16 @@ class PardTrainer(Trainer):
         return (*self.statistics.tensors(), self.work, self.loss)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the loss with accuracy per depth, expected accepted length and throughput over all ranks."""
+        """Log the loss with accuracy per depth, expected accepted length and throughput over all ranks.
+
+        Every line has the progress, in supervised tokens and in model FLOPs.
+        """
         if "loss" in logs:
             logs |= self._end_window()
+        self.store_flos()
+        logs["progress/supervised_tokens"] = self.state.num_input_tokens_seen
+        if self.shape is not None:
+            logs["progress/model_flops"] = self.state.total_flos
         super().log(logs, *args, **kwargs)
 
     def _end_window(self) -> dict[str, float]:
@@ -336,9 +378,11 @@ class PardTrainer(Trainer):
         num_steps = max(1, step - self.window_step)
         good = self.args.world_size * (num_steps - self.num_skipped)
         metrics |= {"loss": float(self.loss) / good if good else float("nan"), "skipped_steps": self.num_skipped}
-        work, num_tokens = Work(*map(int, self.work.tolist())), float(self.statistics.slots[0])
-        rates = throughput_metrics(work, num_tokens, seconds, self.shape, self.chip, self.args.world_size)
+        work = Work(*map(int, self.work.tolist()))
+        rates = throughput_metrics(work, seconds, self.shape, self.chip, self.args.world_size)
         rates |= {"seconds_per_step": seconds / num_steps, "data_wait_share": self.seconds_waiting / seconds}
+        room = good * self.args.gradient_accumulation_steps * self.pack_size
+        rates["packing_fill"] = work.slots / room if room else float("nan")
         if (memory := peak_memory(self.args.device)) is not None:
             rates["peak_memory_gb"] = memory / 1e9
         if self.is_compiled:
