@@ -25,7 +25,7 @@ def run(config: Config) -> None:
     """Run the steps in order."""
     from pard_train.data.prompts import PROMPTS_FOLDER, prepare
     from pard_train.device import dtype_name
-    from pard_train.evaluation.evaluate import evaluate, find_result, on_stand_in
+    from pard_train.evaluation.evaluate import evaluate_once, on_stand_in
     from pard_train.evaluation.monitor import build_monitor
     from pard_train.fingerprints import model_fingerprint
     from pard_train.model import inspect_base
@@ -70,7 +70,7 @@ def run(config: Config) -> None:
         evaluate=replace(training.evaluate, drafts=drafts),
         output_dir=str(evaluation_dir),
     )
-    document = find_result(evaluation) or evaluate(evaluation)
+    document = evaluate_once(evaluation)
     print("\n" + render_report(document))
     trained = {**document, "records": [record for record in document["records"] if record["draft"] == "after"]}
     if misses := tau_below(trained, config.evaluate.fail_below):
@@ -89,11 +89,8 @@ def run(config: Config) -> None:
 
     if times := config.stand_in.times:
         step(6, f"speed on a stand-in for a target {times} times the draft's cost: same text, each layer {times} times")
-        timing = on_stand_in(evaluation, drafts["after"], root / "stand_in")
-        print(render_speed(find_result(timing) or evaluate(timing)))
-    print(
-        f"done in {(time.time() - started) / 60:.1f} min; pages: {evaluation_dir / PAGE_FILE}, {train_dir / RUN_PAGE}"
-    )
+        print(render_speed(evaluate_once(on_stand_in(evaluation, drafts["after"], root / "stand_in"))))
+    print(f"done in {(time.time() - started) / 60:.1f} min; see {evaluation_dir / PAGE_FILE}, {train_dir / RUN_PAGE}")
 
 
 if __name__ == "__main__":

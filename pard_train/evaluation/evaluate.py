@@ -310,6 +310,11 @@ def find_result(config: Config) -> Result | None:
     return None if result["failures"] or _named_in(result) != _named_now(config, drafts) else result
 
 
+def evaluate_once(config: Config) -> Result:
+    """The result of this evaluation: the finished one if there is one, else measured now. Raises as both do."""
+    return find_result(config) or evaluate(config)
+
+
 def _named_in(result: Result) -> set[tuple[str, str, str]]:
     """(kind, name, fingerprint) of every draft, target and benchmark of a result."""
     named = {(kind, r[kind], r[f"{kind}_fingerprint"]) for r in result["records"] for kind in KINDS}
