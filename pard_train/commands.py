@@ -29,6 +29,7 @@ class Program:
 
 _TRAINING = ("model", "draft", "targets", "objective", "data", "trainer", "deepspeed", "logger", "monitor")
 _WRITING = ("model", "targets", "inference", "data")
+_STEPS = ("inference", "prepare", "regenerate", "evaluate")
 
 PROGRAMS = {
     "prepare": Program("data_scripts", ("prepare",)),
@@ -42,8 +43,9 @@ PROGRAMS = {
     "compare": Program("recipes", ("logger", "compare")),
     "study": Program("recipes", (*_TRAINING, "inference", "evaluate", "study")),
     "verify": Program("recipes", ("model", "draft", "targets", "data", "logger", "verify")),
+    "load": Program("recipes", ("model", "draft", "targets", "data", "load")),
     "generate": Program("recipes", (*_WRITING, "draft", "generate")),
-    "quickstart": Program("recipes", (*_TRAINING, "inference", "prepare", "regenerate", "evaluate", "export")),
+    "quickstart": Program("recipes", (*_TRAINING, *_STEPS, "stand_in", "export")),
 }
 
 

@@ -15,10 +15,12 @@ from pard_train.config.programs import (
     ExportConfig,
     GenerateConfig,
     InferenceConfig,
+    LoadConfig,
     PrepareConfig,
     RegenerateConfig,
     ScoreConfig,
     ShowConfig,
+    StandInConfig,
     StudyConfig,
     VerifyConfig,
 )
@@ -43,6 +45,7 @@ __all__ = [
     "ExportConfig",
     "GenerateConfig",
     "InferenceConfig",
+    "LoadConfig",
     "LoggerConfig",
     "ModelConfig",
     "MonitorConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "ScoreConfig",
     "ShowConfig",
     "SourceConfig",
+    "StandInConfig",
     "StudyConfig",
     "TrainerConfig",
     "VerifyConfig",
@@ -79,10 +83,12 @@ class Config:
     score: ScoreConfig = section(ScoreConfig, free=True)
     show: ShowConfig = section(ShowConfig, free=True)
     evaluate: EvaluateConfig = section(EvaluateConfig, free=True)
+    stand_in: StandInConfig = section(StandInConfig, free=True)
     compare: CompareConfig = section(CompareConfig, free=True)
     study: StudyConfig = section(StudyConfig, free=True)
     export: ExportConfig = section(ExportConfig, free=True)
     verify: VerifyConfig = section(VerifyConfig, free=True)
+    load: LoadConfig = section(LoadConfig, free=True)
     generate: GenerateConfig = section(GenerateConfig, free=True)
     output_dir: str = setting("", "Folder of everything that the program writes.", free=True)
     seed: int = setting(42, "Seed of data order, COD draws, initialization and sampling.", low=0)
