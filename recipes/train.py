@@ -18,8 +18,11 @@ def run(config: Config) -> None:
     from pard_train.device import this_process
     from pard_train.evaluation.monitor import build_monitor
     from pard_train.reports.curves import RUN_PAGE
-    from pard_train.training.trainer import train
+    from pard_train.training.trainer import plan_run, train
 
+    if config.plan_only:
+        print(plan_run(config).render())
+        return
     draft = train(config, build_monitor(config))
     if this_process().is_main_process:
         run_folder = draft.parent

@@ -142,6 +142,15 @@ class TrainerConfig:
 
 
 @dataclass
+class PlanConfig:
+    """Where the plan of a run is made for; by default the devices of this run."""
+
+    chip: Optional[str] = setting(None, "Chip, such as H100 or MI300X; null: the device of this process.")
+    num_devices: int = setting(0, "Devices; 0: the processes of this run.", low=0)
+    utilization: float = setting(0.4, "Share of the peak rate that training reaches.", above=0, high=1)
+
+
+@dataclass
 class LoggerConfig:
     """Trackers; metrics.jsonl is always written."""
 

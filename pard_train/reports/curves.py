@@ -15,7 +15,7 @@ from pard_train.reports.records import distinct, flatten, grouped
 from pard_train.reports.sections import Section
 from pard_train.reports.tables import NONE, Table
 from pard_train.reports.webpage import fill
-from pard_train.runs import METRICS_FILE, read_metrics, run_of
+from pard_train.runs import METRICS_FILE, PLAN_FILE, read_json, read_metrics, run_of
 
 RUN_PAGE = "report.html"  # in the folder of a training run
 MAX_POINTS = 60  # of a curve; more are averaged in groups
@@ -125,14 +125,15 @@ def write_run_page(folder: Path, state: str) -> None:
         folder: of the run.
         state: running | finished | why it stopped.
     """
-    (folder / RUN_PAGE).write_text(render_run(read_metrics(folder), run_of(folder), state))
+    plan = read_json(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else {}
+    (folder / RUN_PAGE).write_text(render_run(read_metrics(folder), run_of(folder) | {"plan": plan}, state))
 
 
 def render_run(lines: Sequence[Line], run: Mapping[str, Any], state: str) -> str:
     """The page of one run."""
     config = run.get("config") or {}
     manifest = run.get("data_manifest") or {}
-    hidden = ("config", "command", "data_manifest")
+    hidden = ("config", "command", "data_manifest", "plan")
     return fill(
         "training.html",
         [section for section in _sections(lines) if section.charts or section.tables],
@@ -140,6 +141,7 @@ def render_run(lines: Sequence[Line], run: Mapping[str, Any], state: str) -> str
         tiles=_tiles(lines),
         command=flatten({"command": run.get("command", [])})["command"],
         facts={
+            "Plan": _rounded(run.get("plan") or {}),
             "Environment": flatten({name: value for name, value in run.items() if name not in hidden}),
             "Data": flatten(
                 {name: manifest[name] for name in ("folder", "counts", "document_length") if name in manifest}
@@ -147,6 +149,14 @@ def render_run(lines: Sequence[Line], run: Mapping[str, Any], state: str) -> str
         },
         settings={name: flatten({name: value}) for name, value in config.items()},
     )
+
+
+def _rounded(plan: Mapping[str, Any]) -> dict[str, str]:
+    """The plan with short numbers."""
+    numbers = {name: value for name, value in flatten(dict(plan)).items() if value is not None}
+    return {
+        n: f"{v:.3g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for n, v in numbers.items()
+    }
 
 
 def _tiles(lines: Sequence[Line]) -> list[tuple[str, str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,14 +22,30 @@ from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.core.objectives import DepthStatistics, PackLoss
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import PackedDataset, PardCollator
-from pard_train.data.scores import Scores, open_teacher
+from pard_train.data.scores import Scores
 from pard_train.data.store import TokenStore, open_store
 from pard_train.device import device_name
 from pard_train.errors import Interrupted, UserError
 from pard_train.layout import SlotLayout
 from pard_train.mask_token import required_mask_token_of
-from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
-from pard_train.runs import check_run, claim_run, fingerprint, locked, newest_checkpoint, require_recorded, write_json
+from pard_train.model import (
+    inspect_base,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    write_initial_draft,
+    write_model_folder,
+)
+from pard_train.runs import (
+    PLAN_FILE,
+    check_run,
+    claim_run,
+    fingerprint,
+    locked,
+    newest_checkpoint,
+    require_recorded,
+    write_json,
+)
 from pard_train.training.arguments import training_settings
 from pard_train.training.callbacks import (
     CurrentIntervals,
@@ -42,6 +57,8 @@ from pard_train.training.callbacks import (
     StepGuard,
     UsesTrainer,
 )
+from pard_train.training.inputs import TEACHER_FILE, TOKENS_FILE, build_dataset, is_first, num_processes, teacher_of
+from pard_train.training.plan import Plan, plan_training
 from pard_train.training.signals import ignore_stop_signals, stop_signals
 from pard_train.training.throughput import (
     ModelShape,
@@ -59,8 +76,6 @@ INITIAL_FOLDER = "init"  # the untrained draft model
 DRAFT_FOLDER = "draft"  # the trained one
 BEST_FOLDER = "best"  # the best draft so far, with BEST_FILE in it
 BEST_FILE = "best.json"
-TEACHER_FILE = "teacher.json"  # manifest of the target's scores that the objective used
-TOKENS_FILE = "tokens.json"  # manifest of the tokens
 PROFILE_FOLDER = "profile"  # traces of trainer.profile_steps
 
 
@@ -78,7 +93,7 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         UserError: for bad data, a base that cannot draft, or an output folder that holds something else.
         Interrupted: if a signal ended the run before its last step. A checkpoint of the step is saved.
     """
-    with locked(Path(config.output_dir)) if _is_first() else nullcontext():
+    with locked(Path(config.output_dir)) if is_first() else nullcontext():
         return _train(config, callbacks)
 
 
@@ -89,9 +104,9 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
     require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
     scores = teacher_of(config, store)
-    if _is_first():  # the other ranks wait at the barrier below
+    if is_first():  # the other ranks wait at the barrier below
         data = {"folder": str(store.folder), "fingerprint": fingerprint(store.manifest["identity"]), **store.manifest}
-        facts = {"device": device_name(), "world_size": int(os.environ.get("WORLD_SIZE", 1)), "data_manifest": data}
+        facts = {"device": device_name(), "world_size": num_processes(), "data_manifest": data}
         claim_run(output_dir, _identity(config), dataclasses.asdict(config), **facts)
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), so all ranks must take part.
@@ -108,8 +123,7 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
     drafts = {"last": output_dir / DRAFT_FOLDER, "best": output_dir / BEST_FOLDER}
-    is_first = arguments.process_index == 0
-    with stop_signals() as received, tracking(config, drafts, is_first=is_first) as trackers:
+    with stop_signals() as received, tracking(config, drafts, is_first=is_first()) as trackers:
         guard = StepGuard(received, output_dir / DRAFT_FOLDER, config.trainer.max_bad_steps)
         trainer.callback_handler.callbacks += trackers  # `add_callback` warns of a second one of a class
         for callback in (guard, *callbacks):
@@ -130,35 +144,15 @@ def check_output(config: Config) -> None:
     Raises:
         UserError: if the folder holds another run or other files, or a tracker has no login.
     """
-    if _is_first():
+    if is_first():
         check_trackers(config.logger)
         with locked(Path(config.output_dir)):
             check_run(Path(config.output_dir), _identity(config), resume=config.resume)
 
 
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def _identity(config: Config) -> dict[str, Any]:
     """The settings that decide a run, the number of processes included: it decides the packs of a step."""
-    return {**decisive(config), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
-
-
-def teacher_of(config: Config, store: TokenStore) -> Scores | None:
-    """The target's scores that the objective needs; None if it needs none.
-
-    Raises:
-        UserError: if they are missing, unfinished or those of other tokens, or if the run was started with others.
-    """
-    folder = config.data.scores
-    if not config.objective.needs_scores or folder is None:
-        if folder is not None and _is_first():
-            print(f"data.scores={folder} is not used: objective.kd, objective.lk and objective.cat are off")
-        return None
-    scores = open_teacher(Path(folder), store)
-    require_recorded(Path(config.output_dir) / TEACHER_FILE, scores.manifest, "data.scores")
-    return scores
+    return {**decisive(config), "world_size": num_processes()}
 
 
 def build_trainer(
@@ -174,7 +168,8 @@ def build_trainer(
     """
     output_dir = Path(config.output_dir)
     initial = str(output_dir / INITIAL_FOLDER)
-    dataset = _build_dataset(config, arguments, store, scores)
+    dataset = build_dataset(config, store, scores, num_devices=arguments.world_size)
+    _announce(config, arguments, store, dataset)
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
     if model.config.tie_word_embeddings:  # a checkpoint has no tied head, and Trainer would warn about it
@@ -206,32 +201,40 @@ def build_trainer(
     return trainer
 
 
-def _build_dataset(
-    config: Config, arguments: TrainingArguments, store: TokenStore, scores: Scores | None
-) -> PackedDataset:
-    """The packs of all epochs; records and prints what they are made of, and limits the steps to them."""
-    packs_per_step = arguments.world_size * arguments.gradient_accumulation_steps
-    dataset = PackedDataset(
-        store,
-        store.slot_bounds(config.draft),
-        slot_budget=config.data.slot_budget,
-        num_epochs=config.trainer.num_train_epochs,
-        seed=config.seed,
-        packs_per_step=packs_per_step,
-        scores=scores,
-    )
-    num_steps, max_steps = len(dataset) // packs_per_step, arguments.max_steps
-    if max_steps > num_steps:  # Trainer would train on the same packs again
+def _announce(config: Config, arguments: TrainingArguments, store: TokenStore, dataset: PackedDataset) -> None:
+    """Print and record the plan and what the packs are made of, and limit the steps to them."""
+    num_steps = len(dataset) // (arguments.world_size * arguments.gradient_accumulation_steps)
+    if too_many := arguments.max_steps > num_steps:  # Trainer would train on the same packs again
         arguments.max_steps = -1
-    if arguments.process_index == 0:
-        write_json(Path(config.output_dir) / TOKENS_FILE, store.manifest)
-        print(f"{store.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots")
-        if scores is not None:
-            write_json(Path(config.output_dir) / TEACHER_FILE, scores.manifest)
-            print(scores.summary())
-        if max_steps > num_steps:
-            print(f"trainer.max_steps={max_steps}: trainer.num_train_epochs ends after {num_steps} steps")
-    return dataset
+    if arguments.process_index:
+        return
+    output_dir = Path(config.output_dir)
+    model = load_config(str(output_dir / INITIAL_FOLDER))
+    plan = plan_training(config, store, dataset, model, num_devices=arguments.world_size)
+    write_json(output_dir / TOKENS_FILE, store.manifest)
+    write_json(output_dir / PLAN_FILE, plan.record())
+    print(f"{store.summary()}\n{plan.render()}")
+    if dataset.scores is not None:
+        write_json(output_dir / TEACHER_FILE, dataset.scores.manifest)
+        print(dataset.scores.summary())
+    if too_many:
+        print(f"trainer.max_steps={config.trainer.max_steps}: trainer.num_train_epochs ends after {num_steps} steps")
+
+
+def plan_run(config: Config) -> Plan:
+    """The plan of a run that is not started: nothing is written but encoded chats in the cache.
+
+    Raises:
+        UserError: for bad data, a base that cannot draft, or an unknown chip.
+    """
+    base = inspect_base(config.model, config.draft)
+    store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
+    num_devices = config.plan.num_devices or num_processes()
+    model = load_config(
+        config.model.path, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
+    )
+    dataset = build_dataset(config, store, None, num_devices=num_devices)
+    return plan_training(config, store, dataset, model, num_devices=num_devices)
 
 
 class PardTrainer(Trainer):
