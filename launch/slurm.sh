@@ -5,12 +5,14 @@
 #   sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh experiment=qwen2.5-0.5b deepspeed=zero1 \
 #       data.source=answers.jsonl output_dir=outputs/my-draft
 #
-# A job that SLURM starts again (preempted, a node lost, `scontrol requeue`) resumes from its newest checkpoint.
+# A job that SLURM starts again (preempted, a node lost, `scontrol requeue`) resumes from its newest checkpoint. Ten
+# minutes before the time limit every process saves after its step, and the job goes back into the queue.
 # NUM_PROCESSES and PROGRAM as in launch/torchrun.sh.
 #SBATCH --job-name=pard-train
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@600
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && set -- "$@" resume=true
@@ -18,4 +20,10 @@ export NUM_NODES="$SLURM_JOB_NUM_NODES"
 nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 export MASTER="${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))"  # its own port, since jobs may share a node
 # One task that fails ends the job, which would wait for it otherwise.
-exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec launch/torchrun.sh "$@"' bash "$@"
+srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec launch/torchrun.sh "$@"' bash "$@" &
+tasks=$! is_time_up="" status=0
+trap 'is_time_up=yes; kill -USR1 "$tasks"' USR1
+trap 'kill -TERM "$tasks"' TERM
+while kill -0 "$tasks" 2> /dev/null; do wait "$tasks" && status=0 || status=$?; done  # a trap interrupts `wait`
+[ "$status" -eq 0 ] || [ -z "$is_time_up" ] || scontrol requeue "$SLURM_JOB_ID"
+exit "$status"

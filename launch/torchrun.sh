@@ -16,6 +16,7 @@ if [ "$nodes" -gt 1 ]; then
 else
   topology=(--standalone)
 fi
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1  # passed on to the processes, which save
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1  # passed on to the processes, which save
+export TORCHELASTIC_SIGNALS_TO_HANDLE="$PET_SIGNALS_TO_HANDLE"  # the same for PyTorch before 2.13
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"  # seconds to save before it kills them
 exec torchrun "${topology[@]}" --nproc_per_node "$processes" "${PROGRAM:-recipes/train.py}" "$@"

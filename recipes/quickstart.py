@@ -35,7 +35,8 @@ def run(config: Config) -> None:
     from pard_train.reports.report import PAGE_FILE, render_report, tau_below
     from pard_train.runs import CONFIG_FILE, claim_product, read_json
     from pard_train.targets.regeneration import ANSWERS_FILE, ANSWERS_FOLDER, write_answers
-    from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER, check_output, train
+    from pard_train.training.inputs import check_output
+    from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER, train
 
     root, started = Path(config.output_dir), time.time()
     answers, train_dir, evaluation_dir = root / ANSWERS_FOLDER, root / "train", root / "evaluation"
@@ -87,8 +88,9 @@ def run(config: Config) -> None:
     if not (root / "export").exists():
         for folder in export(exported):
             print(f"exported and reloaded: {folder}")
-    pages = f"{evaluation_dir / PAGE_FILE} (acceptance) and {train_dir / RUN_PAGE} (training)"
-    print(f"done in {(time.time() - started) / 60:.1f} min; open {pages} in a browser")
+    print(
+        f"done in {(time.time() - started) / 60:.1f} min; pages: {evaluation_dir / PAGE_FILE}, {train_dir / RUN_PAGE}"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def run(config: Config) -> None:
     from pard_train.device import this_process
     from pard_train.evaluation.monitor import build_monitor
     from pard_train.reports.curves import RUN_PAGE
-    from pard_train.training.trainer import plan_run, train
+    from pard_train.training.plan import plan_run
+    from pard_train.training.trainer import train
 
     if config.plan_only:
         print(plan_run(config).render())

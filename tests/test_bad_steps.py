@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from transformers import TrainerState
 
 from pard_train.config import Config
 from pard_train.errors import UserError
-from pard_train.training.callbacks import UsesTrainer
+from pard_train.training.callbacks import SpikeWarning, UsesTrainer
 from pard_train.training.trainer import train
 
 
@@ -178,3 +179,14 @@ def test_a_bad_step_of_one_rank_is_skipped_on_both_or_ends_the_run(
     assert all_finite(load_file(run / "draft" / "model.safetensors"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines if "loss" in line] == [0, 0, 1, 0]
+
+
+def test_a_loss_far_above_those_before_it_is_logged_and_noise_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    spikes, draw = SpikeWarning(), np.random.default_rng(0)
+    state = TrainerState(global_step=7, is_world_process_zero=True)
+    for loss in draw.normal(1.0, 0.1, 500):
+        spikes.on_log(None, state, None, {"loss": float(loss)})
+    spikes.on_log(None, state, None, {"loss": float("nan")})
+    assert not caplog.records
+    spikes.on_log(None, state, None, {"loss": 3.0})
+    assert "step 7: the loss is 3" in caplog.text

@@ -154,23 +154,31 @@ def test_two_nodes_train_as_one(alone: Path, base_folder: Path, chats_file: Path
 SRUN = """#!/usr/bin/env bash
 [ "$1" = --kill-on-bad-exit=1 ] || exit 9
 for node in 0 1; do SLURM_NODEID=$node "${@:2}" & tasks+=($!); done
-for task in "${tasks[@]}"; do wait "$task" || exit 1; done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+for task in "${tasks[@]}"; do while kill -0 "$task" 2> /dev/null; do wait "$task" && bad=0 || bad=1; done; done
+exit "$bad"
 """
 SCONTROL = """#!/usr/bin/env bash
 [ "$*" = "show hostnames some-nodes" ] && printf '127.0.0.1\\nanother-node\\n'
+[ "$1" = requeue ] && echo "$2" > "$(dirname "$0")/requeued"
+exit 0
 """
+
+
+def slurm_job(folder: Path) -> dict[str, str]:
+    """The environment of a job; SLURM is stood in for by two scripts: one task on each of two nodes."""
+    for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+    port = free_port(range(20000, 40000))
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "some-nodes", "SLURM_JOB_ID": str(port - 20000)}
+    return job | {"SLURM_SUBMIT_DIR": str(ROOT), "NUM_PROCESSES": "1", "PATH": f"{folder}:{BIN}:{os.environ['PATH']}"}
 
 
 def test_the_nodes_of_a_slurm_job_train_as_one_and_go_on_when_slurm_starts_it_again(
     alone: Path, base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
-    """SLURM is stood in for by two scripts: one task on each of two nodes."""
-    for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
-    port = free_port(range(20000, 40000))
-    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "some-nodes", "SLURM_JOB_ID": str(port - 20000)}
-    job |= {"SLURM_SUBMIT_DIR": str(ROOT), "NUM_PROCESSES": "1", "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
+    job = slurm_job(tmp_path)
     command = ["bash", "launch/slurm.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]
     run_all([command], [job])
     check_as_alone(tmp_path / "run", alone)
@@ -180,3 +188,9 @@ def test_the_nodes_of_a_slurm_job_train_as_one_and_go_on_when_slurm_starts_it_ag
     shutil.rmtree(tmp_path / "run" / "draft")
     run_all([command], [{**job, "SLURM_RESTART_COUNT": "1"}])
     check_as_alone(tmp_path / "run", alone)
+
+
+def test_the_job_script_of_slurm_is_valid_bash_and_says_when_to_signal() -> None:
+    script = ROOT / "launch" / "slurm.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "#SBATCH --signal=B:USR1@600" in script.read_text()

@@ -243,9 +243,9 @@ def test_rows_are_matched_by_what_they_measure_and_not_by_the_drafts_name() -> N
             assert pair.ratio == pair.later["tau"] / pair.first["tau"]
     for pair, back in zip(better.pairs, worse.pairs, strict=True):
         assert pair.first is back.later
-        lowest_top = min(pair.first["tau_high"], pair.later["tau_high"])
-        assert pair.is_apart == back.is_apart == (lowest_top < max(pair.first["tau_low"], pair.later["tau_low"]))
-    assert {pair.is_apart for pair in better.pairs} == {True, False}
+        if pair.first["mode"] == "replay":
+            assert pair.interval[0] <= pair.ratio <= pair.interval[1]
+            assert back.interval == pytest.approx((1 / pair.interval[1], 1 / pair.interval[0]))
 
 
 def test_several_drafts_are_matched_by_name_and_an_unknown_one_is_not_guessed() -> None:

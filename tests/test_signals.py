@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_launchers import BIN, ROOT, settings_of
+from test_launchers import BIN, ROOT, settings_of, slurm_job
 from test_training import log_lines
 from tiny import experiment
 from transformers import TrainerCallback, TrainerState
@@ -91,6 +91,16 @@ def test_a_signal_in_the_last_step_leaves_a_complete_run(whole: Config, tmp_path
     check_same(tmp_path / "run", Path(whole.output_dir))
 
 
+def test_a_checkpoint_is_due_after_minutes(whole: Config, tmp_path: Path) -> None:
+    config = replace(whole, output_dir=str(tmp_path / "run"), trainer=replace(whole.trainer, save_minutes=1e-6))
+    with pytest.raises(KeyboardInterrupt):  # without a checkpoint of its own
+        train(config, [Send(signal.SIGINT, 2), Send(signal.SIGINT, 2)])
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    train(replace(config, resume=True, trainer=replace(config.trainer, save_minutes=1e6)))
+    check_same(tmp_path / "run", Path(whole.output_dir))
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+
+
 def test_a_draft_of_an_earlier_step_does_not_stay(whole: Config, tmp_path: Path) -> None:
     config = replace(whole, output_dir=str(tmp_path / "run"))
     with pytest.raises(Interrupted):
@@ -105,9 +115,10 @@ def test_a_draft_of_an_earlier_step_does_not_stay(whole: Config, tmp_path: Path)
     check_same(tmp_path / "run", Path(whole.output_dir))
 
 
-def start(command: list[str], run: Path, *, num_steps: int) -> subprocess.Popen[str]:
+def start(command: list[str], run: Path, *, num_steps: int, **variables: str) -> subprocess.Popen[str]:
     """Start a program in a process group of its own, and wait until the run has logged some steps."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment |= variables
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     log, end = run / "metrics.jsonl", time.monotonic() + 200
@@ -174,3 +185,17 @@ def test_a_signal_to_one_of_two_ranks_ends_both_and_the_resumed_run_is_the_unint
         output = finish(process)
         assert process.returncode == 0, output[-3000:]
     check_same(cut, whole)
+
+
+@pytest.mark.slow
+def test_before_its_time_limit_a_slurm_job_saves_and_goes_back_into_the_queue(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    run, job = tmp_path / "run", slurm_job(tmp_path)
+    command = ["bash", "launch/slurm.sh", *settings_of(base_folder, chats_file, run), *LONG]
+    process = start(command, run, num_steps=2, **job)
+    process.send_signal(signal.SIGUSR1)  # SLURM sends it to the job script alone
+    output = finish(process)
+    assert process.returncode != 0, output[-5000:]
+    assert (tmp_path / "requeued").read_text().strip() == job["SLURM_JOB_ID"]
+    assert newest_checkpoint(run) is not None and not (run / "draft").exists(), output[-5000:]

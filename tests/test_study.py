@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from records import document
 
-from pard_train.acceptance.counting import ratio_interval
+from pard_train.bootstrap import ratio_interval
 from pard_train.config import StudyConfig
 from pard_train.evaluation.study import Run, plan_runs, write_study
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from pard_train.acceptance.chains import PackedChains, pack_texts
-from pard_train.acceptance.counting import Acceptance, counts_per_prompt, tau_interval
+from pard_train.acceptance.counting import Acceptance
 from pard_train.acceptance.replay import LOGIT_CHUNK, SLOT_BUDGET
+from pard_train.bootstrap import counts_per_prompt, tau_interval
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.sampling import Sampling, probabilities
 

@@ -129,6 +129,9 @@ class TrainerConfig:
     torch_compile: bool = setting(False, "Compile the model with torch.compile; the first step takes minutes.")
     logging_steps: int = setting(10, "Optimizer steps between log entries.", low=1, free=True)
     save_steps: int = setting(500, "Optimizer steps between checkpoints; 0 saves only at the end.", low=0, free=True)
+    save_minutes: float = setting(
+        0, "Minutes between checkpoints, besides save_steps; 0 saves by steps only.", low=0, free=True
+    )
     save_total_limit: int = setting(2, "Checkpoints to keep.", low=1, free=True)
     dataloader_num_workers: int = setting(2, "Processes that build packs.", low=0, free=True)
     max_bad_steps: int = setting(

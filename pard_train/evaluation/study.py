@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pard_train.acceptance.counting import ratio_interval, tau_interval
+from pard_train.bootstrap import ratio_interval, tau_interval
 from pard_train.commands import HOME, PROGRAMS
 from pard_train.config import StudyConfig
 from pard_train.errors import RESUMABLE, Interrupted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -97,6 +98,15 @@ class ChatSession:
         return steps, time.perf_counter() - start
 
 
+def visible(text: str) -> str:
+    """Text of a model for a terminal: control characters, which could rewrite the screen, as escapes.
+
+    >>> visible("a\\tb\\x1b[2J")
+    'a\\tb\\\\x1b[2J'
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", text)
+
+
 class TokenPrinter:
     """Prints tokens as they arrive, accepted draft tokens in color; buffers incomplete UTF-8 characters."""
 
@@ -113,4 +123,4 @@ class TokenPrinter:
             if text.endswith("\ufffd"):  # an incomplete character
                 continue
             self.held = []
-            self.console.print(Text(text, style=ACCEPTED_STYLE if number < step.num_accepted else ""), end="")
+            self.console.print(Text(visible(text), style=ACCEPTED_STYLE if number < step.num_accepted else ""), end="")

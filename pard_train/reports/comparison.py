@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pard_train.acceptance.counting import ratio_interval
+from pard_train.bootstrap import ratio_interval
 from pard_train.errors import UserError
 from pard_train.reports.curves import best_taus, is_training_run, read_runs, run_charts, runs_table
 from pard_train.reports.records import (

@@ -21,6 +21,10 @@ RENAMED = {  # names of schema_version 1, which results of version 0.1 and cache
     "instruction": "prompt_template",
     "num_equal_texts": "num_identical_answers",
 }
+REQUIRED = (  # fields without which a record cannot be shown
+    *("draft", "target", "benchmark", "mode", "method", "temperature", "num_draft_tokens"),
+    *("tau", "tau_low", "tau_high", "num_turns", "num_tokens", "num_steps"),
+)
 KINDS = ("draft", "target", "benchmark")  # named in every record, each with a fingerprint
 
 Record = dict[str, Any]
@@ -54,7 +58,7 @@ def read_result(path: Path) -> Result:
     """Read acceptance.json, given as a file or as the folder of an evaluation.
 
     Raises:
-        UserError: if the file is missing, is not JSON, or has an unknown schema version.
+        UserError: if the file is missing, is not JSON, has an unknown schema version, or a record lacks a field.
     """
     file = path / ACCEPTANCE_FILE if path.is_dir() else path
     try:
@@ -66,6 +70,13 @@ def read_result(path: Path) -> Result:
     found = result.get("schema_version") if isinstance(result, dict) else None
     if found not in (1, SCHEMA_VERSION):
         raise UserError(f"{file} has schema_version={found}; allowed are 1 and {SCHEMA_VERSION}: evaluate again")
+    for name in ("records", "failures"):
+        rows = result.get(name)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{file}: `{name}` must be a list of objects: evaluate again")
+    for number, record in enumerate(result["records"]):
+        if missing := [field for field in REQUIRED if field not in record]:
+            raise UserError(f"{file}: record {number} has no {missing[0]}: evaluate again")
     return upgrade(result)
 
 

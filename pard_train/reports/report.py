@@ -28,7 +28,15 @@ from pard_train.reports.records import (
     timed_records,
 )
 from pard_train.reports.sections import build_sections
-from pard_train.reports.tables import Table, fingerprint_table, group_table, record_table, speed_tables, tau_tables
+from pard_train.reports.tables import (
+    Table,
+    as_markdown,
+    fingerprint_table,
+    group_table,
+    record_table,
+    speed_tables,
+    tau_tables,
+)
 from pard_train.reports.webpage import render_page, render_samples
 
 REPORT_FILE = "report.md"
@@ -36,6 +44,7 @@ PAGE_FILE = "report.html"
 SAMPLES_PAGE = "samples.html"
 TABLE_FILE = "acceptance.csv"
 GROUPS_FILE = "groups.csv"
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters of a formula in a spreadsheet
 MAX_ROWS = 40  # of tau in the terminal; a longer report shows the pooled rows only
 WIDTH = 120  # columns of the terminal
 NAME_FIELDS = ("draft", "target", "benchmark", "mode", "method", "temperature", "batch_size", "num_draft_tokens")
@@ -70,7 +79,7 @@ def render_report(result: Result) -> str:
     """The result in short, as Markdown that fits a terminal of 120 columns."""
     parts = ["# Acceptance length"]
     if result["failures"]:
-        parts += ["## Failed", "\n".join(f"- {failure_line(f)}" for f in result["failures"])]
+        parts += ["## Failed", "\n".join(f"- {as_markdown(failure_line(f))}" for f in result["failures"])]
     parts += ["## tau by number of draft tokens", *map(_term, ("tau", "vLLM tau")), *_tau_markdown(result)]
     if timed := timed_records(result):
         parts += ["## Measured speed", _term("speed-up"), *(table.markdown() for table in speed_tables(timed))]
@@ -108,7 +117,8 @@ def render_details(result: Result) -> str:
     parts += ["## Fingerprints", fingerprint_table(records).markdown(), "## Provenance"]
     for provenance in distinct(tuple(flatten(r["provenance"]).items()) for r in records):
         parts += [f"```\n{value}\n```" for name, value in provenance if name == "command"]
-        parts.append("\n".join(f"- {n}: {value}" for n, value in provenance if n != "command" and value is not None))
+        facts = [(n, value) for n, value in provenance if n != "command" and value is not None]
+        parts.append("\n".join(f"- {n}: {as_markdown(str(value))}" for n, value in facts))
     return "\n\n".join(parts) + "\n"
 
 
@@ -120,7 +130,12 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(flat)
+        writer.writerows({name: _as_cell(value) for name, value in row.items()} for row in flat)
+
+
+def _as_cell(value: Any) -> Any:
+    """A text that a spreadsheet would run as a formula begins with an apostrophe instead."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def tau_below(result: Result, thresholds: dict[str, float]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -35,7 +36,7 @@ class Table:
 
     def markdown(self) -> str:
         """The table in Markdown, with columns aligned as plain text."""
-        lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (self.header, *self.rows)]
+        lines = [[as_markdown(cell).replace("|", "\\|") for cell in line] for line in (self.header, *self.rows)]
         widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
         is_name = [index < self.num_names for index in range(len(widths))]
         lines.insert(1, ["-" * w if name else "-" * (w - 1) + ":" for w, name in zip(widths, is_name, strict=True)])
@@ -44,6 +45,16 @@ class Table:
             for line in lines
         ]
         return "\n".join(([self.caption, ""] if self.caption else []) + [f"| {row} |" for row in rows])
+
+
+def as_markdown(text: str) -> str:
+    """Text of strangers in one line of Markdown: without control characters, HTML or links.
+
+    >>> as_markdown("a <b> [c](d)\\n\\x1b[31m")
+    'a \\\\<b> [c]\\\\(d) [31m'
+    """
+    plain = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
+    return plain.replace("<", "\\<").replace("](", "]\\(")
 
 
 def tau_tables(records: Sequence[Record], *, max_ks: int = 6) -> list[Table]:

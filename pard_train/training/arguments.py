@@ -17,6 +17,7 @@ CONVERTED = (
     "num_train_epochs",
     "gradient_checkpointing",
     "save_steps",
+    "save_minutes",
     "save_total_limit",
     "max_bad_steps",
     "profile_steps",

@@ -7,6 +7,9 @@ import logging
 import math
 import re
 import shutil
+import statistics
+import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_LOGS = 2  # compilation happens for the first pack, and for the second with another number of supervised slots
 WARM_UP_STEPS = 5  # before a profile
+SPIKE_LOGS = 20  # logged losses that the next one is compared with
+SPIKE_SIZE = 10  # median distances above their median; noise alone reaches 7 once in a million logs
 
 
 class DataEpoch(TrainerCallback):
@@ -53,7 +58,7 @@ class UsesTrainer(TrainerCallback):
 
 
 class StepGuard(UsesTrainer):
-    """Skips bad steps, and ends the run with a checkpoint after a stop signal. All ranks decide alike.
+    """Skips bad steps, saves by minutes, and ends the run with a checkpoint after a signal. All ranks decide alike.
 
     A step is bad if any loss or the gradient norm is NaN or infinite on any rank.
 
@@ -61,11 +66,13 @@ class StepGuard(UsesTrainer):
         received: stop signals of this process, from `stop_signals`.
         draft: folder of the trained draft, which exists only if the run is complete.
         max_bad_steps: in a row, at which the run stops.
+        save_minutes: since the last checkpoint, after which the next one is due; 0: never.
     """
 
-    def __init__(self, received: Sequence[str], draft: Path, max_bad_steps: int):
+    def __init__(self, received: Sequence[str], draft: Path, max_bad_steps: int, save_minutes: float = 0):
         self.received, self.draft, self.max_bad_steps = received, draft, max_bad_steps
-        self.is_stopping = False
+        self.save_seconds, self.saved = 60 * save_minutes or math.inf, time.monotonic()
+        self.is_stopping = self.is_due = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,9 +91,11 @@ class StepGuard(UsesTrainer):
                 not check gradients.
         """
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        flags = torch.stack([~trainer.is_finite, torch.tensor(bool(self.received), device=args.device)]).float()
-        num_bad, num_stopping = accelerator.reduce(flags, reduction="sum").tolist()
-        self.is_stopping = num_stopping > 0
+        is_due = time.monotonic() - self.saved > self.save_seconds
+        mine = torch.tensor([bool(self.received), is_due], device=args.device)
+        flags = torch.cat([~trainer.is_finite[None], mine]).float()
+        num_bad, num_stopping, num_due = accelerator.reduce(flags, reduction="sum").tolist()
+        self.is_stopping, self.is_due = num_stopping > 0, num_due > 0
         if not num_bad:
             trainer.num_bad_steps = 0
             return
@@ -104,9 +113,38 @@ class StepGuard(UsesTrainer):
             logger.warning("%s; skipped", what)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop."""
-        if self.is_stopping:
-            control.should_save = control.should_training_stop = True
+        """Save where a checkpoint is due, and stop after a signal."""
+        control.should_save |= self.is_stopping or self.is_due
+        control.should_training_stop |= self.is_stopping
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start the minutes again."""
+        self.saved = time.monotonic()
+
+
+class SpikeWarning(TrainerCallback):
+    """Warns of a logged loss far above those before it: the run goes on, but may have met bad data."""
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=SPIKE_LOGS)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compare with the median, in units of the median distance from it."""
+        if not state.is_world_process_zero or not logs or not math.isfinite(loss := logs.get("loss", math.nan)):
+            return
+        if len(self.losses) == SPIKE_LOGS:
+            median = statistics.median(self.losses)
+            spread = statistics.median(abs(other - median) for other in self.losses)
+            if loss > median + SPIKE_SIZE * max(spread, 0.01 * median):
+                logger.warning("step %d: the loss is %.3g, its median before %.3g", state.global_step, loss, median)
+        self.losses.append(loss)
 
 
 class SealCheckpoint(TrainerCallback):

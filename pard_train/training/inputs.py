@@ -1,15 +1,17 @@
-"""The data of a run: the target's scores of its tokens, and the packs of all epochs."""
+"""What a run starts from: its output folder, the target's scores of its tokens, and the packs of all epochs."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from pard_train.config import Config
+from pard_train.config import Config, decisive
 from pard_train.data.packing import PackedDataset
 from pard_train.data.scores import Scores, open_teacher
 from pard_train.data.store import TokenStore
-from pard_train.runs import require_recorded
+from pard_train.runs import check_run, locked, require_recorded
+from pard_train.training.trackers import check_trackers
 
 TEACHER_FILE = "teacher.json"  # of a run: manifest of the target's scores that the objective used
 TOKENS_FILE = "tokens.json"  # manifest of the tokens
@@ -23,6 +25,23 @@ def is_first() -> bool:
 def num_processes() -> int:
     """Processes of the launcher, each with a device of its own."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_output(config: Config) -> None:
+    """Check the output folder and the trackers of a run.
+
+    Raises:
+        UserError: if the folder holds another run or other files, or a tracker has no login.
+    """
+    if is_first():
+        check_trackers(config.logger)
+        with locked(Path(config.output_dir)):
+            check_run(Path(config.output_dir), identity_of(config), resume=config.resume)
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """The settings that decide a run, the number of processes included: it decides the packs of a step."""
+    return {**decisive(config), "world_size": num_processes()}
 
 
 def teacher_of(config: Config, store: TokenStore) -> Scores | None:

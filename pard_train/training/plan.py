@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, TrainingArguments
 
 from pard_train.config import Config, ObjectiveConfig
 from pard_train.core.head import CHUNK_SLOTS, CHUNK_SLOTS_CPU
+from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import PackedDataset, PardCollator
-from pard_train.data.store import TokenStore
+from pard_train.data.store import TokenStore, open_store
 from pard_train.device import default_device, device_name
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout
+from pard_train.model import inspect_base, load_config
+from pard_train.runs import PLAN_FILE, write_json
+from pard_train.training.inputs import TEACHER_FILE, TOKENS_FILE, build_dataset, num_processes
 from pard_train.training.throughput import CHIPS, ModelShape, Work, chip_of, count_work, step_flops
 
 NUM_SAMPLES = 8  # packs whose work is counted
@@ -106,6 +111,43 @@ def plan_training(
         utilization=config.plan.utilization,
         hours=flops / (peak * planned * config.plan.utilization) / 3600 if flops else None,
     )
+
+
+def plan_run(config: Config) -> Plan:
+    """The plan of a run that is not started: nothing is written but encoded chats in the cache.
+
+    Raises:
+        UserError: for bad data, a base that cannot draft, or an unknown chip.
+    """
+    base = inspect_base(config.model, config.draft)
+    store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
+    num_devices = config.plan.num_devices or num_processes()
+    model = load_config(
+        config.model.path, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
+    )
+    dataset = build_dataset(config, store, None, num_devices=num_devices)
+    return plan_training(config, store, dataset, model, num_devices=num_devices)
+
+
+def announce(
+    config: Config, arguments: TrainingArguments, store: TokenStore, dataset: PackedDataset, model: PretrainedConfig
+) -> None:
+    """Print and record the plan and what the packs are made of, and limit the steps to them."""
+    num_steps = len(dataset) // (arguments.world_size * arguments.gradient_accumulation_steps)
+    if too_many := arguments.max_steps > num_steps:  # Trainer would train on the same packs again
+        arguments.max_steps = -1
+    if arguments.process_index:
+        return
+    output_dir = Path(config.output_dir)
+    plan = plan_training(config, store, dataset, model, num_devices=arguments.world_size)
+    write_json(output_dir / TOKENS_FILE, store.manifest)
+    write_json(output_dir / PLAN_FILE, plan.record())
+    print(f"{store.summary()}\n{plan.render()}")
+    if dataset.scores is not None:
+        write_json(output_dir / TEACHER_FILE, dataset.scores.manifest)
+        print(dataset.scores.summary())
+    if too_many:
+        print(f"trainer.max_steps={config.trainer.max_steps}: trainer.num_train_epochs ends after {num_steps} steps")
 
 
 def _count(config: Config, dataset: PackedDataset, num_packs: int) -> Work:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from pard_train.config import Config, ObjectiveConfig, decisive
+from pard_train.config import Config, ObjectiveConfig
 from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.core.objectives import DepthStatistics, PackLoss
 from pard_train.data.chat import ChatEncoder
@@ -31,20 +31,15 @@ from pard_train.mask_token import required_mask_token_of
 from pard_train.model import (
     inspect_base,
     load_causal_lm,
-    load_config,
     load_tokenizer,
     write_initial_draft,
     write_model_folder,
 )
 from pard_train.runs import (
-    PLAN_FILE,
-    check_run,
     claim_run,
-    fingerprint,
     locked,
     newest_checkpoint,
     require_recorded,
-    write_json,
 )
 from pard_train.training.arguments import training_settings
 from pard_train.training.callbacks import (
@@ -54,11 +49,20 @@ from pard_train.training.callbacks import (
     ProfileSteps,
     SealCheckpoint,
     ShortProgress,
+    SpikeWarning,
     StepGuard,
     UsesTrainer,
 )
-from pard_train.training.inputs import TEACHER_FILE, TOKENS_FILE, build_dataset, is_first, num_processes, teacher_of
-from pard_train.training.plan import Plan, plan_training
+from pard_train.training.inputs import (
+    TOKENS_FILE,
+    build_dataset,
+    check_output,
+    identity_of,
+    is_first,
+    num_processes,
+    teacher_of,
+)
+from pard_train.training.plan import announce
 from pard_train.training.signals import ignore_stop_signals, stop_signals
 from pard_train.training.throughput import (
     ModelShape,
@@ -70,7 +74,7 @@ from pard_train.training.throughput import (
     step_flops,
     throughput_metrics,
 )
-from pard_train.training.trackers import check_trackers, tracking
+from pard_train.training.trackers import tracking
 
 INITIAL_FOLDER = "init"  # the untrained draft model
 DRAFT_FOLDER = "draft"  # the trained one
@@ -105,9 +109,8 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
     scores = teacher_of(config, store)
     if is_first():  # the other ranks wait at the barrier below
-        data = {"folder": str(store.folder), "fingerprint": fingerprint(store.manifest["identity"]), **store.manifest}
-        facts = {"device": device_name(), "world_size": num_processes(), "data_manifest": data}
-        claim_run(output_dir, _identity(config), dataclasses.asdict(config), **facts)
+        facts = {"device": device_name(), "world_size": num_processes(), "data_manifest": store.description()}
+        claim_run(output_dir, identity_of(config), dataclasses.asdict(config), **facts)
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), so all ranks must take part.
     arguments = TrainingArguments(**settings)
@@ -124,7 +127,7 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     trainer = build_trainer(config, arguments, store, scores)
     drafts = {"last": output_dir / DRAFT_FOLDER, "best": output_dir / BEST_FOLDER}
     with stop_signals() as received, tracking(config, drafts, is_first=is_first()) as trackers:
-        guard = StepGuard(received, output_dir / DRAFT_FOLDER, config.trainer.max_bad_steps)
+        guard = StepGuard(received, drafts["last"], config.trainer.max_bad_steps, config.trainer.save_minutes)
         trainer.callback_handler.callbacks += trackers  # `add_callback` warns of a second one of a class
         for callback in (guard, *callbacks):
             if isinstance(callback, UsesTrainer):
@@ -133,26 +136,9 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step, num_steps = trainer.state.global_step, trainer.state.max_steps
         if step == num_steps:
-            return trainer.write_draft(output_dir / DRAFT_FOLDER)
+            return trainer.write_draft(drafts["last"])
         trainer.accelerator.wait_for_everyone()  # a launcher ends the other ranks when the first one ends
         raise Interrupted(f"stopped after step {step:,} of {num_steps:,}, with a checkpoint")
-
-
-def check_output(config: Config) -> None:
-    """Check the output folder and the trackers of a run.
-
-    Raises:
-        UserError: if the folder holds another run or other files, or a tracker has no login.
-    """
-    if is_first():
-        check_trackers(config.logger)
-        with locked(Path(config.output_dir)):
-            check_run(Path(config.output_dir), _identity(config), resume=config.resume)
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """The settings that decide a run, the number of processes included: it decides the packs of a step."""
-    return {**decisive(config), "world_size": num_processes()}
 
 
 def build_trainer(
@@ -169,15 +155,16 @@ def build_trainer(
     output_dir = Path(config.output_dir)
     initial = str(output_dir / INITIAL_FOLDER)
     dataset = build_dataset(config, store, scores, num_devices=arguments.world_size)
-    _announce(config, arguments, store, dataset)
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
     if model.config.tie_word_embeddings:  # a checkpoint has no tied head, and Trainer would warn about it
         model._keys_to_ignore_on_save = list(model._tied_weights_keys)
+    announce(config, arguments, store, dataset, model.config)
     mask_token_id = required_mask_token_of(model.config)
     callbacks = [
         DataEpoch(dataset.num_epochs),
         CurrentIntervals(),
+        SpikeWarning(),
         SealCheckpoint(config.trainer.save_total_limit),
         MetricsFile(output_dir),
     ]
@@ -201,42 +188,6 @@ def build_trainer(
     return trainer
 
 
-def _announce(config: Config, arguments: TrainingArguments, store: TokenStore, dataset: PackedDataset) -> None:
-    """Print and record the plan and what the packs are made of, and limit the steps to them."""
-    num_steps = len(dataset) // (arguments.world_size * arguments.gradient_accumulation_steps)
-    if too_many := arguments.max_steps > num_steps:  # Trainer would train on the same packs again
-        arguments.max_steps = -1
-    if arguments.process_index:
-        return
-    output_dir = Path(config.output_dir)
-    model = load_config(str(output_dir / INITIAL_FOLDER))
-    plan = plan_training(config, store, dataset, model, num_devices=arguments.world_size)
-    write_json(output_dir / TOKENS_FILE, store.manifest)
-    write_json(output_dir / PLAN_FILE, plan.record())
-    print(f"{store.summary()}\n{plan.render()}")
-    if dataset.scores is not None:
-        write_json(output_dir / TEACHER_FILE, dataset.scores.manifest)
-        print(dataset.scores.summary())
-    if too_many:
-        print(f"trainer.max_steps={config.trainer.max_steps}: trainer.num_train_epochs ends after {num_steps} steps")
-
-
-def plan_run(config: Config) -> Plan:
-    """The plan of a run that is not started: nothing is written but encoded chats in the cache.
-
-    Raises:
-        UserError: for bad data, a base that cannot draft, or an unknown chip.
-    """
-    base = inspect_base(config.model, config.draft)
-    store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
-    num_devices = config.plan.num_devices or num_processes()
-    model = load_config(
-        config.model.path, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
-    )
-    dataset = build_dataset(config, store, None, num_devices=num_devices)
-    return plan_training(config, store, dataset, model, num_devices=num_devices)
-
-
 class PardTrainer(Trainer):
     """A Trainer whose batch is one pack and whose loss is a mean over the supervised slots of the global batch."""
 
@@ -255,8 +206,7 @@ class PardTrainer(Trainer):
         self.loss = torch.zeros((), dtype=torch.float64, device=self.args.device)  # sum over good steps, of this rank
         self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
         self.work = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
-        self.progress = torch.zeros_like(self.work)  # since `store_flos`; skipped steps count
-        self.pack_size = 0
+        self.progress, self.pack_size = torch.zeros_like(self.work), 0  # since `store_flos`; skipped steps count
         self.window_start, self.window_step = time.perf_counter(), -1  # -1 until the first step
         self.seconds_waiting, self.num_skipped, self.num_bad_steps = 0.0, 0, 0  # the last one counts those in a row
         self.num_compiled_before = num_compilations()
