@@ -30,7 +30,6 @@ def run(config: Config) -> None:
     from pard_train.fingerprints import model_fingerprint
     from pard_train.model import inspect_base
     from pard_train.publishing.export import check_targets, export
-    from pard_train.reports.curves import RUN_PAGE
     from pard_train.reports.records import ACCEPTANCE_FILE
     from pard_train.reports.report import PAGE_FILE, render_report, tau_below
     from pard_train.runs import CONFIG_FILE, claim_product, read_json
@@ -85,11 +84,10 @@ def run(config: Config) -> None:
     evaluated = read_json(evaluation_dir / CONFIG_FILE)
     made_from = {"draft": model_fingerprint(drafts["after"]), "targets": config.targets, "evaluation": evaluated}
     claim_product(root / "export", made_from)
-    if not (root / "export").exists():
-        for folder in export(exported):
-            print(f"exported and reloaded: {folder}")
+    for folder in export(exported) if not (root / "export").exists() else ():
+        print(f"exported and reloaded: {folder}")
     print(
-        f"done in {(time.time() - started) / 60:.1f} min; pages: {evaluation_dir / PAGE_FILE}, {train_dir / RUN_PAGE}"
+        f"done in {(time.time() - started) / 60:.1f} min; pages: {evaluation_dir / PAGE_FILE}, {train_dir / PAGE_FILE}"
     )
 
 

@@ -14,10 +14,9 @@ from pard_train.reports.charts import Chart, Point
 from pard_train.reports.records import distinct, flatten, grouped
 from pard_train.reports.sections import Section
 from pard_train.reports.tables import NONE, Table
-from pard_train.reports.webpage import fill
+from pard_train.reports.webpage import PAGE_FILE, fill
 from pard_train.runs import METRICS_FILE, PLAN_FILE, read_json, read_metrics, run_of
 
-RUN_PAGE = "report.html"  # in the folder of a training run
 MAX_POINTS = 60  # of a curve; more are averaged in groups
 MAX_DEPTHS = 8  # curves of a chart by depth
 PROGRESS = "progress/supervised_tokens"
@@ -126,7 +125,7 @@ def write_run_page(folder: Path, state: str) -> None:
         state: running | finished | why it stopped.
     """
     plan = read_json(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else {}
-    (folder / RUN_PAGE).write_text(render_run(read_metrics(folder), run_of(folder) | {"plan": plan}, state))
+    (folder / PAGE_FILE).write_text(render_run(read_metrics(folder), run_of(folder) | {"plan": plan}, state))
 
 
 def render_run(lines: Sequence[Line], run: Mapping[str, Any], state: str) -> str:

@@ -66,12 +66,23 @@ class Plan:
             parts = ", ".join(f"{name} {size:.2f}" for name, size in self.memory_gb.items())
             lines.append(f"memory per device in GB: {parts}")
             at = f"{self.num_devices} x {self.device} at {self.utilization:.0%} of the peak rate"
-            lines.append(f"{self.model_flops:.3g} model FLOPs; about {self.hours:.2g} hours on {at}")
+            lines.append(f"{self.model_flops:.3g} model FLOPs; about {_duration(self.hours or 0)} on {at}")
         return "\n".join(lines)
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
+
+
+def _duration(hours: float) -> str:
+    """In the largest unit that gives at least one.
+
+    >>> _duration(1.5), _duration(0.05)
+    ('1.5 hours', '3 minutes')
+    """
+    units = ((1.0, "hours"), (60.0, "minutes"), (3600.0, "seconds"))
+    factor, unit = next(((f, u) for f, u in units if hours * f >= 1), units[-1])
+    return f"{hours * factor:.2g} {unit}"
 
 
 def plan_training(
