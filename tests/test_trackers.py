@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from pard_train.training.background import Background
 from pard_train.training.trainer import train
 from recipes.compare import run as compare
 
+ROOT = Path(__file__).parents[1]
 OFFLINE = LoggerConfig(trackers=["wandb"], wandb_mode="offline", page_minutes=0)
 SECRETS = {name: f"{name.lower()}-planted-0123456789abcdef0123456789" for name in ("HF_TOKEN", "OPENAI_API_KEY")}
 SECRETS["WANDB_API_KEY"] = "0123456789abcdef0123456789abcdef01234567"
@@ -249,9 +251,18 @@ def test_mlflow_keeps_a_run_in_the_output_folder(
     assert losses == pytest.approx([line["loss"] for line in metrics(config)])
 
 
-def test_trackio_keeps_a_run_on_this_machine(config: Config) -> None:
-    folder = pytest.importorskip("trackio.utils").TRACKIO_DIR  # below the home of the moment when it was imported
-    train(replace(config, logger=LoggerConfig(trackers=["trackio"], page_minutes=0)))
+def test_trackio_keeps_a_run_on_this_machine(config: Config, tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    folder = tmp_path / "trackio"  # which trackio reads when it is imported
+    command = [
+        sys.executable,
+        "recipes/train.py",
+        f"model.path={config.model.path}",
+        f"data.source={config.data.source}",
+    ]
+    command += ["draft.num_draft_tokens=4", "data.slot_budget=2048", "trainer.max_steps=2", "trainer.logging_steps=1"]
+    command += ["logger.trackers=[trackio]", f"output_dir={config.output_dir}"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "TRACKIO_DIR": str(folder)}, check=True, timeout=120)
     with sqlite3.connect(folder / "pard_train.db") as database:
         rows = database.execute("SELECT run_name, metrics FROM metrics ORDER BY id").fetchall()
     assert {name for name, _ in rows} == {"mine"}
