@@ -190,6 +190,26 @@ def test_the_nodes_of_a_slurm_job_train_as_one_and_go_on_when_slurm_starts_it_ag
     check_as_alone(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="it loads nothing to `cpu:0`, where Trainer wants the optimizer")
+def test_a_run_goes_on_with_another_number_of_processes(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    whole, run, settings = tmp_path / "whole", tmp_path / "run", {"num_train_epochs": 4, "max_steps": STEPS}
+    train(experiment(base_folder, chats_file, whole, **settings, gradient_accumulation_steps=4))
+    more = ["trainer.num_train_epochs=4", "trainer.save_steps=1", "trainer.save_total_limit=9"]
+    command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, run), *more]
+    for number, first, override in (
+        (2, 0, "trainer.gradient_accumulation_steps=2"),
+        (1, 1, "resume=true"),
+        (4, 2, "resume=true"),
+    ):
+        for step in range(first + 1, STEPS + 1):
+            shutil.rmtree(run / f"checkpoint-{step}", ignore_errors=True)  # as if it had been stopped before
+        run_all([[*command, override]], [{"NUM_PROCESSES": str(number)}])
+    for step in (1, 2):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    check_as_alone(run, whole)
+
+
 def test_the_job_script_of_slurm_is_valid_bash_and_says_when_to_signal() -> None:
     script = ROOT / "launch" / "slurm.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)

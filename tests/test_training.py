@@ -272,8 +272,11 @@ def test_an_output_folder_with_another_run_is_left_alone(
     with pytest.raises(UserError, match="seed: 42 -> 7"):
         train(changed)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="world_size: 1 -> 2"):
+    with pytest.raises(UserError, match="trained by 1 processes, not 2: a step has 1 packs; start 1 processes"):
         train(replace(config, resume=True))
+    sharded = replace(config, resume=True, deepspeed={"zero_optimization": {"stage": 1}})
+    with pytest.raises(UserError, match="one part per process"):
+        train(sharded)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
-from pard_train.config import Config, decisive
+from pard_train.config import Config
 from pard_train.data.packing import PackedDataset
 from pard_train.data.scores import Scores, open_teacher
 from pard_train.data.store import TokenStore
 from pard_train.runs import check_run, locked, require_recorded
+from pard_train.training.processes import for_processes, is_first_process, run_identity
 from pard_train.training.trackers import check_trackers
 
 TEACHER_FILE = "teacher.json"  # of a run: manifest of the target's scores that the objective used
 TOKENS_FILE = "tokens.json"  # manifest of the tokens
-
-
-def is_first() -> bool:
-    """Whether this is the first process of a launcher."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def num_processes() -> int:
-    """Processes of the launcher, each with a device of its own."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_output(config: Config) -> None:
@@ -33,15 +22,10 @@ def check_output(config: Config) -> None:
     Raises:
         UserError: if the folder holds another run or other files, or a tracker has no login.
     """
-    if is_first():
+    if is_first_process():
         check_trackers(config.logger)
         with locked(Path(config.output_dir)):
-            check_run(Path(config.output_dir), identity_of(config), resume=config.resume)
-
-
-def identity_of(config: Config) -> dict[str, Any]:
-    """The settings that decide a run, the number of processes included: it decides the packs of a step."""
-    return {**decisive(config), "world_size": num_processes()}
+            check_run(Path(config.output_dir), run_identity(for_processes(config)), resume=config.resume)
 
 
 def teacher_of(config: Config, store: TokenStore) -> Scores | None:
@@ -52,7 +36,7 @@ def teacher_of(config: Config, store: TokenStore) -> Scores | None:
     """
     folder = config.data.scores
     if not config.objective.needs_scores or folder is None:
-        if folder is not None and is_first():
+        if folder is not None and is_first_process():
             print(f"data.scores={folder} is not used: objective.kd, objective.lk and objective.cat are off")
         return None
     scores = open_teacher(Path(folder), store)

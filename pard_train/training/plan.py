@@ -25,7 +25,8 @@ from pard_train.errors import UserError
 from pard_train.layout import SlotLayout
 from pard_train.model import inspect_base, load_config
 from pard_train.runs import PLAN_FILE, write_json
-from pard_train.training.inputs import TEACHER_FILE, TOKENS_FILE, build_dataset, num_processes
+from pard_train.training.inputs import TEACHER_FILE, TOKENS_FILE, build_dataset
+from pard_train.training.processes import num_processes
 from pard_train.training.throughput import CHIPS, ModelShape, Work, chip_of, count_work, step_flops
 
 NUM_SAMPLES = 8  # packs whose work is counted

@@ -53,16 +53,9 @@ from pard_train.training.callbacks import (
     StepGuard,
     UsesTrainer,
 )
-from pard_train.training.inputs import (
-    TOKENS_FILE,
-    build_dataset,
-    check_output,
-    identity_of,
-    is_first,
-    num_processes,
-    teacher_of,
-)
+from pard_train.training.inputs import TOKENS_FILE, build_dataset, check_output, teacher_of
 from pard_train.training.plan import announce
+from pard_train.training.processes import for_processes, is_first_process, num_processes, run_identity
 from pard_train.training.signals import ignore_stop_signals, stop_signals
 from pard_train.training.throughput import (
     ModelShape,
@@ -97,20 +90,21 @@ def train(config: Config, callbacks: Sequence[TrainerCallback] = ()) -> Path:
         UserError: for bad data, a base that cannot draft, or an output folder that holds something else.
         Interrupted: if a signal ended the run before its last step. A checkpoint of the step is saved.
     """
-    with locked(Path(config.output_dir)) if is_first() else nullcontext():
+    with locked(Path(config.output_dir)) if is_first_process() else nullcontext():
         return _train(config, callbacks)
 
 
 def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
-    output_dir, settings = Path(config.output_dir), training_settings(config)
     check_output(config)
+    config = for_processes(config)
+    output_dir, settings = Path(config.output_dir), training_settings(config)
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
     require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
     scores = teacher_of(config, store)
-    if is_first():  # the other ranks wait at the barrier below
+    if is_first_process():  # the other ranks wait at the barrier below
         facts = {"device": device_name(), "world_size": num_processes(), "data_manifest": store.description()}
-        claim_run(output_dir, identity_of(config), dataclasses.asdict(config), **facts)
+        claim_run(output_dir, run_identity(config), dataclasses.asdict(config), **facts)
         write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), so all ranks must take part.
     arguments = TrainingArguments(**settings)
@@ -126,7 +120,7 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
     drafts = {"last": output_dir / DRAFT_FOLDER, "best": output_dir / BEST_FOLDER}
-    with stop_signals() as received, tracking(config, drafts, is_first=is_first()) as trackers:
+    with stop_signals() as received, tracking(config, drafts, is_first=is_first_process()) as trackers:
         guard = StepGuard(received, drafts["last"], config.trainer.max_bad_steps, config.trainer.save_minutes)
         trainer.callback_handler.callbacks += trackers  # `add_callback` warns of a second one of a class
         for callback in (guard, *callbacks):
