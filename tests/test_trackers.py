@@ -378,18 +378,23 @@ def test_a_tracker_that_fails_in_the_middle_stops_nothing(
     assert "hanging has not received everything after 0 s" in caplog.text
 
 
-def test_a_stall_is_reported_once_until_training_goes_on(config: Config) -> None:
-    class Pauses(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            time.sleep(1.0 if state.global_step in (1, 3) else 0.0)
-
-    watcher = Recorder()
-    tracker = Background("watcher", watcher, stall_seconds=0.6)
-    train(replace(config, logger=LoggerConfig(page_minutes=0)), [Pauses(), tracker])
-    time.sleep(1.0)  # after the end nothing stalls
+def test_a_stall_is_reported_once_until_training_goes_on() -> None:
+    watcher, nothing = Recorder(), (None, None, None)
+    tracker: Any = Background("watcher", watcher, stall_seconds=0.4)
+    time.sleep(1.0)  # before training
+    assert watcher.stalls == []
+    tracker.on_train_begin(*nothing)
+    time.sleep(1.0)
+    assert len(watcher.stalls) == 1
+    tracker.on_step_end()
+    time.sleep(1.0)
+    assert len(watcher.stalls) == 2
+    tracker.on_step_end()
+    tracker.on_train_end(*nothing)
+    time.sleep(1.0)
     tracker.end()
     assert len(watcher.stalls) == 2
-    assert all(0.6 < seconds < 1.0 for seconds in watcher.stalls)
+    assert all(0.4 < seconds < 1.0 for seconds in watcher.stalls)
 
 
 @pytest.mark.parametrize(
