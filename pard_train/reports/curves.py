@@ -184,9 +184,7 @@ def _sections(lines: Sequence[Line]) -> list[Section]:
         for chart in curves.chart(target, "tau", {name.rpartition("/")[2]: ("", name) for name in names})
     ]
     depths = _names(lines, "accuracy/depth_")
-    chosen = [
-        depths[i] for i in distinct(np.linspace(0, len(depths) - 1, min(MAX_DEPTHS, len(depths))).round().astype(int))
-    ]
+    chosen = depths[:: max(1, -(-len(depths) // MAX_DEPTHS))]
     by_depth = {name.removeprefix("accuracy/").replace("_", " "): name for name in chosen}
     depth = curves.chart("accuracy", "share", {label: ("", name) for label, name in by_depth.items()})
     depth += curves.chart(
