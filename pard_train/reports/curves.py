@@ -216,7 +216,7 @@ def _last_measurement(lines: Sequence[Line], taus: Sequence[str]) -> list[Chart]
             series[case] = [Point(x, y) for x, y in sorted(found)]
         values = [p for points in series.values() for p in points]
         if values:
-            limits = (low, low + 1.05 * (max(p.y for p in values) - low))
+            limits = (low, low + (1.05 * (max(p.y for p in values) - low) or 1.0))
             ticks = sorted({p.x for p in values})
             charts.append(Chart(title, "line", series, limits, title, x_label=x_label, ticks=ticks))
     return charts
