@@ -27,8 +27,9 @@ class Program:
     shares_work: bool = False
 
 
-_TRAINING = ("model", "draft", "targets", "objective", "data", "trainer", "deepspeed", "logger", "monitor")
+_TRAINING = ("model", "draft", "targets", "objective", "data", "trainer", "deepspeed", "logger", "monitor", "plan")
 _WRITING = ("model", "targets", "inference", "data")
+_STEPS = ("inference", "prepare", "regenerate", "evaluate")
 
 PROGRAMS = {
     "prepare": Program("data_scripts", ("prepare",)),
@@ -36,14 +37,15 @@ PROGRAMS = {
     "encode": Program("data_scripts", ("model", "data")),
     "score": Program("data_scripts", (*_WRITING, "score"), shares_work=True),
     "show": Program("data_scripts", ("model", "draft", "objective", "data", "show")),
-    "train": Program("recipes", (*_TRAINING, "inference", "evaluate"), shares_work=True),
+    "train": Program("recipes", (*_TRAINING, "plan_only", "inference", "evaluate"), shares_work=True),
     "export": Program("recipes", ("model", "draft", "targets", "logger", "export")),
     "evaluate": Program("recipes", (*_WRITING, "draft", "logger", "evaluate")),
     "compare": Program("recipes", ("logger", "compare")),
     "study": Program("recipes", (*_TRAINING, "inference", "evaluate", "study")),
     "verify": Program("recipes", ("model", "draft", "targets", "data", "logger", "verify")),
+    "load": Program("recipes", ("model", "draft", "targets", "data", "load")),
     "generate": Program("recipes", (*_WRITING, "draft", "generate")),
-    "quickstart": Program("recipes", (*_TRAINING, "inference", "prepare", "regenerate", "evaluate", "export")),
+    "quickstart": Program("recipes", (*_TRAINING, *_STEPS, "stand_in", "export")),
 }
 
 

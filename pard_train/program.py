@@ -230,4 +230,6 @@ def _shown(value: Any) -> str:
     """A default as the command line writes it."""
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_shown, value))}]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, dict) else "{}"
+    if isinstance(value, dict):
+        return "{}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

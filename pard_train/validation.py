@@ -134,6 +134,15 @@ def validate_verify(config: Config) -> None:
         raise UserError("verify.benchmarks is empty: give a list, for example verify.benchmarks=[humaneval]")
 
 
+def validate_load(config: Config) -> None:
+    """Check a measurement under load. Raises UserError."""
+    _check_settings(config, "output_dir")
+    _check_pair(config)
+    for name in ("benchmarks", "num_draft_tokens", "concurrency"):
+        if not getattr(config.load, name):
+            raise UserError(f"load.{name} is empty: give a list with at least one entry")
+
+
 def validate_generate(config: Config) -> None:
     """Check a chat. Raises UserError."""
     check_ranges(config)
@@ -220,7 +229,7 @@ def _check_trainer(config: Config) -> None:
 
 
 def _check_deepspeed(config: Config) -> None:
-    if config.deepspeed and "RANK" not in os.environ:
+    if config.deepspeed and "RANK" not in os.environ and not config.plan_only:
         raise UserError(
             "deepspeed=... needs a launcher: torchrun --nproc_per_node N recipes/train.py ..., or "
             "deepspeed --no_local_rank --num_gpus N recipes/train.py ...; for one process, deepspeed=none"

@@ -1,4 +1,4 @@
-"""The whole job of one experiment: prompts -> answers of the targets -> training -> evaluation -> export.
+"""The whole job of one experiment: prompts -> answers of the targets -> training -> evaluation -> export -> speed.
 
     python recipes/quickstart.py experiment=quickstart
     python recipes/quickstart.py experiment=qwen2.5-0.5b            # a GPU node with a model hub
@@ -25,23 +25,23 @@ def run(config: Config) -> None:
     """Run the steps in order."""
     from pard_train.data.prompts import PROMPTS_FOLDER, prepare
     from pard_train.device import dtype_name
-    from pard_train.evaluation.evaluate import evaluate, find_result
+    from pard_train.evaluation.evaluate import evaluate_once, on_stand_in
     from pard_train.evaluation.monitor import build_monitor
     from pard_train.fingerprints import model_fingerprint
     from pard_train.model import inspect_base
     from pard_train.publishing.export import check_targets, export
-    from pard_train.reports.curves import RUN_PAGE
     from pard_train.reports.records import ACCEPTANCE_FILE
-    from pard_train.reports.report import PAGE_FILE, render_report, tau_below
+    from pard_train.reports.report import PAGE_FILE, render_report, render_speed, tau_below
     from pard_train.runs import CONFIG_FILE, claim_product, read_json
     from pard_train.targets.regeneration import ANSWERS_FILE, ANSWERS_FOLDER, write_answers
-    from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER, check_output, train
+    from pard_train.training.inputs import check_output
+    from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER, train
 
-    root, started = Path(config.output_dir), time.time()
+    root, started, steps = Path(config.output_dir), time.time(), 6 if config.stand_in.times else 5
     answers, train_dir, evaluation_dir = root / ANSWERS_FOLDER, root / "train", root / "evaluation"
 
     def step(number: int, what: str) -> None:
-        print(f"\n[{number}/5] {what} ({(time.time() - started) / 60:.1f} min so far)", flush=True)
+        print(f"\n[{number}/{steps}] {what} ({(time.time() - started) / 60:.1f} min so far)", flush=True)
 
     data = replace(config.data, source=str(answers / ANSWERS_FILE))
     training = replace(config, data=data, output_dir=str(train_dir), resume=(train_dir / CONFIG_FILE).exists())
@@ -70,7 +70,7 @@ def run(config: Config) -> None:
         evaluate=replace(training.evaluate, drafts=drafts),
         output_dir=str(evaluation_dir),
     )
-    document = find_result(evaluation) or evaluate(evaluation)
+    document = evaluate_once(evaluation)
     print("\n" + render_report(document))
     trained = {**document, "records": [record for record in document["records"] if record["draft"] == "after"]}
     if misses := tau_below(trained, config.evaluate.fail_below):
@@ -84,11 +84,15 @@ def run(config: Config) -> None:
     evaluated = read_json(evaluation_dir / CONFIG_FILE)
     made_from = {"draft": model_fingerprint(drafts["after"]), "targets": config.targets, "evaluation": evaluated}
     claim_product(root / "export", made_from)
-    if not (root / "export").exists():
-        for folder in export(exported):
-            print(f"exported and reloaded: {folder}")
-    pages = f"{evaluation_dir / PAGE_FILE} (acceptance) and {train_dir / RUN_PAGE} (training)"
-    print(f"done in {(time.time() - started) / 60:.1f} min; open {pages} in a browser")
+    for folder in export(exported) if not (root / "export").exists() else ():
+        print(f"exported and reloaded: {folder}")
+
+    if times := config.stand_in.times:
+        step(6, f"speed on a stand-in for a target {times} times the draft's cost: same text, each layer {times} times")
+        print(render_speed(evaluate_once(on_stand_in(evaluation, drafts["after"], root / "stand_in"))))
+    print(
+        f"done in {(time.time() - started) / 60:.1f} min; pages: {evaluation_dir / PAGE_FILE}, {train_dir / PAGE_FILE}"
+    )
 
 
 if __name__ == "__main__":

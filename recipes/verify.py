@@ -4,6 +4,8 @@
     python recipes/verify.py draft.path=outputs/my-draft/export targets=[Qwen/Qwen2.5-7B-Instruct] \\
         engine_python=.venv-vllm/bin/python output_dir=outputs/my-draft/verification
 
+With preflight=true it only checks, within seconds, what is known before an engine starts.
+
 Exit status 0: they agree. Exit status 3: they differ, and the first difference is printed. Exit status 2: an error.
 """
 
@@ -20,8 +22,14 @@ DIFFERS = 3  # exit status
 
 def run(config: Config) -> None:
     """Verify, print the counters, and exit with a status that says whether they agree."""
-    from pard_train.publishing.verification import VERIFICATION_FILE, render_verification, verify
+    from pard_train.publishing.verification import VERIFICATION_FILE, preflight, render_verification, verify
+    from pard_train.targets.compatibility import require
 
+    if config.verify.preflight:
+        findings = preflight(config)
+        print(*findings, sep="\n")
+        require(findings)
+        return
     report = verify(config)
     print(f"\n{render_verification(report)}\nresult: {config.output_dir}/{VERIFICATION_FILE}")
     if not report["agrees"]:

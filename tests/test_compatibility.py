@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.model import inspect_base, write_initial_draft
-from pard_train.targets.compatibility import ERROR, OK, WARNING, Finding, Model, check_engine, check_pair, require
+from pard_train.targets.compatibility import ERROR, OK, WARNING, Finding, Model, check_pair, require
+from pard_train.targets.serving import check_engine, check_environment
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +129,16 @@ def test_a_target_that_can_be_split_further_than_the_draft_is_a_warning(
 
 
 @pytest.mark.parametrize(
-    ("version", "level", "text"), [("0.15.2", ERROR, "0.16 or newer"), ("0.16.0", OK, "0.16.0"), ("", ERROR, "no vLLM")]
+    ("version", "level", "text"),
+    [
+        ("0.15.2", ERROR, "0.16 or newer"),
+        ("0.25.1", WARNING, "without CUDA graphs"),
+        ("0.26.0", WARNING, "not tested"),
+        ("0.27.1", OK, "0.27.1"),
+        ("0.32.0", OK, "0.32.0"),
+        ("0.33.0", WARNING, "not tested; 0.27.1 and 0.32.0 are"),
+        ("", ERROR, "no vLLM"),
+    ],
 )
 def test_an_engine_too_old_or_absent_is_an_error(version: str, level: str, text: str, tmp_path: Path) -> None:
     python = tmp_path / "python"  # an interpreter in whose environment that version of vLLM is installed
@@ -133,6 +147,42 @@ def test_an_engine_too_old_or_absent_is_an_error(version: str, level: str, text:
     finding = check_engine(str(python))
     assert finding.level == level
     assert text in finding.text
+
+
+def test_a_forced_model_runner_without_parallel_drafting_is_an_error() -> None:
+    (finding,) = check_environment({"VLLM_USE_V2_MODEL_RUNNER": "1"})
+    assert (finding.level, finding.subject) == (ERROR, "model runner")
+    assert [finding.level for finding in check_environment({})] == [OK]
+    levels = [finding.level for finding in check_environment({"VLLM_ATTENTION_BACKEND": "flashinfer"})]
+    assert levels == [OK, WARNING]
+
+
+def test_the_preflight_prints_all_that_is_known_and_ends_with_status_2_where_it_cannot_work(
+    draft_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 0.32.0\n")
+    python.chmod(0o755)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n')
+    command = [sys.executable, "recipes/verify.py", f"draft.path={draft_folder}", f"targets=[{base_folder}]"]
+    command += [f"benchmarks=[{prompts}]", "preflight=true", f"output_dir={tmp_path / 'out'}"]
+
+    def preflight(*more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        variables = {**os.environ, **environment}
+        return subprocess.run([*command, *more], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+
+    fine = preflight(f"engine_python={python}", "num_draft_tokens=4")
+    assert fine.returncode == 0, fine.stderr
+    subjects = [line.split(":")[0].split(maxsplit=1) for line in fine.stdout.splitlines()]
+    assert ["ok", "engine"] in subjects
+    assert ["ok", "model runner"] in subjects
+    assert ["ok", "vocabulary rows"] in subjects
+    assert "2 K = 8 tokens" in fine.stdout
+    refused = preflight(f"engine_python={python}", VLLM_USE_V2_MODEL_RUNNER="1")
+    assert refused.returncode == 2
+    assert "unset it" in refused.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interpreter_that_is_not_there_is_an_error() -> None:

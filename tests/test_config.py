@@ -42,6 +42,7 @@ NEEDED: dict[str, dict[str, str]] = {
     "compare": {"compare.results.a": "a", "compare.results.b": "b", "output_dir": "out"},
     "study": {**CHOSEN, "targets": "[t]", "evaluate.benchmarks": "[humaneval]", "study": "objectives"},
     "verify": SERVED,
+    "load": SERVED,
     "generate": {"targets": "[t]", "draft.path": "d"},
     "quickstart": {"experiment": "quickstart"},
 }

@@ -106,6 +106,9 @@ def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips
         "trainer.num_train_epochs=2",  # of one pack
         "evaluate.num_draft_tokens=[1,8]",
         "evaluate.max_new_tokens=16",
+        "stand_in.times=2",
+        "stand_in.num_rounds=1",
+        "stand_in.max_new_tokens=8",
         "monitor.every_steps=1",
         "monitor.max_prompts=1",
         "monitor.max_new_tokens=8",
@@ -124,6 +127,13 @@ def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips
     assert all(r["speed"]["num_identical_answers"] == r["num_turns"] for r in records if r["mode"] == "live")
     k1 = [r for r in records if r["draft"] == "before" and r["num_draft_tokens"] == 1 and r["mode"] == "replay"]
     assert all(r["histogram"][0] <= 1 for r in k1)  # same weights as the target: its first draft token is always right
+    assert (
+        "speed on target SmolLM2-135M-Instruct-stand-in-x2"
+        in report.split("[6/6] speed on a stand-in for a target 2 times")[1]
+    )
+    faster = json.loads((folder / "stand_in" / "acceptance.json").read_text())["records"]
+    assert {(r["dtype"], r["num_draft_tokens"]) for r in faster} == {("float32", 4)}
+    assert all(r["speed"]["num_identical_answers"] == r["num_turns"] == 1 for r in faster if r["mode"] == "live")
     config = json.loads((folder / "export" / "config.json").read_text())
     assert config["pard_token"] == 16
     assert config["vocab_size"] == 49152  # the target's own: no row was appended

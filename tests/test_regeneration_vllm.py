@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_server import ROOT, VllmServer
+from vllm_server import ROOT, num_answered, vllm_server
 
 from pard_train.data.benchmarks import load_benchmark
 from pard_train.data.chat import ChatEncoder
 from pard_train.downloads import unpack_model
+from pard_train.engines.vllm_server import VllmServer
 from pard_train.generation.decoding import end_ids_of
 from pard_train.targets.answers import Answer, prompt_key
 
@@ -33,7 +34,7 @@ NEAR_TIE = 1e-3  # logits closer than this may fall either way between two float
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[VllmServer]:
     """SmolLM2-135M-Instruct in float32."""
-    with VllmServer(unpack_model("SmolLM2-135M-Instruct"), tmp_path / "server.log", max_model_len=1024) as server:
+    with vllm_server(unpack_model("SmolLM2-135M-Instruct"), tmp_path / "server.log", max_model_len=1024) as server:
         yield server
 
 
@@ -93,12 +94,12 @@ def test_a_real_server_writes_what_this_process_writes_through_a_kill(server: Vl
     known = read_cache(tmp_path / "data")
     assert not (tmp_path / "data" / "answers" / "answers.jsonl").exists()
     time.sleep(2)  # the server ends what the client left
-    num_before = server.num_answered()
+    num_before = num_answered(server)
 
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     served = read_cache(tmp_path / "data")
-    assert server.num_answered() - num_before == len(served) - len(known)  # nothing twice, nothing left out
+    assert num_answered(server) - num_before == len(served) - len(known)  # nothing twice, nothing left out
     assert {key: served[key] for key in known} == known
 
     rows = [json.loads(line) for line in (tmp_path / "data" / "answers" / "answers.jsonl").open()]

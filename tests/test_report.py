@@ -15,10 +15,17 @@ import pytest
 from records import document, predictions, samples
 
 from pard_train.errors import UserError
-from pard_train.reports.comparison import compare, compare_results, ratios_below, render_comparison
+from pard_train.reports.comparison import (
+    compare,
+    compare_results,
+    comparison_tables,
+    ratios_below,
+    render_comparison,
+)
 from pard_train.reports.records import flatten, label_of, pooled_tau, read_result
 from pard_train.reports.report import render_report, tau_below, write_report
-from pard_train.reports.tables import Table, tau_tables
+from pard_train.reports.sections import build_sections
+from pard_train.reports.tables import Table, prediction_table, tau_tables
 
 ROOT = Path(__file__).parents[1]
 SMALL, LARGE = "Qwen2.5-7B-Instruct", "Qwen2.5-Coder-14B-Instruct"
@@ -72,6 +79,24 @@ def test_live_rows_show_speed_and_whether_the_text_is_the_targets_own(whole: dic
         for row, record in zip(rows, timed, strict=True):
             assert row[:3] == [label_of(record), "humaneval", f"{record['speed']['speedup']:.2f}x"]
             assert row[-1] == ("sampled" if record["temperature"] else "8 of 8")
+
+
+def test_a_speed_up_above_tau_is_flagged_wherever_it_stands(whole: dict[str, Any]) -> None:
+    assert "(!)" not in render_report(whole)
+    live = next(r for r in whole["records"] if r["mode"] == "live")
+    slow = {**live, "speed": {**live["speed"], "speedup": live["tau"] + 0.01}}
+    result = {**whole, "records": [slow]}
+    report = render_report(result)
+    assert f"{live['tau'] + 0.01:.2f}x (!)" in report
+    assert "the target alone decodes more slowly than it must" in " ".join(report.split())
+    speed = next(section for section in build_sections(result) if section.anchor == "speed")
+    assert speed.charts[0].rows == ["batch size 1 (!)"]
+    assert "(!) marks a speed-up above tau" in speed.text
+    (table,) = comparison_tables(compare_results({"old": {**whole, "records": [live]}, "new": result}))
+    assert table.rows[0][-1] == f"{live['speed']['speedup']:.2f}x to {live['tau'] + 0.01:.2f}x (!)"
+    row = {"num_draft_tokens": 4, "tau": 2.0, "draft_seconds": 0.1, "verify_seconds": 0.8, "speedup": 2.2}
+    predicted = {"draft": "d", "target": "t", "batch_size": 1, "rows": [row], "recommended_num_draft_tokens": 4}
+    assert prediction_table([predicted]).rows[0][-1] == "2.20x (!)"
 
 
 def test_a_matrix_too_long_for_a_screen_prints_pooled_rows_only(whole: dict[str, Any]) -> None:
@@ -339,6 +364,23 @@ def test_rows_that_a_later_result_lost_are_few_notes_and_misses_and_those_it_has
         f"draft {name}, live, T=0.7, K=8: humaneval on {SMALL}: not compared" for name in ("untrained", "pard-0.5b")
     ]
     assert f"gsm8k on {SMALL}: not compared" in lost(benchmark="gsm8k")
+
+
+def test_a_comparison_shows_what_each_draft_is_worth_at_every_batch_size_and_k(tmp_path: Path) -> None:
+    contents = dict(zip(("main", "mine"), results(), strict=True))
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "acceptance.json").write_text(json.dumps(content))
+    own = predictions(contents["mine"])
+    (tmp_path / "mine" / "predictions.json").write_text(json.dumps(own))  # the other one was not timed
+    compare({name: str(tmp_path / name) for name in contents}, tmp_path / "out")
+    table = (tmp_path / "out" / "compare.md").read_text().split("predicted speed-up by batch size and K")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "mine: " in line]
+    assert len(rows) == len(own) > 1
+    for row, p in zip(rows, own, strict=True):
+        assert row[:4] == [f"mine: {p['draft']}", p["target"], str(p["batch_size"]), row[3]]
+        assert row[4:] == [f"{r['speedup']:.2f}x" for r in p["rows"]]
+    assert "predicted speed-up by batch size" in (tmp_path / "out" / "compare.html").read_text()
 
 
 def test_nothing_comparable_is_an_error(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_speed_up_is_tau_times_a_plain_step_over_a_speculative_one() -> None:
         "tau": 3.6,
         "draft_seconds": 0.006,
         "verify_seconds": 0.030,
+        "tokens_per_second": pytest.approx(400.0),
         "speedup": pytest.approx(2.0),
     }
     assert predict({8: 3.6}, latencies) == {
@@ -47,6 +48,7 @@ def test_speed_up_is_tau_times_a_plain_step_over_a_speculative_one() -> None:
         "context_length": 128,
         "device": "cpu",
         "ar_seconds": 0.020,
+        "ar_tokens_per_second": pytest.approx(200.0),
         "rows": rows[1:2],
         "recommended_num_draft_tokens": 8,
     }

@@ -15,10 +15,12 @@ from pard_train.config.programs import (
     ExportConfig,
     GenerateConfig,
     InferenceConfig,
+    LoadConfig,
     PrepareConfig,
     RegenerateConfig,
     ScoreConfig,
     ShowConfig,
+    StandInConfig,
     StudyConfig,
     VerifyConfig,
 )
@@ -30,6 +32,7 @@ from pard_train.config.training import (
     ModelConfig,
     MonitorConfig,
     ObjectiveConfig,
+    PlanConfig,
     SourceConfig,
     TrainerConfig,
 )
@@ -43,15 +46,18 @@ __all__ = [
     "ExportConfig",
     "GenerateConfig",
     "InferenceConfig",
+    "LoadConfig",
     "LoggerConfig",
     "ModelConfig",
     "MonitorConfig",
     "ObjectiveConfig",
+    "PlanConfig",
     "PrepareConfig",
     "RegenerateConfig",
     "ScoreConfig",
     "ShowConfig",
     "SourceConfig",
+    "StandInConfig",
     "StudyConfig",
     "TrainerConfig",
     "VerifyConfig",
@@ -73,17 +79,21 @@ class Config:
     deepspeed: dict[str, Any] = setting({}, "DeepSpeed configuration (deepspeed=zero0..zero3); empty: no DeepSpeed.")
     logger: LoggerConfig = section(LoggerConfig, free=True)
     monitor: MonitorConfig = section(MonitorConfig, free=True)
+    plan: PlanConfig = section(PlanConfig, free=True)
     inference: InferenceConfig = section(InferenceConfig, free=True)
     prepare: PrepareConfig = section(PrepareConfig, free=True)
     regenerate: RegenerateConfig = section(RegenerateConfig, free=True)
     score: ScoreConfig = section(ScoreConfig, free=True)
     show: ShowConfig = section(ShowConfig, free=True)
     evaluate: EvaluateConfig = section(EvaluateConfig, free=True)
+    stand_in: StandInConfig = section(StandInConfig, free=True)
     compare: CompareConfig = section(CompareConfig, free=True)
     study: StudyConfig = section(StudyConfig, free=True)
     export: ExportConfig = section(ExportConfig, free=True)
     verify: VerifyConfig = section(VerifyConfig, free=True)
+    load: LoadConfig = section(LoadConfig, free=True)
     generate: GenerateConfig = section(GenerateConfig, free=True)
+    plan_only: bool = setting(False, "Print the plan of a training run, and do not train.", free=True)
     output_dir: str = setting("", "Folder of everything that the program writes.", free=True)
     seed: int = setting(42, "Seed of data order, COD draws, initialization and sampling.", low=0)
     resume: bool = setting(False, "Resume the run in output_dir from its newest complete checkpoint.", free=True)

@@ -109,6 +109,16 @@ class EvaluateConfig:
 
 
 @dataclass
+class StandInConfig:
+    """The last step of the quickstart: speed on a stand-in for a larger target, the first target with more layers."""
+
+    times: int = setting(0, "Times that every layer of the stand-in stands there (TARGET*N); 0 skips the step.", low=0)
+    num_draft_tokens: int = setting(4, "K.", low=1)
+    max_new_tokens: int = setting(24, "Tokens of the answer to the first prompt of the first benchmark.", low=1)
+    num_rounds: int = setting(2, "Interleaved rounds with and without the draft.", low=1)
+
+
+@dataclass
 class CompareConfig:
     """Comparison of several evaluations."""
 
@@ -153,6 +163,27 @@ class VerifyConfig:
     num_draft_tokens: int = setting(8, "K.", low=1)
     dtype: str = setting("float32", "Weights; in bfloat16 near ties may differ.", choices=DTYPES)
     timeout: float = setting(1800.0, "Seconds until the engine times out.", above=0, free=True)
+    preflight: bool = setting(False, "Only check what is known before an engine starts; takes seconds.", free=True)
+
+
+@dataclass
+class LoadConfig:
+    """vLLM under concurrent load, with and without the draft: which K to serve."""
+
+    engine_python: Optional[str] = setting(None, "Python of vLLM's environment; null takes this one.", free=True)
+    benchmarks: list[str] = setting(["humaneval"], "Prompts: benchmark names or JSONL files.")
+    max_prompts: int = setting(16, "Prompts per benchmark.", low=1)
+    max_new_tokens: int = setting(64, "Tokens per answer at most.", low=1)
+    num_draft_tokens: list[int] = setting([2, 4, 8], "Values of K to serve; those between them are predicted.", low=1)
+    concurrency: list[int] = setting([1, 4, 16], "Clients that ask at the same time, each again once answered.", low=1)
+    requests_per_client: int = setting(2, "Requests of each client in a measurement, 4 in all at least.", low=1)
+    num_rounds: int = setting(1, "Measurements of each K and number of clients.", low=1)
+    keep_servers: bool = setting(
+        False, "Run all servers at once, so that rounds interleave; needs the memory of all.", free=True
+    )
+    dtype: str = setting("float32", "Weights and activations.", choices=DTYPES)
+    server_arguments: list[str] = setting([], "Further arguments of the server, such as --enforce-eager.")
+    timeout: float = setting(900.0, "Seconds until a server or a request times out.", above=0, free=True)
 
 
 @dataclass

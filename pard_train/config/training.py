@@ -153,12 +153,23 @@ class TrainerConfig:
 
 
 @dataclass
+class PlanConfig:
+    """Where the plan of a run is made for; by default the devices of this run."""
+
+    chip: Optional[str] = setting(None, "Chip, such as H100 or MI300X; null: the device of this process.")
+    num_devices: int = setting(0, "Devices; 0: the processes of this run.", low=0)
+    utilization: float = setting(0.4, "Share of the peak rate that training reaches.", above=0, high=1)
+
+
+@dataclass
 class LoggerConfig:
     """Trackers; metrics.jsonl is always written."""
 
-    trackers: list[str] = setting([], "Any of wandb, tensorboard.", choices=("wandb", "tensorboard"))
+    trackers: list[str] = setting(
+        [], "Trackers of a run, any number.", choices=("wandb", "tensorboard", "mlflow", "trackio")
+    )
     wandb_mode: str = setting("online", "Log in with `wandb login`; WANDB_MODE wins.", choices=("online", "offline"))
-    wandb_project: str = setting("pard_train", "Weights & Biases project; WANDB_PROJECT wins.")
+    wandb_project: str = setting("pard_train", "Project of W&B and trackio; WANDB_PROJECT wins.")
     run_name: Optional[str] = setting(None, "Name of the run; null takes the name of the output folder.")
     group: Optional[str] = setting(None, "Group of a W&B run; null takes the name of the training run.")
     tags: list[str] = setting([], "Tags of a W&B run.")

@@ -35,6 +35,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+NOT_PASSED = ("PYTHONPATH", "PYTHONHOME")  # variables of our environment, not the engine's
+
 # (part of an error of vLLM, remedy)
 REMEDIES = (
     ("No module named 'vllm'", "create an environment with launch/vllm_cpu.sh; set engine_python=VENV/bin/python"),
@@ -181,14 +183,14 @@ def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: fl
         with log_path.open("w") as log, _process(command, log) as process:
             process.wait(timeout)
     except subprocess.TimeoutExpired as error:
-        raise _failure(f"timeout={timeout:g} s exceeded: raise it, or reduce the prompts", log_path) from error
+        raise failure(f"timeout={timeout:g} s exceeded: raise it, or reduce the prompts", log_path) from error
     except OSError as error:
-        raise _failure(f"engine_python={python} cannot be started: {error.strerror}", log_path) from error
+        raise failure(f"engine_python={python} cannot be started: {error.strerror}", log_path) from error
     if not result_path.exists():
-        raise _failure(_last_words(log_path, process.returncode), log_path)
+        raise failure(last_words(log_path, process.returncode), log_path)
     result = json.loads(result_path.read_text())
     if "error" in result:
-        raise _failure(result["error"], log_path)
+        raise failure(result["error"], log_path)
     answers = [EngineAnswer(**{**answer, "counters": Counters(**answer["counters"])}) for answer in result["answers"]]
     return EngineResult(result["version"], answers)
 
@@ -200,7 +202,7 @@ def _process(command: list[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
     It also ends when its standard input closes, so it does not outlive us if we are killed.
     """
     environment = {**ENVIRONMENT, **os.environ}
-    for name in ("PYTHONPATH", "PYTHONHOME"):  # of our environment, not the engine's
+    for name in NOT_PASSED:
         environment.pop(name, None)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
     with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as process:
@@ -211,13 +213,15 @@ def _process(command: list[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _last_words(log_path: Path, exit_status: int) -> str:
+def last_words(log_path: Path, exit_status: int) -> str:
+    """How the engine's process ended, and the last line of its log."""
     lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
     how = f"was killed by signal {-exit_status}" if exit_status < 0 else f"ended with status {exit_status}"
     return f"it {how}{': ' + lines[-1][:300] if lines else ''}"
 
 
-def _failure(reason: str, log_path: Path) -> Exception:
+def failure(reason: str, log_path: Path) -> Exception:
+    """UserError about an engine that failed, with the remedy where one is known."""
     from pard_train.errors import UserError  # not at the top: the engine's Python may not have pard_train
 
     remedy = next((remedy for symptom, remedy in REMEDIES if symptom in reason), None)

@@ -1,4 +1,4 @@
 """Evaluation: acceptance, live speed and engine counters of drafts x targets x benchmarks; the monitor of training.
 
-In the order of imports: speed, matrix, measurement, live, engine_records, evaluate, study, monitor.
+In the order of imports: speed, matrix, measurement, live, engine_records, load, evaluate, study, monitor.
 """

@@ -8,7 +8,7 @@ resumes an interrupted evaluation. A target that fails does not stop the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from pard_train.reports.records import (
     ACCEPTANCE_FILE,
     KINDS,
     PICTURE_FILE,
+    PREDICTIONS_FILE,
     SCHEMA_VERSION,
     Record,
     Result,
@@ -44,13 +45,13 @@ from pard_train.reports.records import (
 from pard_train.reports.report import PAGE_FILE, SAMPLES_PAGE, write_report
 from pard_train.runs import CONFIG_FILE, check_run, claim_run, locked, read_json, require_same, write_json
 from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
-from pard_train.targets.compatibility import OK, Model, check_engine, check_pair, require
+from pard_train.targets.compatibility import OK, Model, check_pair, require
+from pard_train.targets.serving import check_engine
 from pard_train.targets.target import Target, load_targets, short_name
 from pard_train.training.checkpoints import find_checkpoint, resolve_draft
 from pard_train.training.trackers import Outcome, check_trackers, log_outcome
 from pard_train.training.trainer import BEST_FOLDER, INITIAL_FOLDER
 
-PREDICTIONS_FILE = "predictions.json"
 SAMPLES_FILE = "samples.json"
 
 
@@ -262,6 +263,39 @@ def _stored_settings(folder: Path) -> dict[str, Any] | None:
     return stored | ({"drafts": {Path(draft).name: draft}} if draft else {})
 
 
+def on_stand_in(config: Config, draft: str, folder: Path) -> Config:
+    """The evaluation of a draft's speed on a stand-in for a larger target: the first target with repeated layers.
+
+    In float32: products of one row in bfloat16 are slow on many CPUs, which would flatter the draft.
+
+    Args:
+        config: of a job; its `stand_in` says how.
+        draft: its folder.
+        folder: output folder.
+    """
+    settings = config.stand_in
+    evaluation = replace(
+        config.evaluate,
+        drafts={},
+        benchmarks=config.evaluate.benchmarks[:1],
+        max_prompts=1,
+        max_new_tokens=settings.max_new_tokens,
+        num_draft_tokens=[settings.num_draft_tokens],
+        live_num_draft_tokens=settings.num_draft_tokens,
+        live_prompts=1,
+        live_rounds=settings.num_rounds,
+        fail_below={},
+    )
+    return replace(
+        config,
+        draft=replace(config.draft, path=draft),
+        targets=[f"{config.targets[0]}*{settings.times}"],
+        evaluate=evaluation,
+        inference=replace(config.inference, dtype="float32"),
+        output_dir=str(folder),
+    )
+
+
 def find_result(config: Config) -> Result | None:
     """The result of this evaluation with the present weights and prompts; None if there is none or it has failures.
 
@@ -274,6 +308,11 @@ def find_result(config: Config) -> Result | None:
     _check_folder(folder, _settings(config, drafts))
     result = read_result(folder)
     return None if result["failures"] or _named_in(result) != _named_now(config, drafts) else result
+
+
+def evaluate_once(config: Config) -> Result:
+    """The result of this evaluation: the finished one if there is one, else measured now. Raises as both do."""
+    return find_result(config) or evaluate(config)
 
 
 def _named_in(result: Result) -> set[tuple[str, str, str]]:

@@ -237,13 +237,15 @@ def predict(tau_by_k: Mapping[int, float], latencies: Latencies) -> dict[str, An
         draft, verify = latencies.draft_seconds[k], latencies.verify_seconds[k]
         speedup = tau_by_k[k] * latencies.ar_seconds / (draft + verify)
         seconds = {"draft_seconds": draft, "verify_seconds": verify}
-        rows.append({"num_draft_tokens": k, "tau": tau_by_k[k], **seconds, "speedup": speedup})
+        rate = {"tokens_per_second": latencies.batch_size * tau_by_k[k] / (draft + verify)}
+        rows.append({"num_draft_tokens": k, "tau": tau_by_k[k], **seconds, **rate, "speedup": speedup})
     best = max(rows, key=lambda row: row["speedup"], default=None)
     return {
         "batch_size": latencies.batch_size,
         "context_length": latencies.context,
         "device": latencies.device,
         "ar_seconds": latencies.ar_seconds,
+        "ar_tokens_per_second": latencies.batch_size / latencies.ar_seconds,
         "rows": rows,
         "recommended_num_draft_tokens": best["num_draft_tokens"] if best and best["speedup"] > 1 else 0,
     }

@@ -27,13 +27,13 @@ from pard_train.device import default_device
 from pard_train.downloads import local_model
 from pard_train.engines.transformers_engine import run_transformers
 from pard_train.engines.vllm_engine import Counters, EngineRequest, EngineResult, run
-from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, end_ids_of
 from pard_train.generation.proposers import Drafter
 from pard_train.model import DTYPES
 from pard_train.publishing.differences import Difference, Expectation, find_difference
 from pard_train.runs import check_run, claim_run, provenance, write_json
-from pard_train.targets.compatibility import OK, Model, check_pair, require
+from pard_train.targets.compatibility import OK, Finding, Model, require
+from pard_train.targets.serving import check_served, check_serving
 from pard_train.targets.target import first_target
 from pard_train.training.checkpoints import find_checkpoint, resolve_draft
 from pard_train.training.trackers import Outcome, check_trackers, log_outcome
@@ -59,24 +59,15 @@ def verify(config: Config) -> dict[str, Any]:
     """
     settings, folder, trust = config.verify, Path(config.output_dir), config.model.trust_remote_code
     check_trackers(config.logger)
-    benchmarks = load_benchmarks(settings.benchmarks, settings.max_prompts)
     names = {"draft": resolve_draft(config.draft.path or ""), "target": first_target(config)}
     decides = {**names, **decisive(settings), "template_kwargs": dict(config.data.template_kwargs)}
     check_run(folder, decides, resume=True)
-    draft, target = (Model.load(name, trust_remote_code=trust) for name in names.values())
-    encoder = ChatEncoder(target.tokenizer, config.data.template_kwargs)
-    prompts = {f"{b.name} {p.id}": encoder.encode_prompt(p.turns[0]) for b in benchmarks for p in b.prompts}
-    request = EngineRequest(
-        target=local_model(target.name),
-        draft=local_model(draft.name),
-        num_draft_tokens=settings.num_draft_tokens,
-        prompts=list(prompts.values()),
-        max_new_tokens=settings.max_new_tokens,
-        end_ids=sorted(end_ids_of(target.name, target.tokenizer)),
-        dtype=settings.dtype,
-        trust_remote_code=trust,
-    )
-    _require_served(draft, target, request)
+    draft, target, prompts, request = _prepare(config, names)
+    findings = check_served(draft, target, num_tokens=request.num_positions, dtype=request.dtype)
+    require(findings)
+    for finding in findings:
+        if finding.subject == "trained length" and finding.level != OK:
+            print(finding)
     claim_run(folder, decides)
     (folder / VERIFICATION_FILE).unlink(missing_ok=True)  # of an earlier run
     texts, result = _run_vllm(request, settings, folder) if settings.engine == "vllm" else run_transformers(request)
@@ -101,15 +92,45 @@ def verify(config: Config) -> dict[str, Any]:
     return report
 
 
-def _require_served(draft: Model, target: Model, request: EngineRequest) -> None:
-    """Check that the engine can serve the pair; vLLM refuses unequal vocabulary sizes. Raises UserError."""
-    findings = check_pair(draft, target, num_tokens=request.num_positions, dtype=request.dtype)
-    require(findings)
-    for finding in findings:
-        if finding.subject == "trained length" and finding.level != OK:
-            print(finding)
-        if finding.subject == "vocabulary rows" and finding.level != OK:
-            raise UserError(f"{finding.subject}: {finding.text}")
+def preflight(config: Config) -> list[Finding]:
+    """Everything that can be known about serving this draft in vLLM before it starts.
+
+    Args:
+        config: as for `verify`; nothing is written.
+
+    Raises:
+        UserError: if draft, target or prompts cannot be read.
+    """
+    names = {"draft": resolve_draft(config.draft.path or ""), "target": first_target(config)}
+    draft, target, _, request = _prepare(config, names)
+    return check_serving(
+        draft,
+        target,
+        num_tokens=request.num_positions,
+        num_draft_tokens=request.num_draft_tokens,
+        dtype=request.dtype,
+        python=config.verify.engine_python,
+    )
+
+
+def _prepare(config: Config, names: Mapping[str, str]) -> tuple[Model, Model, dict[str, list[int]], EngineRequest]:
+    """Draft, target, prompts by name, and the request to the engine."""
+    settings, trust = config.verify, config.model.trust_remote_code
+    benchmarks = load_benchmarks(settings.benchmarks, settings.max_prompts)
+    draft, target = (Model.load(names[kind], trust_remote_code=trust) for kind in ("draft", "target"))
+    encoder = ChatEncoder(target.tokenizer, config.data.template_kwargs)
+    prompts = {f"{b.name} {p.id}": encoder.encode_prompt(p.turns[0]) for b in benchmarks for p in b.prompts}
+    request = EngineRequest(
+        target=local_model(target.name),
+        draft=local_model(draft.name),
+        num_draft_tokens=settings.num_draft_tokens,
+        prompts=list(prompts.values()),
+        max_new_tokens=settings.max_new_tokens,
+        end_ids=sorted(end_ids_of(target.name, target.tokenizer)),
+        dtype=settings.dtype,
+        trust_remote_code=trust,
+    )
+    return draft, target, prompts, request
 
 
 def _run_vllm(request: EngineRequest, settings: VerifyConfig, folder: Path) -> tuple[list[list[int]], EngineResult]:

@@ -6,8 +6,9 @@ Rows are compared only if target weights, prompts, limits, precision and templat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +24,13 @@ from pard_train.reports.records import (
     flatten,
     grouped,
     label_of,
+    read_predictions,
     read_result,
+    speedup_text,
     with_interval,
 )
 from pard_train.reports.sections import Section, interval_charts, tau_cell
-from pard_train.reports.tables import NONE, Table
+from pard_train.reports.tables import NONE, Table, prediction_table
 from pard_train.reports.webpage import fill
 from pard_train.runs import run_of
 
@@ -75,12 +78,14 @@ class Comparison:
         pairs: comparable rows.
         notes: rows that cannot be compared and why, one line each.
         missing: rows of the first result that a later one lacks, several in a line.
+        predictions: of predictions.json; each draft with the name of its result.
     """
 
     first: str
     pairs: list[Pair]
     notes: list[str]
     missing: list[str]
+    predictions: Sequence[dict[str, Any]] = ()
 
     @property
     def results(self) -> list[tuple[str, Record]]:
@@ -120,6 +125,8 @@ def compare(results: Mapping[str, str], folder: Path, *, min_ratio: float | None
         comparison = compare_results({name: read_result(Path(path)) for name, path in results.items()})
         if not comparison.pairs:
             raise UserError(f"nothing to compare: {'; '.join(comparison.notes)}")
+        found = [(name, p) for name, path in results.items() for p in read_predictions(Path(path)) if p["rows"]]
+        comparison = replace(comparison, predictions=[{**p, "draft": f"{name}: {p['draft']}"} for name, p in found])
         misses = ratios_below(comparison, min_ratio)
         compared = Compared(render_comparison(comparison), ratios(comparison), misses)
         page = render_comparison_page(comparison, misses)
@@ -234,6 +241,9 @@ def ratios_below(comparison: Comparison, min_ratio: float | None) -> list[str]:
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """One table for every later result and target."""
     header = ["benchmark", "measurement", "K", "ratio", comparison.first]
+    caption = "predicted speed-up by batch size and K: tau and measured forward passes of each draft"
+    predicted = [replace(prediction_table(comparison.predictions), caption=caption)] if comparison.predictions else []
+    pairs = grouped(comparison.pairs, lambda p: (p.name, p.later["target"]))
     return [
         Table(
             [*header, name, "speed-up"],
@@ -241,18 +251,18 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             num_names=2,
             caption=f"{name} compared with {comparison.first} on target {target}",
         )
-        for (name, target), mine in grouped(comparison.pairs, lambda p: (p.name, p.later["target"])).items()
-    ]
+        for (name, target), mine in pairs.items()
+    ] + predicted
 
 
 def _pair_row(pair: Pair, *, with_draft: bool) -> list[str]:
     draft = f"{pair.later['draft']}, " if with_draft else ""
-    speeds = [record.get("speed") for record in (pair.first, pair.later)]
+    speeds = [speedup_text(record) for record in (pair.first, pair.later)]
     return [
         *(pair.later["benchmark"], draft + _how(pair.later), str(pair.later["num_draft_tokens"])),
         f"{pair.ratio:.3f}" + (" [{:.3f}, {:.3f}]".format(*pair.interval) if pair.interval else ""),
         *(with_interval(pair.first), with_interval(pair.later)),
-        " to ".join(f"{speed['speedup']:.2f}x" if speed else NONE for speed in speeds) if any(speeds) else NONE,
+        " to ".join(speeds) if {*speeds} != {NONE} else NONE,
     ]
 
 

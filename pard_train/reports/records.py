@@ -12,6 +12,7 @@ from pard_train.commands import command
 from pard_train.errors import UserError
 
 ACCEPTANCE_FILE = "acceptance.json"
+PREDICTIONS_FILE = "predictions.json"
 PICTURE_FILE = "acceptance.png"
 SCHEMA_VERSION = 2  # of acceptance.json; adding a field keeps the version, renaming or removing one raises it
 RENAMED = {  # names of schema_version 1, which results of version 0.1 and cached cells still use
@@ -52,6 +53,10 @@ TERMS = {
     "speed-up": "Tokens per second with the draft, divided by those of the target alone. Both decode the same prompts "
     "in alternation; prefill is included.",
 }
+SLOW_BASELINE = (
+    "(!) marks a speed-up above tau. A draft saves at most tau passes of the target, so there the target alone decodes "
+    "more slowly than it must, such as in bfloat16 on a CPU. Measure in float32 before you quote it."
+)
 
 
 def read_result(path: Path) -> Result:
@@ -78,6 +83,12 @@ def read_result(path: Path) -> Result:
         if missing := [field for field in REQUIRED if field not in record]:
             raise UserError(f"{file}: record {number} has no {missing[0]}: evaluate again")
     return upgrade(result)
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """Predictions of an evaluation's folder; none if it has none, or if acceptance.json is given without its folder."""
+    file = path / PREDICTIONS_FILE
+    return json.loads(file.read_text()) if file.is_file() else []
 
 
 def upgrade(result: Result) -> Result:
@@ -207,6 +218,18 @@ def failure_line(failure: dict[str, Any]) -> str:
     """A failed part of the evaluation and its reason, in one line."""
     where = ", ".join(f"{kind} {failure[kind]}" for kind in KINDS if failure[kind])
     return f"{where}: {failure['reason']}"
+
+
+def has_slow_baseline(record: Record) -> bool:
+    """Whether the measured speed-up is above tau, which only a slow baseline explains."""
+    return record["speed"]["speedup"] > record["tau"]
+
+
+def speedup_text(record: Record) -> str:
+    """The measured speed-up of a record; `5.30x (!)` if it is above tau."""
+    if not record.get("speed"):
+        return "-"
+    return f"{record['speed']['speedup']:.2f}x{' (!)' * has_slow_baseline(record)}"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

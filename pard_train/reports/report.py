@@ -13,6 +13,7 @@ from typing import Any
 from pard_train.reports.charts import write_png
 from pard_train.reports.records import (
     PICTURE_FILE,
+    SLOW_BASELINE,
     TERMS,
     Record,
     Result,
@@ -23,6 +24,7 @@ from pard_train.reports.records import (
     flatten,
     grouped,
     groups_of,
+    has_slow_baseline,
     label_of,
     pooled_tau,
     timed_records,
@@ -37,10 +39,9 @@ from pard_train.reports.tables import (
     speed_tables,
     tau_tables,
 )
-from pard_train.reports.webpage import render_page, render_samples
+from pard_train.reports.webpage import PAGE_FILE, render_page, render_samples
 
 REPORT_FILE = "report.md"
-PAGE_FILE = "report.html"
 SAMPLES_PAGE = "samples.html"
 TABLE_FILE = "acceptance.csv"
 GROUPS_FILE = "groups.csv"
@@ -81,9 +82,16 @@ def render_report(result: Result) -> str:
     if result["failures"]:
         parts += ["## Failed", "\n".join(f"- {as_markdown(failure_line(f))}" for f in result["failures"])]
     parts += ["## tau by number of draft tokens", *map(_term, ("tau", "vLLM tau")), *_tau_markdown(result)]
-    if timed := timed_records(result):
-        parts += ["## Measured speed", _term("speed-up"), *(table.markdown() for table in speed_tables(timed))]
+    parts += [render_speed(result)] if timed_records(result) else []
     return "\n\n".join(parts) + "\n"
+
+
+def render_speed(result: Result) -> str:
+    """The measured speed as Markdown; it says where the baseline is slow."""
+    timed = timed_records(result)
+    parts = ["## Measured speed", _term("speed-up"), *(table.markdown() for table in speed_tables(timed))]
+    parts += [textwrap.fill(SLOW_BASELINE, WIDTH)] * any(map(has_slow_baseline, timed))
+    return "\n\n".join(parts)
 
 
 def _term(name: str) -> str:

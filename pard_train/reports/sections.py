@@ -9,6 +9,7 @@ from typing import Any
 
 from pard_train.reports.charts import Chart, Point
 from pard_train.reports.records import (
+    SLOW_BASELINE,
     Record,
     Result,
     acceptance_records,
@@ -17,6 +18,7 @@ from pard_train.reports.records import (
     distinct,
     grouped,
     groups_of,
+    has_slow_baseline,
     label_of,
     pooled_by_label,
     pooled_tau,
@@ -150,12 +152,17 @@ def _breakdown(records: list[Record], by: str) -> Section:
     return Section(by, "", f"tau by {GROUPS[by]}", "", interval_charts(cells))
 
 
+def _flag(record: Record) -> str:
+    return " (!)" * has_slow_baseline(record)
+
+
 def _speed(records: list[Record]) -> Section:
     cells = {}
     for case, mine in grouped(records, case_of).items():
-        by_row = {(f"batch size {r['batch_size'] or 1}", label_of(r)): r["speed"] for r in mine}
+        by_row = {(f"batch size {r['batch_size'] or 1}{_flag(r)}", label_of(r)): r["speed"] for r in mine}
         cells[case] = [(row, label, [*map(speed.get, SPEEDUP)]) for (row, label), speed in by_row.items()]
     text = "Tokens per second relative to the target alone on the same prompts. Lines show the range over rounds."
+    text += f" {SLOW_BASELINE}" * any(map(has_slow_baseline, records))
     charts = interval_charts(cells, y_label="speed-up")
     return Section("speed", "Speed", "Measured speed-up", text, charts, speed_tables(records))
 

@@ -19,6 +19,7 @@ from pard_train.reports.records import (
     pooled_by_label,
     pooled_tau,
     pooled_vllm_tau,
+    speedup_text,
     with_interval,
 )
 
@@ -105,7 +106,7 @@ def _speed_row(record: Record) -> list[str]:
     speed = record["speed"]
     identical = speed["num_identical_answers"]
     return [
-        *(label_of(record), record["benchmark"], f"{speed['speedup']:.2f}x"),
+        *(label_of(record), record["benchmark"], speedup_text(record)),
         *(f"{speed['tokens_per_second']:.1f}", f"{speed['ar_tokens_per_second']:.1f}", f"{record['tau']:.2f}"),
         *(str(record["num_draft_tokens"]), str(record["batch_size"] or 1)),
         "sampled" if identical is None else f"{identical} of {record['num_turns']}",
@@ -117,7 +118,7 @@ def prediction_table(predictions: Sequence[dict[str, Any]]) -> Table:
     ks = sorted(distinct(row["num_draft_tokens"] for p in predictions for row in p["rows"]))
     rows = []
     for p in predictions:
-        by_k = {row["num_draft_tokens"]: f"{row['speedup']:.2f}x" for row in p["rows"]}
+        by_k = {row["num_draft_tokens"]: speedup_text({**row, "speed": row}) for row in p["rows"]}
         best = str(p["recommended_num_draft_tokens"] or "none")
         rows.append([p["draft"], p["target"], str(p["batch_size"]), best, *(by_k.get(k, NONE) for k in ks)])
     return Table(["draft", "target", "batch", "best K", *(f"K={k}" for k in ks)], rows, num_names=2)

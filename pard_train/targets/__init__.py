@@ -1,4 +1,5 @@
 """Target models: conversations, cached answers, servers, regenerated data, and scores.
 
-In the order of imports: target, answers, conversation, servers, writing, compatibility, cases, regeneration, scoring.
+In the order of imports: target, answers, conversation, servers, writing, compatibility, serving, cases, regeneration,
+scoring.
 """

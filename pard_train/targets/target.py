@@ -111,13 +111,14 @@ def first_target(config: Config) -> str:
 
 
 def short_name(name: str, among: Sequence[str]) -> str:
-    """Last part of a model's name, or the whole name if another one ends the same.
+    """Last part of a model's name, or the whole name if another one ends the same. A stand-in is named one.
 
-    >>> [short_name(name, ["a/x", "b/x", "b/y"]) for name in ("a/x", "b/y")]
-    ['a/x', 'y']
+    >>> [short_name(name, ["a/x", "b/x", "b/y", "b/y*8"]) for name in ("a/x", "b/y", "b/y*8")]
+    ['a/x', 'y', 'y-stand-in-x8']
     """
     last = Path(name).name.removeprefix("pypi:")
-    return name if sum(Path(other).name.removeprefix("pypi:") == last for other in among) > 1 else last
+    is_shared = sum(Path(other).name.removeprefix("pypi:") == last for other in among) > 1
+    return (name if is_shared else last).replace("*", "-stand-in-x")
 
 
 def _check_revision_unused(config: Config) -> None:
