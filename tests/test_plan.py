@@ -100,6 +100,7 @@ def test_zero_shards_states_then_gradients_then_weights(config: Config) -> None:
     assert parts(bf16=True)["head"] < one["head"]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("width", [4, 2])
 def test_activations_are_the_tensors_that_pytorch_saves_for_the_backward_pass(family: str, width: int) -> None:
     """By hooks on saved tensors, without parameters, their copies in bfloat16, and what the batch holds."""

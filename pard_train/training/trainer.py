@@ -154,8 +154,7 @@ def build_trainer(
         store: the tokens.
         scores: from `teacher_of`.
     """
-    output_dir = Path(config.output_dir)
-    initial = str(output_dir / INITIAL_FOLDER)
+    output_dir, initial = Path(config.output_dir), str(Path(config.output_dir) / INITIAL_FOLDER)
     dataset = build_dataset(config, store, scores, num_devices=arguments.world_size)
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
