@@ -39,7 +39,7 @@ from pard_train.training.checkpoints import resolve_draft
 LOAD_FILE = "load.json"
 SCHEMA_VERSION = 1
 MIN_REQUESTS = 4  # of a measurement
-CALIBRATION_TOKENS = 32  # answered per request of a calibration
+CALIBRATION_TOKENS = 16  # answered per request of a calibration
 SHORT_PROMPT = 32  # tokens, where steps are calibrated and not prefill
 NUM_PREFILLS = 3  # the median counts
 
@@ -254,7 +254,7 @@ def _calibrate(load: Load, server: VllmServer) -> tuple[float, dict[int, float]]
     length = min(_median_length(load.prompts), load.max_model_len - CALIBRATION_TOKENS - 2 * load.values_of_k[-1] - 1)
     ask(1, SHORT_PROMPT)  # warm-up
     alone = [ask(1, length)[0] for _ in range(NUM_PREFILLS)]
-    seconds = {1: _step_seconds(alone)}
+    seconds = {1: statistics.median(_step_seconds([reply]) for reply in alone)}
     seconds |= {b: _step_seconds(ask(b, SHORT_PROMPT)) for b in load.settings.concurrency if b > 1}
     return statistics.median(reply.first_token_seconds for reply in alone), seconds
 
