@@ -32,6 +32,7 @@ from pard_train.generation.proposers import Drafter
 from pard_train.model import DTYPES
 from pard_train.runs import check_run, claim_run, provenance, write_json
 from pard_train.targets.compatibility import Model, require
+from pard_train.targets.servers import quiet_http
 from pard_train.targets.serving import check_serving
 from pard_train.targets.target import first_target
 from pard_train.training.checkpoints import resolve_draft
@@ -279,6 +280,7 @@ def _ask(
     body: Mapping[str, Any],
 ) -> list[Reply]:
     """Replies in the order of the prompts, with so many in flight. Raises UserError if the server fails."""
+    quiet_http()
     try:
         return asyncio.run(_ask_all(server, prompts, concurrency, timeout, max_tokens, body))
     except openai.APIError as error:
