@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from training import peak, reset_peak, wait
 
 from pard_train.config import DraftConfig
-from pard_train.core.attention import chain_block_mask
+from pard_train.core.block_mask import chain_block_mask
 from pard_train.device import default_device, device_name
 from pard_train.layout import DrawKey, SlotLayout, lay_out_document, sample_chain_lengths
 

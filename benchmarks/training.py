@@ -38,7 +38,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from pard_train.config import DraftConfig, ObjectiveConfig
-from pard_train.core.attention import FLEX_BLOCK, IMPLEMENTATIONS, resolve_attention
+from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
+from pard_train.core.block_mask import FLEX_BLOCK
 from pard_train.core.cpu.products import use_onednn
 from pard_train.core.objectives import PackLoss
 from pard_train.data.chat import Document

@@ -5,6 +5,7 @@
 #   NUM_NODES=2 NODE_RANK=0 MASTER=node0:29500 launch/torchrun.sh ...      (the same on node 1 with NODE_RANK=1)
 #
 # NUM_PROCESSES: processes per node; default: one per GPU, one without a GPU.
+# MAX_RESTARTS: times that torchrun starts all processes again after one has died; training resumes; default 0.
 # PROGRAM: another program that shares its work, data_scripts/regenerate.py or, on one node, data_scripts/score.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,4 +20,4 @@ fi
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1  # passed on to the processes, which save
 export TORCHELASTIC_SIGNALS_TO_HANDLE="$PET_SIGNALS_TO_HANDLE"  # the same for PyTorch before 2.13
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"  # seconds to save before it kills them
-exec torchrun "${topology[@]}" --nproc_per_node "$processes" "${PROGRAM:-recipes/train.py}" "$@"
+exec torchrun "${topology[@]}" --nproc_per_node "$processes" --max-restarts "${MAX_RESTARTS:-0}" "${PROGRAM:-recipes/train.py}" "$@"

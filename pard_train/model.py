@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -21,11 +23,13 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from pard_train.architectures import why_refused, windows_of
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.core.cpu.products import use_onednn
 from pard_train.device import default_device
 from pard_train.downloads import local_model
 from pard_train.errors import UserError
+from pard_train.kept_layers import keep_layers, resolve_keep_layers
 from pard_train.mask_token import choose_mask_token, mask_token_of, set_draft_keys
 from pard_train.runs import new_folder
 
@@ -48,8 +52,9 @@ TOKENIZER_FILES = (
 def _explained(path: str, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        first_line = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise UserError(f"{path}: the {what} cannot be loaded: {first_line}") from error
 
 
@@ -65,18 +70,14 @@ def load_config(path: str, *, trust_remote_code: bool = False, revision: str | N
     """Config of a model that can draft.
 
     Raises:
-        UserError: if it cannot be read, has no rotary positions, or has layers without full attention. (A mask token
-            takes the position of the token it replaces; sliding windows and recurrent layers count entries instead.)
+        UserError: if it cannot be read, or its architecture cannot draft.
     """
     with _explained(path, "config"):
         config = AutoConfig.from_pretrained(local_model(path), trust_remote_code=trust_remote_code, revision=revision)
-    layers = getattr(config, "layer_types", None) or (["sliding"] if getattr(config, "sliding_window", None) else [])
-    other_layers = set(layers) - {"full_attention"}
-    if not getattr(config, "rope_parameters", None) or other_layers:
+    if reason := why_refused(config):
         raise UserError(
-            f"{path}: a {config.model_type} model cannot become a parallel draft model"
-            f"{' (it has ' + ', '.join(sorted(other_layers)) + ' layers)' if other_layers else ''}; supported are "
-            "causal LMs with rotary positions and full attention in every layer (Qwen2, Qwen3, Llama)"
+            f"{path}: a {config.model_type} model cannot be a parallel draft model or its target: {reason}; supported "
+            "architectures are listed in docs/reference/architectures.md"
         )
     return config
 
@@ -91,12 +92,16 @@ def load_causal_lm(
     path: str,
     *,
     dtype: torch.dtype | str = "auto",
-    attention: str = "sdpa",
+    attention: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
     device_map: str | None = None,
 ) -> PreTrainedModel:
-    """A causal LM from safetensors. `dtype="auto"` keeps that of the checkpoint.
+    """A causal LM from safetensors.
+
+    Args:
+        dtype: "auto" keeps that of the checkpoint.
+        attention: name of an attention function; None takes the fastest that the architecture has.
 
     Raises:
         UserError: if it cannot be loaded, or weights are missing (they would be random).
@@ -171,6 +176,7 @@ class Base:
         tokenizer: its tokenizer.
         mask_token_id: of the draft to be made from it.
         is_draft: it already is a draft model, whose mask token and row are kept.
+        keep: layers that the draft keeps, their number, or None for all.
     """
 
     config: ModelConfig
@@ -178,6 +184,7 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     mask_token_id: int
     is_draft: bool
+    keep: int | list[int] | None = None
 
 
 def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
@@ -189,31 +196,43 @@ def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
     path, trust, revision = config.path, config.trust_remote_code, config.revision
     model_config = load_config(path, trust_remote_code=trust, revision=revision)
     tokenizer = load_tokenizer(path, trust_remote_code=trust, revision=revision)
+    window = min((window for window in windows_of(model_config) if window is not None), default=None)
+    if window is not None and window < draft.num_draft_tokens:
+        raise UserError(
+            f"draft.num_draft_tokens={draft.num_draft_tokens}: a chain must fit into the sliding window of {window} "
+            f"tokens that {path} has; give draft.num_draft_tokens<={window}"
+        )
+    keep = resolve_keep_layers(config.keep_layers, model_config.num_hidden_layers)
     existing = mask_token_of(model_config)
     if existing is None:
         mask_token_id = choose_mask_token(tokenizer, model_config.vocab_size, draft)
-        return Base(config, model_config.vocab_size, tokenizer, mask_token_id, is_draft=False)
+        return Base(config, model_config.vocab_size, tokenizer, mask_token_id, is_draft=False, keep=keep)
     wanted = tokenizer.get_vocab().get(draft.mask_token) if draft.mask_token else draft.mask_token_id
     if wanted not in (None, existing):
         raise UserError(
             f"draft.mask_token_id={wanted}, but {path} already is a draft model with mask token {existing}: leave "
             "draft.mask_token_id and draft.mask_token null"
         )
-    return Base(config, model_config.vocab_size, tokenizer, existing, is_draft=True)
+    return Base(config, model_config.vocab_size, tokenizer, existing, is_draft=True, keep=keep)
 
 
-def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path) -> None:
+def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path, texts: Iterable[np.ndarray] = ()) -> None:
     """Write the untrained draft model: the base model with a mask token and the keys that engines read.
 
     Args:
         base: from `inspect_base`.
         num_draft_tokens: K_train, recorded in config.json.
         folder: written atomically; left alone if it exists.
+        texts: token ids of documents, to choose the layers that are kept.
     """
     if folder.exists():
         return
     path, trust, revision = base.config.path, base.config.trust_remote_code, base.config.revision
     model = load_causal_lm(path, trust_remote_code=trust, revision=revision)
+    if base.keep is not None:
+        kept = keep_layers(model, base.keep, base.config.keep_layers_by, texts)
+        print(f"layers kept of {path}: {', '.join(map(str, kept))}")
+        model.config.pard_kept_layers = kept
     if not base.is_draft:
         add_mask_token(model, base.mask_token_id)
         model.config.pard_base = path

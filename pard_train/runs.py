@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"  # of a training run: every line of its log
+PLAN_FILE = "plan.json"  # of a training run: what it was expected to take
 MANIFEST_FILE = "manifest.json"  # of a data set: what it was made of, and how much of it is where
 SEAL_FILE = "files.json"  # in every checkpoint: its files and their sizes in bytes
 CHECKSUM_BLOCK = 2**24  # bytes

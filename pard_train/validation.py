@@ -231,7 +231,7 @@ def _check_trainer(config: Config) -> None:
 
 
 def _check_deepspeed(config: Config) -> None:
-    if config.deepspeed and "RANK" not in os.environ:
+    if config.deepspeed and "RANK" not in os.environ and not config.plan_only:
         raise UserError(
             "deepspeed=... needs a launcher: torchrun --nproc_per_node N recipes/train.py ..., or "
             "deepspeed --no_local_rank --num_gpus N recipes/train.py ...; for one process, deepspeed=none"

@@ -30,12 +30,12 @@ def run(config: Config) -> None:
     from pard_train.fingerprints import model_fingerprint
     from pard_train.model import inspect_base
     from pard_train.publishing.export import check_targets, export
-    from pard_train.reports.curves import RUN_PAGE
     from pard_train.reports.records import ACCEPTANCE_FILE
     from pard_train.reports.report import PAGE_FILE, render_report, render_speed, tau_below
     from pard_train.runs import CONFIG_FILE, claim_product, read_json
     from pard_train.targets.regeneration import ANSWERS_FILE, ANSWERS_FOLDER, write_answers
-    from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER, check_output, train
+    from pard_train.training.inputs import check_output
+    from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER, train
 
     root, started, steps = Path(config.output_dir), time.time(), 6 if config.stand_in.times else 5
     answers, train_dir, evaluation_dir = root / ANSWERS_FOLDER, root / "train", root / "evaluation"
@@ -90,7 +90,9 @@ def run(config: Config) -> None:
     if times := config.stand_in.times:
         step(6, f"speed on a stand-in for a target {times} times the draft's cost: same text, each layer {times} times")
         print(render_speed(evaluate_once(on_stand_in(evaluation, drafts["after"], root / "stand_in"))))
-    print(f"done in {(time.time() - started) / 60:.1f} min; see {evaluation_dir / PAGE_FILE}, {train_dir / RUN_PAGE}")
+    print(
+        f"done in {(time.time() - started) / 60:.1f} min; pages: {evaluation_dir / PAGE_FILE}, {train_dir / PAGE_FILE}"
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def run(config: Config) -> None:
     """Train, evaluate, and print the table."""
     from pard_train.evaluation.evaluate import evaluate, find_result
     from pard_train.evaluation.study import drafts_of, plan_runs, train_run, write_study
-    from pard_train.training.trainer import check_output
+    from pard_train.training.inputs import check_output
 
     folder = Path(config.output_dir)
     runs = plan_runs(config.study, task_overrides(), folder)

@@ -17,13 +17,17 @@ def run(config: Config) -> None:
     """Train, and print the next command."""
     from pard_train.device import this_process
     from pard_train.evaluation.monitor import build_monitor
-    from pard_train.reports.curves import RUN_PAGE
+    from pard_train.reports.webpage import PAGE_FILE
+    from pard_train.training.plan import plan_run
     from pard_train.training.trainer import train
 
+    if config.plan_only:
+        print(plan_run(config).render())
+        return
     draft = train(config, build_monitor(config))
     if this_process().is_main_process:
         run_folder = draft.parent
-        print(f"draft model: {draft}\nreport: {run_folder / RUN_PAGE}")
+        print(f"draft model: {draft}\nreport: {run_folder / PAGE_FILE}")
         print(f"next: {command('export')} draft.path={run_folder} output_dir={run_folder}/export")
 
 

@@ -8,20 +8,19 @@ import torch
 from tiny import build_model, conversations
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
+from pard_train.architectures import windows_of
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.core import attention
 from pard_train.core.attention import (
-    FLEX_BLOCK,
     IMPLEMENTATIONS,
     MAX_BLOCK_SLOTS,
     ChainBlock,
     attention_inputs,
-    chain_block_mask,
     plan_split,
-    split_attention,
 )
+from pard_train.core.block_mask import FLEX_BLOCK, chain_block_mask
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import Member, PardCollator
 from pard_train.layout import DrawKey, SlotLayout, is_visible, lay_out_document, sample_chain_lengths
@@ -45,7 +44,7 @@ def build_pack(
 def packed_logits(model: PreTrainedModel, batch: dict[str, Tensor], layout: SlotLayout, form: str) -> Tensor:
     """Logits of every slot, [T, V]."""
     model.set_attn_implementation(IMPLEMENTATIONS[form])
-    inputs = attention_inputs(form, layout)
+    inputs = attention_inputs(form, layout, windows_of(model.config))
     return model(input_ids=batch["input_ids"], position_ids=layout.position[None], use_cache=False, **inputs).logits[0]
 
 
@@ -95,9 +94,11 @@ def test_split_attention_has_the_gradients_of_the_dense_oracle(family: str, toke
         torch.testing.assert_close(split, dense, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("num_draft_tokens", [1, 4, 8, 40])
+@pytest.mark.parametrize("num_draft_tokens, window", [(1, None), (4, None), (8, None), (40, None), (4, 4), (8, 200)])
 @pytest.mark.parametrize("num_padding", [0, 1, 300, "to one slot short of a block"])
-def test_the_block_mask_is_the_one_that_all_pairs_give(num_draft_tokens: int, num_padding: int | str) -> None:
+def test_the_block_mask_is_the_one_that_all_pairs_give(
+    num_draft_tokens: int, num_padding: int | str, window: int | None
+) -> None:
     draft = DraftConfig(num_draft_tokens=num_draft_tokens, min_retention=0.4)
     sizes = ((300, 400), (1, 1), (20, 3), (0, 128), (900, 20), (128, 128))
     documents = []
@@ -109,12 +110,12 @@ def test_the_block_mask_is_the_one_that_all_pairs_give(num_draft_tokens: int, nu
     padding = lay_out_document(np.zeros(num_padding, dtype=np.int64), -1)
     parts = ([getattr(d, name) for d in (*documents, padding)] for name in ("document", "anchor", "depth"))
     layout = SlotLayout(*(torch.from_numpy(np.concatenate(part)) for part in parts))
-    ours = chain_block_mask(layout)
-    visible = is_visible(layout, layout)
+    ours = chain_block_mask(layout, window)
+    visible = is_visible(layout, layout, window)
     theirs = create_block_mask(lambda b, h, q, k: visible[q, k], None, None, len(layout), len(layout), device="cpu")
     assert torch.equal(create_mask(ours.mask_mod, 1, 1, len(layout), len(layout), device="cpu")[0, 0], visible)
     assert ours.seq_lengths == theirs.seq_lengths
-    assert ours.full_kv_num_blocks.sum() > 0
+    assert window is not None or ours.full_kv_num_blocks.sum() > 0
     for name in ("kv", "full_kv", "q", "full_q"):
         counts, indices = (getattr(theirs, f"{name}_{part}") for part in ("num_blocks", "indices"))
         assert torch.equal(getattr(ours, f"{name}_num_blocks"), counts), name
@@ -159,7 +160,7 @@ def test_blocks_of_the_split_form_hold_whole_chains_and_stay_small() -> None:
         documents.append(lay_out_document(sample_chain_lengths(loss_mask, draft, DrawKey(0, 0, number)), number))
     parts = ([getattr(d, name) for d in documents] for name in ("document", "anchor", "depth"))
     layout = SlotLayout(*(torch.from_numpy(np.concatenate(part)) for part in parts))
-    plan = plan_split(layout)
+    plan = plan_split(layout).pieces
     blocks = [piece for piece in plan if isinstance(piece, ChainBlock)]
     assert [piece.start for piece in plan[1:]] == [piece.stop for piece in plan[:-1]]  # in order, nothing left out
     assert plan[-1].stop == len(layout)
@@ -183,8 +184,42 @@ def test_blocks_of_the_split_form_hold_whole_chains_and_stay_small() -> None:
 def test_split_attention_equals_one_masked_softmax(
     num_draft_tokens: int, dtype: torch.dtype, in_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Output and gradients of random queries, keys and values with grouped heads, against all pairs at once."""
     monkeypatch.setattr(attention, "takes_onednn", lambda *_: in_blocks)  # either way, on every processor
+    compare_with_all_pairs("split", dtype, num_draft_tokens)
+
+
+@pytest.mark.parametrize(
+    "layer", [(9, None, None), (40, None, None), (20, 2.0, None), (None, 2.0, None), (20, None, 1.5)]
+)
+@pytest.mark.parametrize(
+    "form, dtype, in_blocks",
+    [
+        ("split", torch.float64, False),
+        ("split", torch.float32, True),
+        ("split", torch.bfloat16, False),
+        ("dense", torch.float64, False),
+    ],
+)
+def test_a_window_a_cap_and_sinks_are_those_of_one_masked_softmax(
+    layer: tuple[int | None, float | None, float | None],
+    form: str,
+    dtype: torch.dtype,
+    in_blocks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "takes_onednn", lambda *_: in_blocks)
+    compare_with_all_pairs(form, dtype, 8, *layer)
+
+
+def compare_with_all_pairs(
+    form: str,
+    dtype: torch.dtype,
+    num_draft_tokens: int,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink: float | None = None,
+) -> None:
+    """Output and gradients of random queries, keys and values with grouped heads, against all pairs at once."""
     draft = DraftConfig(num_draft_tokens=num_draft_tokens)
     loss_masks = [np.array([False] * p + [True] * a) for p, a in ((7, 150), (2, 1), (30, 60))]
     documents = [
@@ -196,12 +231,17 @@ def test_split_attention_equals_one_masked_softmax(
     shapes = [(1, heads, len(layout), 16) for heads in (6, 2, 2)]
     inputs = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
     upstream = torch.randn(1, len(layout), 6, 16, generator=generator).to(dtype)
-    out, _ = split_attention(torch.nn.Module(), *inputs, None, scaling=0.3, **attention_inputs("split", layout))
+    layer = {"sliding_window": window, "softcap": softcap, "s_aux": None if sink is None else torch.full((6,), sink)}
+    attend, masks = AttentionInterface()[IMPLEMENTATIONS[form]], attention_inputs(form, layout, (window,))
+    out, _ = attend(torch.nn.Module(), *inputs, None, scaling=0.3, **masks, **layer)
     ours = [out, *torch.autograd.grad(out, inputs, upstream)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     q, k, v = exact[0], *(x.repeat_interleave(3, dim=1) for x in exact[1:])
-    scores = (0.3 * q @ k.transpose(2, 3)).masked_fill(~is_visible(layout, layout), -torch.inf)
-    dense = (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    scores = 0.3 * q @ k.transpose(2, 3)
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~is_visible(layout, layout, window), -torch.inf)
+    total = scores.exp().sum(dim=-1, keepdim=True) + (0 if sink is None else np.exp(sink))
+    dense = (scores.exp() / total @ v).transpose(1, 2)
     theirs = [dense, *torch.autograd.grad(dense, exact, upstream.double())]
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     for mine, oracle in zip(ours, theirs, strict=True):

@@ -74,8 +74,8 @@ def stated(group: str, option: str) -> dict[str, Any]:
     defaults = tree.pop("defaults", [])
     package = {"experiment": "", "cod": "draft.", "source": f"prepare.sources.{option}."}.get(group, f"{group}.")
     names = flat(tree, package) if tree else {}
-    for entry in defaults:  # an experiment's own choices of groups; its values win over theirs
-        ((choice, chosen),) = entry.items()
+    for entry in defaults:  # an experiment's own choices of groups, or one it starts from; its values win over theirs
+        ((choice, chosen),) = {group: entry}.items() if isinstance(entry, str) else entry.items()
         for one in [chosen] if isinstance(chosen, str) else chosen:
             names = stated(choice.removeprefix("override /"), one) | names
     return names

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.core import head as slot_head
-from pard_train.core.attention import attention_inputs
+from pard_train.core.attention import IMPLEMENTATIONS, attention_inputs
 from pard_train.core.head import Reweigh, score_slots
 from pard_train.core.objectives import DepthStatistics, PackLoss, cat_weights, dpace_weights, slot_weights
 from pard_train.core.terms import SlotTargets
@@ -269,6 +269,7 @@ def test_the_loss_of_a_pack_is_the_sum_over_slots_from_the_models_own_logits(nam
     layout = SlotLayout(*(pack[part][0] for part in ("document", "anchor", "depth")))
     supervised = torch.nonzero(pack["labels"][0] != IGNORE_INDEX).squeeze(1)
     with torch.no_grad():
+        model.set_attn_implementation(IMPLEMENTATIONS["dense"])
         inputs = attention_inputs("dense", layout)
         logits = model(pack["input_ids"], position_ids=layout.position[None], **inputs).logits[0, supervised]
     labels, ids = pack["labels"][0, supervised], pack["teacher_ids"][0].long()

@@ -170,6 +170,25 @@ def test_processes_with_other_settings_are_named_before_the_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+KILL = """
+import os, signal, sys
+from transformers import Trainer
+import train
+from pard_train.program import hydra_program
+from pard_train.validation import validate_train
+
+step = Trainer.training_step
+
+def dying(self, *args, **kwargs):
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"], self.state.global_step) == ("0", "1", 3):
+        print("killed in step 4", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+
+Trainer.training_step = dying
+sys.argv[0] = train.__file__
+hydra_program("train", validate_train, train.run)
+"""
 SRUN = """#!/usr/bin/env bash
 [ "$1" = --kill-on-bad-exit=1 ] || exit 9
 for node in 0 1; do SLURM_NODEID=$node "${@:2}" & tasks+=($!); done
@@ -227,6 +246,24 @@ def test_a_run_goes_on_with_another_number_of_processes(base_folder: Path, chats
     for step in (1, 2):
         shutil.rmtree(run / f"checkpoint-{step}")
     check_as_alone(run, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="it loads nothing to `cpu:0`, where Trainer wants the optimizer")
+def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_resumes(
+    alone: Path, base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "kill.py").write_text(KILL)
+    command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]
+    variables = {
+        "NUM_PROCESSES": "2",
+        "MAX_RESTARTS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20",
+        "PROGRAM": str(tmp_path / "kill.py"),
+    }
+    output = run_all([command], [{**variables, "PYTHONPATH": f"{ROOT}:{ROOT / 'recipes'}"}])[0]
+    assert "killed in step 4" in output
+    check_as_alone(tmp_path / "run", alone)
 
 
 def test_the_job_script_of_slurm_is_valid_bash_and_says_when_to_signal() -> None:

@@ -126,12 +126,24 @@ def test_a_slot_sees_the_text_up_to_its_anchor_and_its_own_chain_up_to_itself(nu
             assert row.tolist() == [k_document == q_document and k in seen for k_document, k in where]
 
 
+@pytest.mark.parametrize("window", [4, 5, 99])
+def test_in_a_window_a_slot_sees_what_it_saw_less_than_so_many_positions_before_its_own(window: int) -> None:
+    for loss_mask in small_masks(longest=6):
+        one = lay_out_document(sample_chain_lengths(loss_mask, keep_all(4), KEY))
+        layout = join(one, lay_out_document(np.array([1, 0]), document=1))
+        expected = is_visible(layout, layout).copy()
+        for q, k in np.argwhere(expected).tolist():
+            expected[q, k] = layout.position[q] - window < layout.position[k] <= layout.position[q]
+        assert np.array_equal(is_visible(layout, layout, window), expected)
+
+
 def test_arrays_and_tensors_have_one_rule() -> None:
     chains = [lay_out_document(np.array(lengths), i) for i, lengths in enumerate([[0, 3, 1, 0], [2], [0, 0, 3]])]
     padding = SlotLayout(np.full(3, PADDING_DOCUMENT), np.arange(3), np.zeros(3, dtype=int))
     layout = join(*chains, padding)
     tensors = SlotLayout(*map(torch.from_numpy, (layout.document, layout.anchor, layout.depth)))
-    assert torch.equal(is_visible(tensors, tensors), torch.from_numpy(is_visible(layout, layout)))
+    for window in (None, 3):
+        assert torch.equal(is_visible(tensors, tensors, window), torch.from_numpy(is_visible(layout, layout, window)))
 
 
 @few_examples

@@ -215,25 +215,6 @@ def test_mask_token_keys_that_would_kill_an_engine_are_refused(keys: dict[str, i
         mask_token_of(AutoConfig.for_model("qwen2", vocab_size=64, **keys))
 
 
-@pytest.mark.parametrize(
-    "model_type, settings, reason",
-    [
-        ("gpt2", {}, "a gpt2 model cannot become a parallel draft model"),
-        ("opt", {}, "a opt model cannot become a parallel draft model"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_attention"),
-        ("qwen3_next", {"num_hidden_layers": 4}, "linear_attention"),
-        ("mistral", {"sliding_window": 64}, "cannot become"),  # no layer_types, yet every layer has a window
-    ],
-)
-def test_a_model_that_cannot_draft_is_refused_by_name(
-    tmp_path: Path, model_type: str, settings: dict[str, Any], reason: str
-) -> None:
-    AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=reason) as error:
-        load_config(str(tmp_path))
-    assert str(error.value).startswith(str(tmp_path))
-
-
 @pytest.mark.parametrize("config", [None, "{", '{"model_type": "no-such-type"}'], ids=["missing", "torn", "unknown"])
 def test_a_config_that_cannot_be_read_is_one_line_with_its_folder(tmp_path: Path, config: str | None) -> None:
     if config is not None:

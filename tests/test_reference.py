@@ -47,6 +47,7 @@ def dense_sums(model: PreTrainedModel, documents: list[Document], draft: DraftCo
     return total, num_slots
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])  # the reference has no windows
 @pytest.mark.parametrize("num_draft_tokens", [1, 4, 8])
 def test_our_packed_step_has_the_loss_and_the_gradients_of_the_dense_reference(
     family: str, num_draft_tokens: int

@@ -26,7 +26,7 @@ from vllm_server import VllmServer
 from pard_train.config import SourceConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.rows import source_version
-from pard_train.downloads import unpack_smollm2
+from pard_train.downloads import unpack_model
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, decode
 from pard_train.model import load_tokenizer
@@ -449,7 +449,7 @@ def test_when_a_real_server_dies_another_writes_what_generation_in_this_process_
     topics = ["cats", "dogs", "bread", "rain", "rivers", "chess", "tea", "the sun", "gold", "salt", "wool", "bees"]
     turns = ["Tell me about {}, in a few words.", "And its colour, in one word?", "Thanks, say goodbye."]
     rows = [{"messages": [{"role": "user", "content": t.format(topic)} for t in turns]} for topic in topics]
-    model, too_long = unpack_smollm2(), {"messages": [{"role": "user", "content": "word " * 400}]}
+    model, too_long = unpack_model("SmolLM2-135M-Instruct"), {"messages": [{"role": "user", "content": "word " * 400}]}
     settings = {"max_new_tokens": 48, "timeout": 120.0}
     here = write(write_rows(tmp_path / "fit.jsonl", rows), tmp_path / "here", [model], **settings)
     assert here.manifest["counts"]["answers"] > len(topics)  # some conversations have several turns

@@ -19,7 +19,7 @@ from vllm_server import ROOT, num_answered, vllm_server
 
 from pard_train.data.benchmarks import load_benchmark
 from pard_train.data.chat import ChatEncoder
-from pard_train.downloads import unpack_smollm2
+from pard_train.downloads import unpack_model
 from pard_train.engines.vllm_server import VllmServer
 from pard_train.generation.decoding import end_ids_of
 from pard_train.targets.answers import Answer, prompt_key
@@ -34,7 +34,7 @@ NEAR_TIE = 1e-3  # logits closer than this may fall either way between two float
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[VllmServer]:
     """SmolLM2-135M-Instruct in float32."""
-    with vllm_server(unpack_smollm2(), tmp_path / "server.log", max_model_len=1024) as server:
+    with vllm_server(unpack_model("SmolLM2-135M-Instruct"), tmp_path / "server.log", max_model_len=1024) as server:
         yield server
 
 
@@ -80,7 +80,7 @@ def margin(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) ->
 
 @pytest.mark.slow
 def test_a_real_server_writes_what_this_process_writes_through_a_kill(server: VllmServer, tmp_path: Path) -> None:
-    model_folder, prompts = unpack_smollm2(), write_prompts(tmp_path / "prompts.jsonl")
+    model_folder, prompts = unpack_model("SmolLM2-135M-Instruct"), write_prompts(tmp_path / "prompts.jsonl")
     command = [sys.executable, str(ROOT / "data_scripts" / "regenerate.py"), f"output_dir={tmp_path / 'data'}"]
     command += [f"targets=[{model_folder}]", f"regenerate.prompts={prompts}", f"inference.servers=[{server.url}]"]
     command += [f"regenerate.max_new_tokens={MAX_NEW_TOKENS}", "inference.concurrency=4"]

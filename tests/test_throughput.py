@@ -42,6 +42,9 @@ WORK = Work(slots=10, supervised=6, pairs=40, tokens=3)
 def test_weights_counted_from_the_config_are_those_of_the_model(family: str, tied: bool) -> None:
     model = build_model(family, seed=0, tied=tied)
     shape = ModelShape.of(model.config)
+    if family == "gemma3":  # its windows are not counted
+        assert shape is None
+        return
     assert shape is not None
     linear = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     assert shape.layer_weights == sum(module.weight.numel() for module in linear)
@@ -94,6 +97,7 @@ def test_the_bytes_of_a_step_are_those_counted_by_hand() -> None:
     assert moved.total == expected.products + expected.attention + expected.optimizer
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_operations_of_the_real_forward_and_backward_are_those_of_the_formula(family: str) -> None:
     """By PyTorch's own counter, for a causal text through attention that computes every pair."""
     model = build_model(family, seed=0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +36,7 @@ from pard_train.training.background import Background
 from pard_train.training.trainer import train
 from recipes.compare import run as compare
 
+ROOT = Path(__file__).parents[1]
 OFFLINE = LoggerConfig(trackers=["wandb"], wandb_mode="offline", page_minutes=0)
 SECRETS = {name: f"{name.lower()}-planted-0123456789abcdef0123456789" for name in ("HF_TOKEN", "OPENAI_API_KEY")}
 SECRETS["WANDB_API_KEY"] = "0123456789abcdef0123456789abcdef01234567"
@@ -212,9 +216,65 @@ def test_a_run_says_to_wandb_that_steps_were_bad_and_that_it_failed(config: Conf
     assert "2 times in a row" in run.alerts[2].text
 
 
-def test_tensorboard_runs_beside_wandb(job: Config) -> None:
-    (events,) = (Path(job.output_dir) / "tensorboard").iterdir()
-    assert b"train/accuracy/depth_3" in events.read_bytes()
+def test_tensorboard_shows_depths_in_one_chart_and_tau_with_its_interval(job: Config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    events = EventAccumulator(str(Path(job.output_dir) / "tensorboard")).Reload()
+    last = [line for line in metrics(job) if "eval/tau/mean" in line][-1]
+    assert events.Scalars("eval/tau/mean")[-1].value == pytest.approx(last["eval/tau/mean"])
+    (layout,) = events.Tensors("custom_scalars__config__")
+    shown = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
+    charts = {chart.title: chart for category in shown.category for chart in category.chart}
+    tags = events.Tags()["scalars"]
+    for title, number in (("accuracy", 4), ("loss", 4), ("all", 3)):
+        (pattern,) = charts[title].multiline.tag
+        assert len([tag for tag in tags if re.fullmatch(pattern, tag)]) == number
+    (series,) = charts["base/easy"].margin.series
+    assert [series.value, series.lower, series.upper] == [
+        f"eval/{name}/base/easy" for name in ("tau", "tau_low", "tau_high")
+    ]
+    assert {series.value, series.lower, series.upper} <= set(tags)
+
+
+def test_mlflow_keeps_a_run_in_the_output_folder(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    train(replace(config, logger=LoggerConfig(trackers=["mlflow"], page_minutes=0)))
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mine' / 'mlflow.db'}")
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert run.info.run_name == "mine"
+    losses = [entry.value for entry in client.get_metric_history(run.info.run_id, "loss")]
+    assert losses == pytest.approx([line["loss"] for line in metrics(config)])
+
+
+def test_trackio_keeps_a_run_on_this_machine(config: Config, tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    folder = tmp_path / "trackio"  # which trackio reads when it is imported
+    command = [
+        sys.executable,
+        "recipes/train.py",
+        f"model.path={config.model.path}",
+        f"data.source={config.data.source}",
+    ]
+    command += ["draft.num_draft_tokens=4", "data.slot_budget=2048", "trainer.max_steps=2", "trainer.logging_steps=1"]
+    command += ["logger.trackers=[trackio]", f"output_dir={config.output_dir}"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "TRACKIO_DIR": str(folder)}, check=True, timeout=120)
+    with sqlite3.connect(folder / "pard_train.db") as database:
+        rows = database.execute("SELECT run_name, metrics FROM metrics ORDER BY id").fetchall()
+    assert {name for name, _ in rows} == {"mine"}
+    losses = [row["train/loss"] for row in (json.loads(text) for _, text in rows) if "train/loss" in row]
+    assert losses == pytest.approx([line["loss"] for line in metrics(config)])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is not None, reason="trackio is installed")
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"logger\.trackers=\[trackio\]: trackio is not installed: pip install trackio"):
+        train(replace(config, logger=LoggerConfig(trackers=["trackio"])))
+    assert not (tmp_path / "mine").exists()
 
 
 def test_wandb_is_not_imported_unless_it_is_chosen(
@@ -318,18 +378,23 @@ def test_a_tracker_that_fails_in_the_middle_stops_nothing(
     assert "hanging has not received everything after 0 s" in caplog.text
 
 
-def test_a_stall_is_reported_once_until_training_goes_on(config: Config) -> None:
-    class Pauses(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            time.sleep(1.0 if state.global_step in (1, 3) else 0.0)
-
-    watcher = Recorder()
-    tracker = Background("watcher", watcher, stall_seconds=0.6)
-    train(replace(config, logger=LoggerConfig(page_minutes=0)), [Pauses(), tracker])
-    time.sleep(1.0)  # after the end nothing stalls
+def test_a_stall_is_reported_once_until_training_goes_on() -> None:
+    watcher, nothing = Recorder(), (None, None, None)
+    tracker: Any = Background("watcher", watcher, stall_seconds=0.4)
+    time.sleep(1.0)  # before training
+    assert watcher.stalls == []
+    tracker.on_train_begin(*nothing)
+    time.sleep(1.0)
+    assert len(watcher.stalls) == 1
+    tracker.on_step_end()
+    time.sleep(1.0)
+    assert len(watcher.stalls) == 2
+    tracker.on_step_end()
+    tracker.on_train_end(*nothing)
+    time.sleep(1.0)
     tracker.end()
     assert len(watcher.stalls) == 2
-    assert all(0.6 < seconds < 1.0 for seconds in watcher.stalls)
+    assert all(0.4 < seconds < 1.0 for seconds in watcher.stalls)
 
 
 @pytest.mark.parametrize(

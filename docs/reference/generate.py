@@ -1,4 +1,4 @@
-"""Write configuration.md and commands.md from the schema and the programs: python docs/reference/generate.py"""
+"""Write the generated reference pages from schema, programs and lists: python docs/reference/generate.py"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+from pard_train.architectures import REASONS, REFUSED, WITHOUT_WINDOW, WORKS
 from pard_train.commands import CONFIG_DIR, HOME, PROGRAMS
 from pard_train.config import Config
 from pard_train.overrides import Setting, all_settings, options
@@ -98,7 +99,43 @@ def commands() -> str:
     return "\n".join([*lines, ""])
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands}
+def architectures() -> str:
+    """Markdown of every architecture: works, or refused with the reason."""
+    works = WORKS.split()
+    lines = [
+        "# Architectures",
+        "",
+        GENERATED,
+        "",
+        "`model_type` of a model's `config.json` decides. An architecture works if one packed forward pass gives the",
+        "logits of one forward pass per chain. Training, decoding with a cache and replay must all agree.",
+        "`tests/test_architectures.py` builds each one tiny and compares. The rest is refused before weights load.",
+        "",
+        f"## Works ({len(works)})",
+        "",
+        ", ".join(f"`{kind}`" for kind in works),
+        "",
+        "Sliding windows, capped scores and attention sinks are supported. With attention sinks, FlexAttention runs on",
+        "accelerators only.",
+        "A window must hold a chain: `draft.num_draft_tokens` is at most the window.",
+        "",
+        "Refused by their settings:",
+        "",
+        f"- {', '.join(f'`{kind}`' for kind in sorted(WITHOUT_WINDOW))} with a sliding window;",
+        "- layers other than `full_attention` and `sliding_attention`;",
+        "- attention that is not causal, layers that share keys, embeddings per layer;",
+        "- rotary positions of type `dynamic` or `longrope`, whose frequencies depend on the longest text of a pack.",
+        "",
+        f"## Refused ({len(REASONS)})",
+        "",
+        "| reason | architectures |",
+        "| --- | --- |",
+    ]
+    rows = [(reason, ", ".join(f"`{kind}`" for kind in sorted(types.split()))) for reason, types in REFUSED.items()]
+    return "\n".join([*lines, *(f"| {reason} | {types} |" for reason, types in rows), ""])
+
+
+PAGES = {"architectures.md": architectures, "configuration.md": configuration, "commands.md": commands}
 
 if __name__ == "__main__":
     for page, render in PAGES.items():

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from pard_train.core.scores import Scoring, attend, softmax
+from pard_train.layout import SlotLayout, Window, is_visible, lay_out_text
+
 # Legend: T text slots of a pack, A chains that continue, R rows of a forward pass, Q rows of a block, P text tokens
-#         that it attends to, d slots of a chain, H heads, G heads per key-value head, D head size.
+#         that it attends to, d slots of a chain, H heads, G heads per key-value head, D head size, E size of a value.
 
 ATTENTION = "pard_chains"  # our name among transformers' attention functions
 
@@ -29,13 +31,28 @@ class Block:
 
     Attributes:
         keys: slots of the text's first P tokens.
-        mask: text tokens visible to each row, bool [Q, P]; None: causal.
+        num_text: P.
+        anchor: of each row, int64 [Q].
+        depth: of all rows.
     """
 
     start: int
     stop: int
     keys: slice | Tensor
-    mask: Tensor | None
+    num_text: int
+    anchor: Tensor
+    depth: int
+    _masks: dict[Window, Tensor] = field(default_factory=dict)  # shared by layers
+
+    def mask(self, window: Window) -> Tensor | None:
+        """Text tokens visible to each row, bool [Q, P]; None: causal."""
+        if len(self.anchor) == self.num_text and (window is None or self.num_text <= window) and self.depth == 0:
+            return None
+        if window not in self._masks:
+            rows = SlotLayout(self.anchor * 0, self.anchor, self.anchor * 0 + self.depth)
+            text = lay_out_text(torch.arange(self.num_text, device=self.anchor.device))
+            self._masks[window] = is_visible(rows, text, window)
+        return self._masks[window]
 
 
 class Memory:
@@ -54,8 +71,8 @@ class Memory:
         self._text: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> [H / G, T, D] twice
         self._chains: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> [H / G, A, d, D] twice
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attention of R rows: [H / G, R, G, D], and [H / G, R, D] of their own keys and values, -> like the query."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
+        """Attention of R rows: [H / G, R, G, D], and [H / G, R, D] of their own keys and values -> [H / G, R, G, E]."""
         if self.depth == 0:
             self._text[layer] = (key, value)
         else:
@@ -64,12 +81,13 @@ class Memory:
         for block in self.blocks:
             rows = slice(block.start, block.stop)
             text_key, text_value = (part[:, block.keys] for part in self._text[layer])
+            mask = block.mask(how.window)
             if self.depth == 0:
-                outputs.append(_attend_text(query[:, rows], text_key, text_value, block.mask, scaling))
+                outputs.append(_attend_text(query[:, rows], text_key, text_value, mask, how))
             else:
-                own_key, own_value = (part[:, rows] for part in self._chains[layer])
-                text, own, mask = (text_key, text_value), (own_key, own_value), cast(Tensor, block.mask)
-                outputs.append(_attend_chains(query[:, rows], text, own, mask, scaling))
+                own_key, own_value = (part[:, rows, -(how.window or 0) :] for part in self._chains[layer])
+                text, own = (text_key, text_value), (own_key, own_value)
+                outputs.append(_attend_chains(query[:, rows], text, own, cast(Tensor, mask), how))
         return torch.cat(outputs, dim=1)
 
     def _extended(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,35 +98,37 @@ class Memory:
         return torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
 
 
-def _attend_text(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def _attend_text(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how: Scoring) -> Tensor:
     """Rows over text alone: [H / G, Q, G, D] over [H / G, P, D]."""
     groups = query.shape[2]
     heads = query.transpose(1, 2).flatten(0, 1)[None]  # [1, H, Q, D]
     key, value = (part.repeat_interleave(groups, dim=0)[None] for part in (key, value))  # [1, H, P, D]
-    out = F.scaled_dot_product_attention(heads, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    out = attend(heads, key, value, how, mask, is_causal=mask is None)
     return out[0].unflatten(0, (-1, groups)).transpose(1, 2)
 
 
 def _attend_chains(
-    query: Tensor, text: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], mask: Tensor, scaling: float
+    query: Tensor, text: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], mask: Tensor, how: Scoring
 ) -> Tensor:
-    """Rows over text and over the d slots of their own chains, in one softmax (in float32).
+    """Rows over text and over the d slots of their own chains, in one softmax.
 
     Args:
         query: [H / G, Q, G, D].
-        text: keys and values, [H / G, P, D] each.
-        own: keys and values of the chains, [H / G, Q, d, D] each.
+        text: keys and values, [H / G, P, D] and [H / G, P, E].
+        own: keys and values of the chains within the window, [H / G, Q, d, D] and [H / G, Q, d, E].
         mask: text tokens visible to each row, bool [Q, P].
-        scaling: of the scores.
+        how: of the layer.
     """
     (text_key, text_value), (own_key, own_value) = text, own
     num_text, shape = text_key.shape[1], query.shape
     text_scores = (query.flatten(1, 2) @ text_key.mT).view(*shape[:3], num_text)  # [H / G, Q, G, P]
-    text_scores = text_scores.masked_fill(~mask[:, None], -torch.inf)
-    scores = torch.cat([text_scores, query @ own_key.mT], dim=-1) * scaling  # [H / G, Q, G, P + d]
-    weight = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    products = torch.cat([text_scores, query @ own_key.mT], dim=-1)  # [H / G, Q, G, P + d]
+    scores = how.cap(products * (shape[-1] ** -0.5 if how.scaling is None else how.scaling))
+    scores[..., :num_text].masked_fill_(~mask[:, None], -torch.inf)
+    sinks = None if how.sinks is None else how.sinks.view(shape[0], 1, shape[2], 1)
+    weight = softmax(scores, None, sinks)
     from_text = weight[..., :num_text].flatten(1, 2) @ text_value
-    return from_text.view(shape) + weight[..., num_text:] @ own_value
+    return from_text.view(*shape[:3], -1) + weight[..., num_text:] @ own_value
 
 
 def _attend(
@@ -117,14 +137,15 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float,
+    *,
     chain_memory: Memory,
-    **kwargs: Any,
+    **layer: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for `transformers`: query [1, H, R, D], key and value [1, H / G, R, D] -> [1, R, H, D]."""
+    """Attention function for `transformers`: query [1, H, R, D], key and value [1, H / G, R, D] -> [1, R, H, E]."""
     grouped = query[0].unflatten(0, (key.shape[1], -1)).transpose(1, 2)  # [H / G, R, G, D]
-    out = chain_memory.attend(cast(int, module.layer_idx), grouped, key[0], value[0], scaling)
-    return out.transpose(0, 1).flatten(1, 2)[None], None
+    how = Scoring.of(layer)
+    out = chain_memory.attend(cast(int, module.layer_idx), grouped, key[0], value[0], how)
+    return out.transpose(0, 1).flatten(1, 2)[None].contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pard_train.acceptance.chain_attention import Block, Memory, chain_attention
 from pard_train.generation.proposers import Drafter
-from pard_train.layout import SlotLayout, is_visible
 
 # Legend: L tokens of a text in the forward pass, A anchors whose chains continue, R rows of a forward pass,
 #         Q rows of a block, P text tokens that a block attends to.
@@ -125,7 +124,8 @@ class PackedChains:
         self._memory.kept = torch.from_numpy(kept).to(self._device())
         text, anchor = self._text[self.chain], self._anchor[self.chain]
         ids = np.full_like(anchor, self.drafter.mask_token_id)
-        return self._forward(ids, anchor + self.depth, _chain_blocks(self._texts, text, anchor, self._device()))
+        blocks = _chain_blocks(self._texts, text, anchor, self.depth, self._device())
+        return self._forward(ids, anchor + self.depth, blocks)
 
     def _device(self) -> torch.device:
         return self.drafter.runner.device
@@ -147,13 +147,15 @@ def _text_blocks(texts: list[Text], device: torch.device) -> list[Block]:
         size = MAX_BLOCK_ROWS if text.num_shared else len(text.slots)
         for start in range(text.num_shared, len(text.slots), size):
             stop = min(start + size, len(text.slots))
-            mask = _text_mask(np.arange(start, stop), stop, device) if text.num_shared else None
-            blocks.append(Block(row, row + stop - start, _keys(text.slots[:stop], device), mask))
+            keys, anchor = _keys(text.slots[:stop], device), torch.arange(start, stop, device=device)
+            blocks.append(Block(row, row + stop - start, keys, stop, anchor, depth=0))
             row += stop - start
     return blocks
 
 
-def _chain_blocks(texts: list[Text], text: np.ndarray, anchor: np.ndarray, device: torch.device) -> list[Block]:
+def _chain_blocks(
+    texts: list[Text], text: np.ndarray, anchor: np.ndarray, depth: int, device: torch.device
+) -> list[Block]:
     """Blocks of a greater depth: every row attends to its text up to its anchor; `Memory` adds its own chain."""
     blocks = []
     starts = np.flatnonzero(np.diff(text, prepend=-1))
@@ -162,7 +164,8 @@ def _chain_blocks(texts: list[Text], text: np.ndarray, anchor: np.ndarray, devic
             stop = min(start + MAX_BLOCK_ROWS, past)
             num_text = int(anchor[stop - 1]) + 1
             keys = _keys(texts[text[start]].slots[:num_text], device)
-            blocks.append(Block(start, stop, keys, _text_mask(anchor[start:stop], num_text, device)))
+            own_anchor = torch.from_numpy(anchor[start:stop]).to(device)
+            blocks.append(Block(start, stop, keys, num_text, own_anchor, depth))
     return blocks
 
 
@@ -171,13 +174,3 @@ def _keys(slots: np.ndarray, device: torch.device) -> slice | Tensor:
     if slots[-1] - slots[0] + 1 == len(slots):
         return slice(int(slots[0]), int(slots[-1]) + 1)
     return torch.from_numpy(slots).to(device)
-
-
-def _text_mask(anchor: np.ndarray, num_text: int, device: torch.device) -> Tensor:
-    """Which of the first P tokens of their text are visible from Q anchors: bool [Q, P]."""
-    rows, text = (torch.as_tensor(a, device=device) for a in (anchor, np.arange(num_text)))
-    return is_visible(_depth_0(rows), _depth_0(text))
-
-
-def _depth_0(anchor: Tensor) -> SlotLayout:
-    return SlotLayout(torch.zeros_like(anchor), anchor, torch.zeros_like(anchor))

@@ -32,6 +32,7 @@ from pard_train.config.training import (
     ModelConfig,
     MonitorConfig,
     ObjectiveConfig,
+    PlanConfig,
     SourceConfig,
     TrainerConfig,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "ObjectiveConfig",
+    "PlanConfig",
     "PrepareConfig",
     "RegenerateConfig",
     "ScoreConfig",
@@ -77,6 +79,7 @@ class Config:
     deepspeed: dict[str, Any] = setting({}, "DeepSpeed configuration (deepspeed=zero0..zero3); empty: no DeepSpeed.")
     logger: LoggerConfig = section(LoggerConfig, free=True)
     monitor: MonitorConfig = section(MonitorConfig, free=True)
+    plan: PlanConfig = section(PlanConfig, free=True)
     inference: InferenceConfig = section(InferenceConfig, free=True)
     prepare: PrepareConfig = section(PrepareConfig, free=True)
     regenerate: RegenerateConfig = section(RegenerateConfig, free=True)
@@ -90,6 +93,7 @@ class Config:
     verify: VerifyConfig = section(VerifyConfig, free=True)
     load: LoadConfig = section(LoadConfig, free=True)
     generate: GenerateConfig = section(GenerateConfig, free=True)
+    plan_only: bool = setting(False, "Print the plan of a training run, and do not train.", free=True)
     output_dir: str = setting("", "Folder of everything that the program writes.", free=True)
     seed: int = setting(42, "Seed of data order, COD draws, initialization and sampling.", low=0)
     resume: bool = setting(False, "Resume the run in output_dir from its newest complete checkpoint.", free=True)

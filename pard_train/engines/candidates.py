@@ -136,7 +136,7 @@ class PardCandidates(CandidateGenerator):
     def __init__(self, draft: Draft, num_draft_tokens: int, stop: StopRule, attention_mask: Tensor | None):
         self.draft, self.num_draft_tokens, self.stop = draft, num_draft_tokens, stop
         self.attention_mask = attention_mask
-        self.cache = DynamicCache(config=draft.model.config)
+        self.cache = DynamicCache()  # of all tokens, also for layers with a sliding window: a draft is taken back
         self.num_cached = 0
 
     def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, None]:

@@ -36,7 +36,8 @@ from pard_train.runs import fingerprint, read_json, require_same, write_json
 from pard_train.targets.cases import Case, write_case
 from pard_train.targets.target import load_targets
 from pard_train.training.callbacks import UsesTrainer
-from pard_train.training.trainer import BEST_FILE, BEST_FOLDER, PardTrainer, check_output
+from pard_train.training.inputs import check_output
+from pard_train.training.trainer import BEST_FILE, BEST_FOLDER, PardTrainer
 
 
 def build_monitor(config: Config) -> list[TrainerCallback]:

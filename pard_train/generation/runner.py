@@ -1,7 +1,8 @@
 """Forward passes over growing texts with a KV cache whose rows advance independently.
 
 The token at position p of a text is cached in column p of its row, and a query attends to the columns up to its own
-position. Later columns (rejected draft tokens, mask tokens) are masked, and overwritten when the text reaches them. So
+position, in a layer with a sliding window to the last of them. Later columns (rejected draft tokens, mask tokens) are
+masked, and overwritten when the text reaches them. So
 nothing is cropped or padded, and the buffers keep their address, as graph capture requires. Rows with fewer new tokens
 than others recompute some of their last tokens, which writes the same values again.
 
@@ -13,6 +14,7 @@ folded into one, so that keys and values are not repeated.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,17 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from pard_train.core.cpu.products import PackedLinear, can_pack
+from pard_train.core.cpu.products import OneDnnLinear, PackedLinear, can_pack
+from pard_train.core.scores import Scoring, attend
+from pard_train.layout import Window
 
 # Legend: B rows (texts), N new tokens of each, C columns of the cache, H heads, G heads per key-value head, D head
-# size, V vocabulary.
+# size, E size of a value, V vocabulary.
 
 ATTENTION = "pard_cached"
 MAX_SHAPES = 64  # of all compiled runners of a process together; one more is an error instead of a slow step
 
 
 class KVCache:
-    """Keys and values of every layer, [B * C, H / G, D] each.
+    """Keys and values of every layer, [B * C, H / G, D] and [B * C, H / G, E].
 
     Args:
         num_rows: B.
@@ -42,10 +46,11 @@ class KVCache:
         self.num_rows, self.num_columns, self.is_fixed = num_rows, num_columns, is_fixed
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def allocate(self, layer: int, like: Tensor) -> None:
+    def allocate(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Allocate the buffers of a layer. They are zero: masked columns must still be finite."""
-        shape = (self.num_rows * self.num_columns, like.shape[1], like.shape[3])
-        self.layers[layer] = like.new_zeros(shape), like.new_zeros(shape)
+        num = self.num_rows * self.num_columns
+        key_buffer, value_buffer = (like.new_zeros(num, like.shape[1], like.shape[3]) for like in (key, value))
+        self.layers[layer] = key_buffer, value_buffer
         for buffer in self.layers[layer] if self.is_fixed else ():
             torch._dynamo.mark_static_address(buffer)
 
@@ -74,12 +79,12 @@ class CacheView:
         self.num_columns, self.is_prefill = num_columns, is_prefill
         rows = torch.arange(first_row, first_row + len(positions), device=positions.device)
         self.places = (rows[:, None] * cache.num_columns + positions).flatten()  # [B * N]
-        self._mask: Tensor | None = None  # the same in every layer
+        self._masks: dict[tuple[Window, torch.device], Tensor] = {}  # shared by layers
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values, [B, H / G, N, D]. Returns those to attend to, [B, H / G, C, D]."""
         if layer not in self.cache.layers:
-            self.cache.allocate(layer, key)
+            self.cache.allocate(layer, key, value)
         places, visible = self.places.to(key.device), []
         for buffer, new in zip(self.cache.layers[layer], (key, value), strict=True):
             buffer.index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
@@ -88,14 +93,16 @@ class CacheView:
             visible.append(rows.transpose(1, 2))
         return visible[0], visible[1]
 
-    def mask_for(self, query: Tensor, groups: int) -> Tensor:
-        """Additive mask, 0 or -inf, [B, 1, G * N, C] in the dtype of the queries."""
-        if self._mask is None or self._mask.device != query.device:
+    def mask_for(self, query: Tensor, groups: int, window: Window) -> Tensor:
+        """Additive mask of a layer, 0 or -inf, [B, 1, G * N, C] in the dtype of the queries."""
+        name = window, query.device
+        if name not in self._masks:
             columns = torch.arange(self.num_columns, device=query.device)
-            is_hidden = columns > self.positions.to(query.device)[:, :, None]  # [B, N, C]
+            distance = self.positions.to(query.device)[:, :, None] - columns  # [B, N, C]
+            is_hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
             mask = torch.zeros(is_hidden.shape, dtype=query.dtype, device=query.device)
-            self._mask = mask.masked_fill_(is_hidden, -torch.inf).repeat(1, groups, 1)[:, None]
-        return self._mask
+            self._masks[name] = mask.masked_fill_(is_hidden, -torch.inf).repeat(1, groups, 1)[:, None]
+        return self._masks[name]
 
 
 def cached_attention(
@@ -104,10 +111,9 @@ def cached_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     *,
     cache_view: CacheView,
-    **kwargs: Any,
+    **layer: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of a runner, registered with `transformers` as `pard_cached`.
 
@@ -116,22 +122,23 @@ def cached_attention(
         query: [B, H, N, D].
         key, value: of the new tokens, [B, H / G, N, D].
         cache_view: where keys and values are written and read.
+        layer: what `Scoring.of` reads.
 
     Returns:
         Output [B, N, H, D] and None for the attention weights.
     """
     batch, heads, num_new, size = query.shape
+    how = Scoring.of(layer)
     groups = heads // key.shape[1]
     key, value = cache_view.update(module.layer_idx, key, value)  # type: ignore[arg-type]  # an int
-    if cache_view.is_prefill:
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=num_new > 1, scale=scaling, enable_gqa=groups > 1
-        )
+    if cache_view.is_prefill and (how.window is None or num_new <= how.window):
+        out = attend(query, key, value, how, is_causal=num_new > 1)
     else:
         folded = query.reshape(batch, heads // groups, groups * num_new, size)  # the heads of a key head in sequence
-        mask = cache_view.mask_for(query, groups)
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, num_new, size).transpose(1, 2), None
+        if how.sinks is not None:
+            how = replace(how, sinks=how.sinks.repeat_interleave(num_new))
+        out = attend(folded, key, value, how, cache_view.mask_for(query, groups, how.window))
+    return out.reshape(batch, heads, num_new, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, cached_attention)
@@ -141,7 +148,7 @@ class Runner:
     """A copy of a model's structure over the same weights, with cached attention. The model itself does not change.
 
     Args:
-        model: Llama, Qwen2 or Qwen3 style causal LM.
+        model: a causal LM of a supported architecture.
         is_packed: keep a second, packed copy of the weights of linear layers; None does so where `can_pack`.
         is_compiled: run steps through `torch.compile` with graph capture (mode reduce-overhead). Every batch size, K
             and power of two of columns compiles once, which takes seconds to minutes. Only one `DecodingBatch` at a
@@ -156,7 +163,7 @@ class Runner:
         if is_packed is None:
             is_packed = not is_compiled and can_pack(model.get_input_embeddings().weight)
         for name, module in list(self.model.named_modules()) if is_packed else []:
-            if isinstance(module, nn.Linear):
+            if type(module) in (nn.Linear, OneDnnLinear):  # a subclass, such as a router, computes something else
                 self.model.set_submodule(name, PackedLinear(module))
         self.is_packed, self.is_compiled = is_packed, is_compiled
         self._step = self._forward_all

@@ -257,9 +257,13 @@ def older_keys(config: dict) -> dict:
 
     transformers 5 writes `rope_parameters` and `dtype` instead; engines with either version serve the folder.
     """
-    rotary = {key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"}
-    keys = {"rope_theta": config["rope_parameters"]["rope_theta"], "torch_dtype": config["dtype"]}
-    return keys | ({"rope_scaling": rotary} if rotary.get("rope_type", "default") != "default" else {})
+    found = config.get("rope_parameters") or {}
+    by_layer = found if all(isinstance(value, dict) for value in found.values()) else {"full_attention": found}
+    rotary, local = (by_layer.get(f"{kind}_attention", {}) for kind in ("full", "sliding"))
+    keys = {"rope_theta": rotary.get("rope_theta"), "rope_local_base_freq": local.get("rope_theta")}
+    if rotary.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {key: value for key, value in rotary.items() if key != "rope_theta"}
+    return {"torch_dtype": config["dtype"]} | {key: value for key, value in keys.items() if value is not None}
 
 
 @torch.inference_mode()

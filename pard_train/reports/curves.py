@@ -14,10 +14,9 @@ from pard_train.reports.charts import Chart, Point
 from pard_train.reports.records import distinct, flatten, grouped
 from pard_train.reports.sections import Section
 from pard_train.reports.tables import NONE, Table
-from pard_train.reports.webpage import fill
-from pard_train.runs import METRICS_FILE, read_metrics, run_of
+from pard_train.reports.webpage import PAGE_FILE, fill
+from pard_train.runs import METRICS_FILE, PLAN_FILE, read_json, read_metrics, run_of
 
-RUN_PAGE = "report.html"  # in the folder of a training run
 MAX_POINTS = 60  # of a curve; more are averaged in groups
 MAX_DEPTHS = 8  # curves of a chart by depth
 PROGRESS = "progress/supervised_tokens"
@@ -125,14 +124,15 @@ def write_run_page(folder: Path, state: str) -> None:
         folder: of the run.
         state: running | finished | why it stopped.
     """
-    (folder / RUN_PAGE).write_text(render_run(read_metrics(folder), run_of(folder), state))
+    plan = read_json(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else {}
+    (folder / PAGE_FILE).write_text(render_run(read_metrics(folder), run_of(folder) | {"plan": plan}, state))
 
 
 def render_run(lines: Sequence[Line], run: Mapping[str, Any], state: str) -> str:
     """The page of one run."""
     config = run.get("config") or {}
     manifest = run.get("data_manifest") or {}
-    hidden = ("config", "command", "data_manifest")
+    hidden = ("config", "command", "data_manifest", "plan")
     return fill(
         "training.html",
         [section for section in _sections(lines) if section.charts or section.tables],
@@ -140,6 +140,7 @@ def render_run(lines: Sequence[Line], run: Mapping[str, Any], state: str) -> str
         tiles=_tiles(lines),
         command=flatten({"command": run.get("command", [])})["command"],
         facts={
+            "Plan": _rounded(run.get("plan") or {}),
             "Environment": flatten({name: value for name, value in run.items() if name not in hidden}),
             "Data": flatten(
                 {name: manifest[name] for name in ("folder", "counts", "document_length") if name in manifest}
@@ -147,6 +148,14 @@ def render_run(lines: Sequence[Line], run: Mapping[str, Any], state: str) -> str
         },
         settings={name: flatten({name: value}) for name, value in config.items()},
     )
+
+
+def _rounded(plan: Mapping[str, Any]) -> dict[str, str]:
+    """The plan with short numbers."""
+    numbers = {name: value for name, value in flatten(dict(plan)).items() if value is not None}
+    return {
+        n: f"{v:.3g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for n, v in numbers.items()
+    }
 
 
 def _tiles(lines: Sequence[Line]) -> list[tuple[str, str, str]]:
@@ -175,9 +184,7 @@ def _sections(lines: Sequence[Line]) -> list[Section]:
         for chart in curves.chart(target, "tau", {name.rpartition("/")[2]: ("", name) for name in names})
     ]
     depths = _names(lines, "accuracy/depth_")
-    chosen = [
-        depths[i] for i in distinct(np.linspace(0, len(depths) - 1, min(MAX_DEPTHS, len(depths))).round().astype(int))
-    ]
+    chosen = depths[:: max(1, -(-len(depths) // MAX_DEPTHS))]
     by_depth = {name.removeprefix("accuracy/").replace("_", " "): name for name in chosen}
     depth = curves.chart("accuracy", "share", {label: ("", name) for label, name in by_depth.items()})
     depth += curves.chart(
@@ -209,7 +216,7 @@ def _last_measurement(lines: Sequence[Line], taus: Sequence[str]) -> list[Chart]
             series[case] = [Point(x, y) for x, y in sorted(found)]
         values = [p for points in series.values() for p in points]
         if values:
-            limits = (low, low + 1.05 * (max(p.y for p in values) - low))
+            limits = (low, low + (1.05 * (max(p.y for p in values) - low) or 1.0))
             ticks = sorted({p.x for p in values})
             charts.append(Chart(title, "line", series, limits, title, x_label=x_label, ticks=ticks))
     return charts

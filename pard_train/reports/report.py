@@ -39,10 +39,9 @@ from pard_train.reports.tables import (
     speed_tables,
     tau_tables,
 )
-from pard_train.reports.webpage import render_page, render_samples
+from pard_train.reports.webpage import PAGE_FILE, render_page, render_samples
 
 REPORT_FILE = "report.md"
-PAGE_FILE = "report.html"
 SAMPLES_PAGE = "samples.html"
 TABLE_FILE = "acceptance.csv"
 GROUPS_FILE = "groups.csv"

@@ -31,6 +31,7 @@ from pard_train.reports.records import (
 from pard_train.reports.sections import Section, build_sections
 from pard_train.reports.tables import fingerprint_table, record_table
 
+PAGE_FILE = "report.html"  # of an evaluation, and of a training run
 SETTINGS = ("max_new_tokens", "dtype", "temperature", "top_p", "system_prompt", "template_kwargs", "prompt_template")
 
 

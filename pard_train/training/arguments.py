@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -57,6 +58,7 @@ def training_settings(config: Config) -> dict[str, Any]:
         "save_steps": settings.save_steps or 500,
         "save_total_limit": None,  # `SealCheckpoint` deletes older ones
         "remove_unused_columns": False,
+        "run_name": config.logger.run_name or Path(config.output_dir).name,
         "report_to": "none",  # `tracking` adds the trackers, each in its own thread
         "use_cpu": is_cpu,
         "ddp_backend": "gloo" if is_cpu and "RANK" in os.environ else None,
@@ -66,6 +68,8 @@ def training_settings(config: Config) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     if settings.gradient_checkpointing:  # transformers 5.23 renamed it
         ours["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
+    if "project" in known:
+        ours["project"] = config.logger.wandb_project  # of trackio
     optimizers = [name.value for name in OptimizerNames]
     if settings.optim not in optimizers:
         raise UserError(f"trainer.optim={settings.optim}: must be one of {', '.join(optimizers)}")

@@ -25,7 +25,8 @@ def is_first_process() -> bool:
 
 
 def for_processes(config: Config) -> Config:
-    """The settings of a run for this number of processes: a resumed run accumulates as many packs as keep its steps.
+    """The settings of a run for these processes. A resumed run accumulates as many packs as keep its steps; a run that
+    torchrun has restarted (--max-restarts) resumes.
 
     Args:
         config: of a new run, which is returned as it is, or of a resumed one.
@@ -33,6 +34,8 @@ def for_processes(config: Config) -> Config:
     Raises:
         UserError: if the packs of a step cannot be shared evenly, or DeepSpeed has one shard per process.
     """
+    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    config = replace(config, resume=config.resume or is_restarted)
     started, number = _started(config), num_processes()
     if started is None or started["world_size"] == number:
         return config

@@ -1,10 +1,11 @@
-"""Trackers: Weights & Biases and TensorBoard. metrics.jsonl and report.html are written without them.
+"""Trackers: Weights & Biases, TensorBoard, MLflow and trackio. metrics.jsonl and report.html are written without them.
 
 W&B takes its key from the environment or `wandb login`. WANDB_* variables that the user has set win.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -16,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 
 from pard_train.commands import PROGRAMS
 from pard_train.config import Config, LoggerConfig
 from pard_train.errors import Interrupted, UserError
 from pard_train.fingerprints import model_fingerprint
-from pard_train.reports.curves import RUN_PAGE
 from pard_train.reports.records import distinct, flatten
+from pard_train.reports.webpage import PAGE_FILE
 from pard_train.runs import provenance, run_of
 from pard_train.training.background import Background
 from pard_train.training.page import RunPage
@@ -44,7 +45,10 @@ STEP = "train/global_step"  # Trainer's name of the steps
 
 
 def check_trackers(settings: LoggerConfig) -> None:
-    """Check the login of W&B before anything is loaded or written. Raises UserError if there is none."""
+    """Check packages and the login of W&B before anything is loaded. Raises UserError if one is missing."""
+    for name in settings.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"logger.trackers=[{name}]: {name} is not installed: pip install {name}")
     mode = os.environ.get("WANDB_MODE") or settings.wandb_mode
     if "wandb" not in settings.trackers or mode in WITHOUT_LOGIN or int(os.environ.get("RANK", 0)):
         return
@@ -70,13 +74,15 @@ def tracking(config: Config, drafts: Mapping[str, Path], *, is_first: bool) -> I
         drafts: folders of the run's drafts by their kind (last, best), which exist at the end if they were made.
         is_first: whether this is the first rank; the others have no trackers.
     """
-    made: dict[str, Callable[[Config], TrainerCallback]] = {"wandb": WandbRun, "tensorboard": _tensorboard}
+    made: dict[str, Callable[[Config], TrainerCallback]] = {
+        **{"wandb": WandbRun, "tensorboard": TensorBoard, "mlflow": _mlflow, "trackio": lambda _: TrackioCallback()}
+    }
     settings = config.logger
     names, stall_seconds = distinct(settings.trackers) if is_first else [], 60 * settings.stall_minutes
     trackers = [Background(name, made[name](config), stall_seconds) for name in names]
     if is_first and settings.page_minutes:  # first in the list: W&B takes the last page
         page = RunPage(Path(config.output_dir), settings.page_minutes)
-        trackers.insert(0, Background(RUN_PAGE, page))
+        trackers.insert(0, Background(PAGE_FILE, page))
     error: BaseException | None = None
     try:
         yield trackers
@@ -89,10 +95,30 @@ def tracking(config: Config, drafts: Mapping[str, Path], *, is_first: bool) -> I
             tracker.end(error=error, drafts=finished)
 
 
-def _tensorboard(config: Config) -> TrainerCallback:
-    callback = TensorBoardCallback()
-    callback.logging_dir = callback.logging_dir or str(Path(config.output_dir) / "tensorboard")
-    return callback
+class TensorBoard(TensorBoardCallback):
+    """Trainer's TensorBoard callback with a layout: depths in one chart, and every tau with its interval."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        own: str | None = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        self.logging_dir = own or str(Path(config.output_dir) / "tensorboard")
+        self.has_layout = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Trainer's; the first line, which is a measurement if there are any, decides the layout."""
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.tb_writer is not None and not self.has_layout:
+            self.has_layout = True
+            cases = [name.partition("/")[2] for name in logs if name.startswith("eval_tau_low/")]
+            margins = {c: ["Margin", [f"eval/{name}/{c}" for name in ("tau", "tau_low", "tau_high")]] for c in cases}
+            depths = {name: ["Multiline", [f"train/{name}/depth_.*"]] for name in ("accuracy", "loss")}
+            layout = {"depth": depths, "tau": {"all": ["Multiline", ["eval/tau/.*"]]}, "tau with interval": margins}
+            self.tb_writer.add_custom_scalars(layout)
+
+
+def _mlflow(config: Config) -> TrainerCallback:
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{Path(config.output_dir).absolute() / 'mlflow.db'}")
+    return MLflowCallback()
 
 
 def group_of(folder: Path) -> str:
@@ -230,7 +256,7 @@ class WandbRun(WandbCallback):
         if error is not None and not isinstance(error, Interrupted):
             run.alert("Run failed", str(error)[:1000], level="ERROR")
         data, run_id = run_of(self.folder)["data_manifest"], run.id
-        if (page := self.folder / RUN_PAGE).exists():
+        if (page := self.folder / PAGE_FILE).exists():
             run.log({"report": _media(page)})
         store = Path(data["folder"])
         add_artifact(run, f"data-{data['fingerprint']}", "data", folder=store, is_input=True, manifest=data)

@@ -22,22 +22,25 @@ from pard_train.core.attention import IMPLEMENTATIONS, resolve_attention
 from pard_train.core.objectives import DepthStatistics, PackLoss
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.packing import PackedDataset, PardCollator
-from pard_train.data.scores import Scores, open_teacher
+from pard_train.data.scores import Scores
 from pard_train.data.store import TokenStore, open_store
 from pard_train.device import device_name
 from pard_train.errors import Interrupted, UserError
 from pard_train.layout import SlotLayout
 from pard_train.mask_token import required_mask_token_of
-from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
+from pard_train.model import (
+    inspect_base,
+    load_causal_lm,
+    load_tokenizer,
+    write_initial_draft,
+    write_model_folder,
+)
 from pard_train.runs import (
-    check_run,
     claim_run,
-    fingerprint,
     locked,
     newest_checkpoint,
     package_versions,
     require_recorded,
-    write_json,
 )
 from pard_train.training.arguments import training_settings
 from pard_train.training.callbacks import (
@@ -51,6 +54,8 @@ from pard_train.training.callbacks import (
     StepGuard,
     UsesTrainer,
 )
+from pard_train.training.inputs import TOKENS_FILE, build_dataset, check_output, teacher_of
+from pard_train.training.plan import announce
 from pard_train.training.processes import (
     for_processes,
     is_first_process,
@@ -69,14 +74,12 @@ from pard_train.training.throughput import (
     step_flops,
     throughput_metrics,
 )
-from pard_train.training.trackers import check_trackers, tracking
+from pard_train.training.trackers import tracking
 
 INITIAL_FOLDER = "init"  # the untrained draft model
 DRAFT_FOLDER = "draft"  # the trained one
 BEST_FOLDER = "best"  # the best draft so far, with BEST_FILE in it
 BEST_FILE = "best.json"
-TEACHER_FILE = "teacher.json"  # manifest of the target's scores that the objective used
-TOKENS_FILE = "tokens.json"  # manifest of the tokens
 PROFILE_FOLDER = "profile"  # traces of trainer.profile_steps
 
 
@@ -107,10 +110,10 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
     scores = teacher_of(config, store)
     if is_first_process():  # the other ranks wait at the barrier below
-        data = {"folder": str(store.folder), "fingerprint": fingerprint(store.manifest["identity"]), **store.manifest}
-        facts = {"device": device_name(), "world_size": num_processes(), "data_manifest": data}
+        facts = {"device": device_name(), "world_size": num_processes(), "data_manifest": store.description()}
         claim_run(output_dir, run_identity(config), dataclasses.asdict(config), **facts)
-        write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER)
+        texts = (document.input_ids for document in store)
+        write_initial_draft(base, config.draft.num_draft_tokens, output_dir / INITIAL_FOLDER, texts)
     # From here on DeepSpeed may shard every model that is loaded (ZeRO-3), so all ranks must take part.
     arguments = TrainingArguments(**settings)
     if arguments.n_gpu > 1:
@@ -125,9 +128,8 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
     drafts = {"last": output_dir / DRAFT_FOLDER, "best": output_dir / BEST_FOLDER}
-    is_first, limits = arguments.process_index == 0, config.trainer
-    with stop_signals() as received, tracking(config, drafts, is_first=is_first) as trackers:
-        guard = StepGuard(received, drafts["last"], limits.max_bad_steps, limits.save_minutes)
+    with stop_signals() as received, tracking(config, drafts, is_first=is_first_process()) as trackers:
+        guard = StepGuard(received, drafts["last"], config.trainer.max_bad_steps, config.trainer.save_minutes)
         trainer.callback_handler.callbacks += trackers  # `add_callback` warns of a second one of a class
         for callback in (guard, *callbacks):
             if isinstance(callback, UsesTrainer):
@@ -139,34 +141,6 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
             return trainer.write_draft(drafts["last"])
         trainer.accelerator.wait_for_everyone()  # a launcher ends the other ranks when the first one ends
         raise Interrupted(f"stopped after step {step:,} of {num_steps:,}, with a checkpoint")
-
-
-def check_output(config: Config) -> None:
-    """Check the output folder and the trackers of a run.
-
-    Raises:
-        UserError: if the folder holds another run or other files, or a tracker has no login.
-    """
-    if is_first_process():
-        check_trackers(config.logger)
-        with locked(Path(config.output_dir)):
-            check_run(Path(config.output_dir), run_identity(for_processes(config)), resume=config.resume)
-
-
-def teacher_of(config: Config, store: TokenStore) -> Scores | None:
-    """The target's scores that the objective needs; None if it needs none.
-
-    Raises:
-        UserError: if they are missing, unfinished or those of other tokens, or if the run was started with others.
-    """
-    folder = config.data.scores
-    if not config.objective.needs_scores or folder is None:
-        if folder is not None and is_first_process():
-            print(f"data.scores={folder} is not used: objective.kd, objective.lk and objective.cat are off")
-        return None
-    scores = open_teacher(Path(folder), store)
-    require_recorded(Path(config.output_dir) / TEACHER_FILE, scores.manifest, "data.scores")
-    return scores
 
 
 def build_trainer(
@@ -182,11 +156,12 @@ def build_trainer(
     """
     output_dir = Path(config.output_dir)
     initial = str(output_dir / INITIAL_FOLDER)
-    dataset = _build_dataset(config, arguments, store, scores)
+    dataset = build_dataset(config, store, scores, num_devices=arguments.world_size)
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
     if model.config.tie_word_embeddings:  # a checkpoint has no tied head, and Trainer would warn about it
         model._keys_to_ignore_on_save = list(model._tied_weights_keys)
+    announce(config, arguments, store, dataset, model.config)
     mask_token_id = required_mask_token_of(model.config)
     callbacks = [
         DataEpoch(dataset.num_epochs),
@@ -215,34 +190,6 @@ def build_trainer(
     return trainer
 
 
-def _build_dataset(
-    config: Config, arguments: TrainingArguments, store: TokenStore, scores: Scores | None
-) -> PackedDataset:
-    """The packs of all epochs; records and prints what they are made of, and limits the steps to them."""
-    packs_per_step = arguments.world_size * arguments.gradient_accumulation_steps
-    dataset = PackedDataset(
-        store,
-        store.slot_bounds(config.draft),
-        slot_budget=config.data.slot_budget,
-        num_epochs=config.trainer.num_train_epochs,
-        seed=config.seed,
-        packs_per_step=packs_per_step,
-        scores=scores,
-    )
-    num_steps, max_steps = len(dataset) // packs_per_step, arguments.max_steps
-    if max_steps > num_steps:  # Trainer would train on the same packs again
-        arguments.max_steps = -1
-    if arguments.process_index == 0:
-        write_json(Path(config.output_dir) / TOKENS_FILE, store.manifest)
-        print(f"{store.summary()}\n{len(dataset):,} packs of {config.data.slot_budget:,} slots")
-        if scores is not None:
-            write_json(Path(config.output_dir) / TEACHER_FILE, scores.manifest)
-            print(scores.summary())
-        if max_steps > num_steps:
-            print(f"trainer.max_steps={max_steps}: trainer.num_train_epochs ends after {num_steps} steps")
-    return dataset
-
-
 class PardTrainer(Trainer):
     """A Trainer whose batch is one pack and whose loss is a mean over the supervised slots of the global batch."""
 
@@ -261,8 +208,7 @@ class PardTrainer(Trainer):
         self.loss = torch.zeros((), dtype=torch.float64, device=self.args.device)  # sum over good steps, of this rank
         self.statistics = DepthStatistics.zeros(num_draft_tokens, self.args.device)
         self.work = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # as `count_work` counts
-        self.progress = torch.zeros_like(self.work)  # since `store_flos`; skipped steps count
-        self.pack_size = 0
+        self.progress, self.pack_size = torch.zeros_like(self.work), 0  # since `store_flos`; skipped steps count
         self.window_start, self.window_step = time.perf_counter(), -1  # -1 until the first step
         self.seconds_waiting, self.num_skipped, self.num_bad_steps = 0.0, 0, 0  # the last one counts those in a row
         self.num_compiled_before = num_compilations()

@@ -16,7 +16,7 @@ from torch import Tensor
 from pard_train.core.cpu.products import float32_onednn
 
 # Legend: T slots of the pack, Q queries and N keys of a block, H heads, J key-value heads, G heads per key-value head,
-# D head size.
+# D head size, E size of a value.
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ def attend_blocks(
     Args:
         query: float32 [H, T, D] that `products.takes_onednn` accepts.
         key: [J, T, D] likewise; J divides H.
-        value: [J, T, D].
+        value: [J, T, E].
         blocks: cover each of the T slots once.
         scaling: of the scores; D^-0.5 if None.
 
     Returns:
-        Output [T, H, D].
+        Output [T, H, E].
     """
     return _BlockAttention.apply(query, key, value, blocks, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
@@ -81,7 +81,7 @@ class _BlockAttention(torch.autograd.Function):
         groups = query.shape[0] // key.shape[0]
         rows = _rows_by_slot(query * scaling, groups)
         key, value = key.contiguous(), value.contiguous()
-        out = torch.empty_like(rows)
+        out = rows.new_empty(*rows.shape[:2], value.shape[-1])  # values may be shorter than keys
         with float32_onednn():
             for block in blocks:
                 weights = _weights(rows, block.keys_of(key), block, groups)

@@ -1,0 +1,237 @@
+"""The plan of a run, before it starts: amount of data, steps, FLOPs, memory by part, and time.
+
+Work is counted on some packs of the run and scaled. Memory is that of tensors, from the sizes of the model: what a
+layer keeps for the backward pass was read from PyTorch's saved tensors, and a test compares it with them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, TrainingArguments
+
+from pard_train.config import Config, ObjectiveConfig
+from pard_train.core.head import CHUNK_SLOTS, CHUNK_SLOTS_CPU
+from pard_train.data.chat import ChatEncoder
+from pard_train.data.packing import PackedDataset, PardCollator
+from pard_train.data.store import TokenStore, open_store
+from pard_train.device import default_device, device_name
+from pard_train.errors import UserError
+from pard_train.layout import SlotLayout
+from pard_train.model import inspect_base, load_config
+from pard_train.runs import PLAN_FILE, write_json
+from pard_train.training.inputs import TEACHER_FILE, TOKENS_FILE, build_dataset
+from pard_train.training.processes import num_processes
+from pard_train.training.throughput import CHIPS, ModelShape, Work, chip_of, count_work, step_flops
+
+NUM_SAMPLES = 8  # packs whose work is counted
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        packs, slots: of all steps and devices; slots without padding.
+        supervised_tokens: of all steps, repetitions included.
+        model_flops: None for architectures that are not counted, as `memory_gb`.
+        memory_gb: per device by part; `peak` is what they take at once.
+        device, num_devices: on which `hours` are estimated, at `utilization` of the peak rate.
+    """
+
+    documents: int
+    packs: int
+    steps: int
+    supervised_tokens: int
+    slots: int
+    model_flops: float | None
+    memory_gb: dict[str, float] | None
+    device: str
+    num_devices: int
+    utilization: float
+    hours: float | None
+
+    def render(self) -> str:
+        """The plan in some lines."""
+        lines = [
+            f"plan: {self.documents:,} documents, {self.packs:,} packs, {self.steps:,} steps, "
+            f"{self.supervised_tokens:,} supervised tokens, {self.slots:,} slots"
+        ]
+        if self.model_flops is not None and self.memory_gb is not None:
+            parts = ", ".join(f"{name} {size:.2f}" for name, size in self.memory_gb.items())
+            lines.append(f"memory per device in GB: {parts}")
+            at = f"{self.num_devices} x {self.device} at {self.utilization:.0%} of the peak rate"
+            lines.append(f"{self.model_flops:.3g} model FLOPs; about {_duration(self.hours or 0)} on {at}")
+        return "\n".join(lines)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def _duration(hours: float) -> str:
+    """In the largest unit that gives at least one.
+
+    >>> _duration(1.5), _duration(0.05)
+    ('1.5 hours', '3 minutes')
+    """
+    units = ((1.0, "hours"), (60.0, "minutes"), (3600.0, "seconds"))
+    factor, unit = next(((f, u) for f, u in units if hours * f >= 1), units[-1])
+    return f"{hours * factor:.2g} {unit}"
+
+
+def plan_training(
+    config: Config, store: TokenStore, dataset: PackedDataset, model: PretrainedConfig, *, num_devices: int
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: of the experiment; `plan` names another chip or number of devices.
+        store: the documents.
+        dataset: the packs of all epochs, for the devices of the run.
+        model: config of the draft model.
+        num_devices: of the run.
+
+    Raises:
+        UserError: if `plan.chip` is unknown.
+    """
+    packs_per_step = num_devices * config.trainer.gradient_accumulation_steps
+    most, wanted = len(dataset) // packs_per_step, config.trainer.max_steps
+    steps = min(most, wanted) if wanted > 0 else most
+    work, shape = _count(config, dataset, steps * packs_per_step), ModelShape.of(model)
+    flops = step_flops(shape, work).total if shape else None
+    planned = config.plan.num_devices or num_devices
+    device, peak = _rate(config)
+    supervised = work.supervised // max(1, steps * packs_per_step)
+    tokens = int(store.num_supervised().sum()) * config.trainer.num_train_epochs
+    return Plan(
+        documents=len(store),
+        packs=steps * packs_per_step,
+        steps=steps,
+        supervised_tokens=tokens if steps == most else work.tokens,
+        slots=work.slots,
+        model_flops=flops,
+        memory_gb=memory_by_part(config, shape, model, supervised, planned) if shape else None,
+        device=device,
+        num_devices=planned,
+        utilization=config.plan.utilization,
+        hours=flops / (peak * planned * config.plan.utilization) / 3600 if flops else None,
+    )
+
+
+def plan_run(config: Config) -> Plan:
+    """The plan of a run that is not started: nothing is written but encoded chats in the cache.
+
+    Raises:
+        UserError: for bad data, a base that cannot draft, or an unknown chip.
+    """
+    base = inspect_base(config.model, config.draft)
+    store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
+    num_devices = config.plan.num_devices or num_processes()
+    model = load_config(
+        config.model.path, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
+    )
+    dataset = build_dataset(config, store, None, num_devices=num_devices)
+    return plan_training(config, store, dataset, model, num_devices=num_devices)
+
+
+def announce(
+    config: Config, arguments: TrainingArguments, store: TokenStore, dataset: PackedDataset, model: PretrainedConfig
+) -> None:
+    """Print and record the plan and what the packs are made of, and limit the steps to them."""
+    num_steps = len(dataset) // (arguments.world_size * arguments.gradient_accumulation_steps)
+    if too_many := arguments.max_steps > num_steps:  # Trainer would train on the same packs again
+        arguments.max_steps = -1
+    if arguments.process_index:
+        return
+    output_dir = Path(config.output_dir)
+    plan = plan_training(config, store, dataset, model, num_devices=arguments.world_size)
+    write_json(output_dir / TOKENS_FILE, store.manifest)
+    write_json(output_dir / PLAN_FILE, plan.record())
+    print(f"{store.summary()}\n{plan.render()}")
+    if dataset.scores is not None:
+        write_json(output_dir / TEACHER_FILE, dataset.scores.manifest)
+        print(dataset.scores.summary())
+    if too_many:
+        print(f"trainer.max_steps={config.trainer.max_steps}: trainer.num_train_epochs ends after {num_steps} steps")
+
+
+def _count(config: Config, dataset: PackedDataset, num_packs: int) -> Work:
+    """Work of the first packs of a run, scaled from some of them."""
+    collate = PardCollator(config.draft, ObjectiveConfig(), 0, config.data.slot_budget)
+    chosen = np.unique(np.linspace(0, num_packs - 1, NUM_SAMPLES).round().astype(int))
+    total = torch.zeros(4, dtype=torch.float64)
+    for number in chosen.tolist():
+        pack = collate([dataset[number]])
+        layout = SlotLayout(*(pack[name] for name in ("document", "anchor", "depth")))
+        total += count_work(layout, pack["labels"])
+    return Work(*(round(value * num_packs / len(chosen)) for value in total.tolist()))
+
+
+def _rate(config: Config) -> tuple[str, float]:
+    """Name and peak rate in FLOP/s of the planned device; that of an unknown one is measured by a product."""
+    name = config.plan.chip or device_name()
+    if (chip := chip_of(name)) is not None:
+        return name, chip.peak
+    if config.plan.chip:
+        known = ", ".join(chip.pattern.split(r"\b")[1] for chip in CHIPS)
+        raise UserError(f"plan.chip={name} is not a known chip: choose one of {known}")
+    device, size = default_device(), 1024
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if config.trainer.bf16 else torch.float32)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return name, 2 * size**3 / min(seconds)
+
+
+def memory_by_part(
+    config: Config, shape: ModelShape, model: PretrainedConfig, supervised: int, num_devices: int
+) -> dict[str, float]:
+    """GB of tensors on one device by part, and the peak.
+
+    With AdamW in float32: 16 bytes per weight, of which ZeRO shards states (1), gradients (2) and weights (3).
+    Activations and the head's chunk of logits are gone when the last gradients are written.
+    """
+    trainer, stage = config.trainer, config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    on_cpu = config.plan.chip is None and default_device().type == "cpu"
+    width = 2 if trainer.bf16 else 4
+    head = shape.head_weights
+    weights = shape.layer_weights + head * (1 if model.tie_word_embeddings else 2)
+    copies = 2 if num_devices > 1 and not config.deepspeed else 1  # DDP keeps gradients in buckets, too
+    chunk = min(supervised, CHUNK_SLOTS_CPU if on_cpu else CHUNK_SLOTS)
+    kept = config.data.slot_budget * activation_bytes(shape, model, width, trainer.gradient_checkpointing)
+    parts = {
+        "weights": 4.0 * weights / (num_devices if stage == 3 else 1),
+        "gradients": 4.0 * weights * copies / (num_devices if stage >= 2 else 1),
+        "optimizer": 8.0 * weights / (num_devices if stage else 1),
+        "activations": kept + (2.0 * shape.layer_weights if trainer.bf16 else 0.0),  # with weights in bfloat16
+        "head": chunk * shape.vocabulary * width * 2.0 + supervised * shape.hidden * (4.0 + width),
+    }
+    before = parts["gradients"] if trainer.gradient_accumulation_steps > 1 else 4.0 * head
+    parts["peak"] = parts["weights"] + parts["optimizer"]
+    parts["peak"] += max(before + parts["activations"] + parts["head"], parts["gradients"])
+    return {name: size / GB for name, size in parts.items()}
+
+
+def activation_bytes(shape: ModelShape, model: PretrainedConfig, width: int, is_recomputed: bool) -> float:
+    """Bytes that the layers keep for the backward pass, per slot.
+
+    A layer keeps in float32 the input and normalized input of both norms and the rotated queries and keys and the
+    values; in the dtype of products (`width` bytes) the inputs of the products, each cast for itself, and the parts of
+    the MLP. The final norm keeps as much as another.
+    """
+    queries, keys = shape.num_heads * shape.head_size, shape.num_key_value_heads * shape.head_size
+    casts = 2 if width == 4 else 5  # q, k, v, gate and up share their input unless it is cast
+    layer = 16 * shape.hidden + casts * width * shape.hidden + width * queries + 4 * (queries + 2 * keys)
+    layer += 4 * width * shape.intermediate
+    layer += (4 + width) * (queries + keys) if model.model_type == "qwen3" else 0  # norms of queries and keys
+    final = 8 * shape.hidden
+    return shape.num_layers * 4 * shape.hidden + layer + final if is_recomputed else shape.num_layers * layer + final
