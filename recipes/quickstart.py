@@ -90,9 +90,8 @@ def run(config: Config) -> None:
     if times := config.stand_in.times:
         step(6, f"speed on a stand-in for a target {times} times the draft's cost: same text, each layer {times} times")
         print(render_speed(evaluate_once(on_stand_in(evaluation, drafts["after"], root / "stand_in"))))
-    print(
-        f"done in {(time.time() - started) / 60:.1f} min; pages: {evaluation_dir / PAGE_FILE}, {train_dir / PAGE_FILE}"
-    )
+    pages = f"{evaluation_dir / PAGE_FILE}, {train_dir / PAGE_FILE}"
+    print(f"done in {(time.time() - started) / 60:.1f} min; pages: {pages}")
 
 
 if __name__ == "__main__":
