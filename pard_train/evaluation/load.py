@@ -300,7 +300,7 @@ async def _ask_all(
     key = os.environ.get("OPENAI_API_KEY") or "none"
     numbered = iter(enumerate(prompts))
     replies: dict[int, Reply] = {}
-    async with AsyncOpenAI(base_url=server.url, api_key=key, timeout=timeout, max_retries=0) as client:
+    async with AsyncOpenAI(base_url=server.url, api_key=key, timeout=timeout, max_retries=2) as client:
 
         async def _ask_in_turn() -> None:
             for number, prompt in numbered:
