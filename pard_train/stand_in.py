@@ -29,7 +29,7 @@ def write_stand_in(source: Path, times: int, folder: Path) -> None:
     """Write a model with all its layers N times, which engines load as any other.
 
     Args:
-        source: a model's folder with safetensors. Llama, Qwen2 and Qwen3 style layers.
+        source: a model's folder with safetensors. Llama, Qwen2, Qwen3 and Gemma 3 style layers.
         times: N.
         folder: exists and is empty.
 
@@ -101,5 +101,5 @@ def _check_outputs(source: Path, files: list[Path], num_layers: int) -> None:
             if f"model.layers.{layer}.{output}.weight" not in names:
                 raise UserError(
                     f"{source}: layer {layer} has no {output}, so its copy cannot be made to add zero; a stand-in "
-                    "(MODEL*N) needs Llama, Qwen2 or Qwen3 layers in safetensors"
+                    "(MODEL*N) needs Llama, Qwen2, Qwen3 or Gemma 3 layers in safetensors"
                 )

@@ -154,6 +154,8 @@ def validate_quickstart(config: Config) -> None:
     validate_train(config)
     validate_prepare(config)
     validate_measurement(config)
+    if config.stand_in.times == 1:
+        raise UserError("stand_in.times=1 is the target itself: allowed are 0, which skips the step, and 2 to 64")
 
 
 def _check_settings(config: Config, *needed: str) -> None:

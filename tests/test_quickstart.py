@@ -14,7 +14,7 @@ import pytest
 from tiny import build_model, conversations, experiment
 from transformers import PreTrainedTokenizerBase
 
-from pard_train.config import Config, EvaluateConfig, PrepareConfig, RegenerateConfig, SourceConfig
+from pard_train.config import Config, EvaluateConfig, PrepareConfig, RegenerateConfig, SourceConfig, StandInConfig
 from pard_train.errors import ThresholdError, UserError
 from pard_train.validation import validate_quickstart
 from recipes.quickstart import run
@@ -75,6 +75,12 @@ def test_settings_of_the_evaluation_are_checked_before_anything_starts(job: Conf
     for wrong, reason in {"live_methods": ["medusa"], "live_rounds": 0, "fail_below": {"all": 0.5}}.items():
         with pytest.raises(UserError, match=f"evaluate.{wrong}"):
             validate_quickstart(replace(job, evaluate=replace(job.evaluate, **{wrong: reason})))
+
+
+def test_a_stand_in_as_large_as_the_target_is_refused(job: Config) -> None:
+    for times, reason in {1: "is the target itself", 65: "at most 64"}.items():
+        with pytest.raises(UserError, match=rf"stand_in\.times={times}.*{reason}"):
+            validate_quickstart(replace(job, stand_in=StandInConfig(times=times)))
 
 
 def test_a_threshold_missed_by_the_trained_draft_and_a_part_that_failed_end_the_job_as_they_end_an_evaluation(

@@ -112,7 +112,9 @@ class EvaluateConfig:
 class StandInConfig:
     """The last step of the quickstart: speed on a stand-in for a larger target, the first target with more layers."""
 
-    times: int = setting(0, "Times that every layer of the stand-in stands there (TARGET*N); 0 skips the step.", low=0)
+    times: int = setting(
+        0, "Times that every layer of the stand-in stands there (TARGET*N); 0 skips the step.", low=0, high=64
+    )
     num_draft_tokens: int = setting(4, "K.", low=1)
     max_new_tokens: int = setting(24, "Tokens of the answer to the first prompt of the first benchmark.", low=1)
     num_rounds: int = setting(2, "Interleaved rounds with and without the draft.", low=1)

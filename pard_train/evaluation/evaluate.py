@@ -283,7 +283,10 @@ def on_stand_in(config: Config, draft: str, folder: Path) -> Config:
         num_draft_tokens=[settings.num_draft_tokens],
         live_num_draft_tokens=settings.num_draft_tokens,
         live_prompts=1,
+        live_methods=["pard"],
+        live_batch_sizes=[1],
         live_rounds=settings.num_rounds,
+        temperatures=[0.0],
         fail_below={},
     )
     return replace(

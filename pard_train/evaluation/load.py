@@ -32,6 +32,7 @@ from pard_train.generation.proposers import Drafter
 from pard_train.model import DTYPES
 from pard_train.runs import check_run, claim_run, provenance, write_json
 from pard_train.targets.compatibility import Model, require
+from pard_train.targets.servers import quiet_http
 from pard_train.targets.serving import check_serving
 from pard_train.targets.target import first_target
 from pard_train.training.checkpoints import resolve_draft
@@ -39,7 +40,7 @@ from pard_train.training.checkpoints import resolve_draft
 LOAD_FILE = "load.json"
 SCHEMA_VERSION = 1
 MIN_REQUESTS = 4  # of a measurement
-CALIBRATION_TOKENS = 32  # answered per request of a calibration
+CALIBRATION_TOKENS = 16  # answered per request of a calibration
 SHORT_PROMPT = 32  # tokens, where steps are calibrated and not prefill
 NUM_PREFILLS = 3  # the median counts
 
@@ -254,7 +255,7 @@ def _calibrate(load: Load, server: VllmServer) -> tuple[float, dict[int, float]]
     length = min(_median_length(load.prompts), load.max_model_len - CALIBRATION_TOKENS - 2 * load.values_of_k[-1] - 1)
     ask(1, SHORT_PROMPT)  # warm-up
     alone = [ask(1, length)[0] for _ in range(NUM_PREFILLS)]
-    seconds = {1: _step_seconds(alone)}
+    seconds = {1: statistics.median(_step_seconds([reply]) for reply in alone)}
     seconds |= {b: _step_seconds(ask(b, SHORT_PROMPT)) for b in load.settings.concurrency if b > 1}
     return statistics.median(reply.first_token_seconds for reply in alone), seconds
 
@@ -279,6 +280,7 @@ def _ask(
     body: Mapping[str, Any],
 ) -> list[Reply]:
     """Replies in the order of the prompts, with so many in flight. Raises UserError if the server fails."""
+    quiet_http()
     try:
         return asyncio.run(_ask_all(server, prompts, concurrency, timeout, max_tokens, body))
     except openai.APIError as error:
@@ -298,7 +300,7 @@ async def _ask_all(
     key = os.environ.get("OPENAI_API_KEY") or "none"
     numbered = iter(enumerate(prompts))
     replies: dict[int, Reply] = {}
-    async with AsyncOpenAI(base_url=server.url, api_key=key, timeout=timeout, max_retries=0) as client:
+    async with AsyncOpenAI(base_url=server.url, api_key=key, timeout=timeout, max_retries=2) as client:
 
         async def _ask_in_turn() -> None:
             for number, prompt in numbered:

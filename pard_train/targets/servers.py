@@ -68,8 +68,7 @@ async def open_servers(
     Raises:
         UserError: if a server serves none of the targets, or a target in `asked` has no server that answers.
     """
-    for name in HTTP_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)  # they log every request
+    quiet_http()
     key = os.environ.get("OPENAI_API_KEY") or "none"
     found: dict[str, list[Server]] = {name: [] for name in targets}
     absent: list[AbsentError] = []
@@ -91,6 +90,12 @@ async def open_servers(
         for reason in absent:
             _print_once(f"skipped: {reason}")
         yield found
+
+
+def quiet_http() -> None:
+    """Keep HTTP clients from logging every request."""
+    for name in HTTP_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @cache
