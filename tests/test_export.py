@@ -32,6 +32,7 @@ from pard_train.fingerprints import model_fingerprint
 from pard_train.model import add_mask_token, inspect_base, load_config, write_initial_draft
 from pard_train.publishing.export import export, family_end_ids, older_keys, pad_vocabulary, plan_export
 from pard_train.publishing.hub import check_upload, public_address
+from pard_train.reports.records import REQUIRED
 from pard_train.training.trainer import train
 from pard_train.validation import validate_export
 
@@ -369,7 +370,8 @@ def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
     def plan(measured: Path, **others: Path) -> None:
         """Plan the export of the trained draft with figures of the folder."""
         records = [
-            {"draft": name, "mode": "replay", "draft_fingerprint": model_fingerprint(str(folder))}
+            dict.fromkeys(REQUIRED)
+            | {"draft": name, "mode": "replay", "draft_fingerprint": model_fingerprint(str(folder))}
             for name, folder in {"mine": measured, **others}.items()
         ]
         file.write_text(json.dumps({"schema_version": 2, "records": records, "failures": []}))
