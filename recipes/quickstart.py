@@ -64,12 +64,8 @@ def run(config: Config) -> None:
 
     step(4, "evaluation: acceptance on held-out prompts, before and after")
     drafts = {"before": str(train_dir / INITIAL_FOLDER), "after": str(train_dir / DRAFT_FOLDER)}
-    evaluation = replace(
-        training,
-        draft=replace(config.draft, path=None),
-        evaluate=replace(training.evaluate, drafts=drafts),
-        output_dir=str(evaluation_dir),
-    )
+    both, measured = replace(config.draft, path=None), replace(training.evaluate, drafts=drafts)
+    evaluation = replace(training, draft=both, evaluate=measured, output_dir=str(evaluation_dir))
     document = evaluate_once(evaluation)
     print("\n" + render_report(document))
     trained = {**document, "records": [record for record in document["records"] if record["draft"] == "after"]}

@@ -370,8 +370,8 @@ def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
     def plan(measured: Path, **others: Path) -> None:
         """Plan the export of the trained draft with figures of the folder."""
         records = [
-            dict.fromkeys(REQUIRED)
-            | {"draft": name, "mode": "replay", "draft_fingerprint": model_fingerprint(str(folder))}
+            dict.fromkeys(REQUIRED, 0)
+            | {"draft": name, "mode": "replay", "method": "pard", "draft_fingerprint": model_fingerprint(str(folder))}
             for name, folder in {"mine": measured, **others}.items()
         ]
         file.write_text(json.dumps({"schema_version": 2, "records": records, "failures": []}))

@@ -146,14 +146,7 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
 def build_trainer(
     config: Config, arguments: TrainingArguments, store: TokenStore, scores: Scores | None = None
 ) -> PardTrainer:
-    """Load the untrained draft model of the output folder and pack its data.
-
-    Args:
-        config: validated.
-        arguments: of Trainer.
-        store: the tokens.
-        scores: from `teacher_of`.
-    """
+    """Load the untrained draft model of the output folder, and pack its tokens with the scores of `teacher_of`."""
     output_dir, initial = Path(config.output_dir), str(Path(config.output_dir) / INITIAL_FOLDER)
     dataset = build_dataset(config, store, scores, num_devices=arguments.world_size)
     attention = resolve_attention(config.model.attention, arguments.device.type)
