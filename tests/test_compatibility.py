@@ -157,6 +157,7 @@ def test_a_forced_model_runner_without_parallel_drafting_is_an_error() -> None:
     assert levels == [OK, WARNING]
 
 
+@pytest.mark.slow
 def test_the_preflight_prints_all_that_is_known_and_ends_with_status_2_where_it_cannot_work(
     draft_folder: Path, base_folder: Path, tmp_path: Path
 ) -> None:

@@ -264,6 +264,7 @@ def wait_until(is_so: Callable[[], bool], processes: list[BaseProcess]) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_a_program_that_is_killed_again_and_again_ends_with_the_bytes_of_one_that_is_not(
     start: Callable[..., BaseProcess], serve: Serve, base_folder: Path, tmp_path: Path
 ) -> None:
@@ -292,6 +293,7 @@ def test_a_program_that_is_killed_again_and_again_ends_with_the_bytes_of_one_tha
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.8}, {"dtype": "bfloat16"}], ids=["sampled", "bfloat16"])
+@pytest.mark.slow
 def test_what_a_kill_leaves_over_is_answered_as_if_nothing_had_happened(
     base_folder: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
@@ -308,6 +310,7 @@ def test_what_a_kill_leaves_over_is_answered_as_if_nothing_had_happened(
         assert contents(killed) == contents(tmp_path / "whole"), stop
 
 
+@pytest.mark.slow
 def test_processes_that_share_no_disk_are_told_so(base_folder: Path, tmp_path: Path) -> None:
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = []
