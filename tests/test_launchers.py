@@ -116,9 +116,9 @@ def check_as_alone(run: Path, alone: Path) -> None:
     [
         ("launch/torchrun.sh", "none"),
         ("torchrun", "zero2"),
-        ("deepspeed", "zero0"),
+        pytest.param("deepspeed", "zero0", marks=pytest.mark.slow),
         ("launch/deepspeed.sh", "zero1"),
-        ("deepspeed", "zero2"),
+        pytest.param("deepspeed", "zero2", marks=pytest.mark.slow),
         ("deepspeed", "zero3"),
     ],
 )
