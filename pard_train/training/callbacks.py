@@ -128,14 +128,7 @@ class SpikeWarning(TrainerCallback):
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=SPIKE_LOGS)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Compare with the median, in units of the median distance from it."""
         if not state.is_world_process_zero or not logs or not math.isfinite(loss := logs.get("loss", math.nan)):
             return
@@ -184,14 +177,7 @@ class MetricsFile(TrainerCallback):
             with new_file(self.path) as partial:
                 partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Append one line, with null for NaN and infinity. Names with `eval_` get `eval/`, as trackers show them."""
         if state.is_world_process_zero:
             finite = {name: value if math.isfinite(value) else None for name, value in (logs or {}).items()}
@@ -235,14 +221,7 @@ class ShortProgress(ProgressCallback):
         super().__init__()
         self.num_logs, self.has_warned = 0, False
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Print loss, expected accepted length and speed above the bar; warn once about recompilation."""
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.write(
