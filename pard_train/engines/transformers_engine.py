@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from pard_train.device import default_device
 from pard_train.engines.candidates import generate
-from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult
+from pard_train.engines.worker import Counters, EngineAnswer, EngineRequest, EngineResult
 from pard_train.model import DTYPES, load_causal_lm
 
 
