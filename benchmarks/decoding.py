@@ -310,8 +310,8 @@ def main() -> None:
         machine = measure_machine(DTYPES[arguments.dtype], bench.target.device)
         limits = f"copy {machine.bandwidth / 1e9:.1f} GB/s, matrix product {machine.arithmetic / 1e9:.0f} GFLOP/s"
         sections = {
-            f"Batch {size}: {len(bench.prompts_for(size))} prompts, {arguments.max_new_tokens} tokens each, K {bench.k}, "
-            f"{bench.rounds} rounds, interleaved": methods(bench, size)
+            f"Batch {size}: {len(bench.prompts_for(size))} prompts, {arguments.max_new_tokens} tokens each, "
+            f"K {bench.k}, {bench.rounds} rounds, interleaved": methods(bench, size)
             for size in arguments.batch_sizes
         }
         sections[f"Forward passes against the machine ({limits})"] = steps(bench, arguments.batch_sizes, machine)

@@ -226,17 +226,18 @@ def _pending_draft(engine: Any) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Blocks:
-    """Streamer that keeps the tokens of each target pass, after the prompt."""
+class Blocks:
+    """A streamer for `generate` that collects the prompt, then the tokens of each target pass."""
 
     def __init__(self) -> None:
         self.tokens: list[list[int]] = []
 
     def put(self, value: Any) -> None:
+        """Add one block of ids."""
         self.tokens.append(value.flatten().tolist())
 
     def end(self) -> None:
-        pass
+        """Nothing to flush."""
 
 
 def _work_in_pace(request: EngineRequest) -> EngineResult:
@@ -254,7 +255,7 @@ def _work_in_pace(request: EngineRequest) -> EngineResult:
     )
     answers = []
     for prompt in request.prompts:
-        blocks, start = _Blocks(), time.perf_counter()
+        blocks, start = Blocks(), time.perf_counter()
         output = model.generate(torch.tensor([prompt]), sampling, text_streamer=blocks)
         seconds = time.perf_counter() - start
         token_ids = output.output_token_ids[0, len(prompt) :].tolist()
