@@ -432,6 +432,11 @@ def write_interpreter(path: Path, program: str) -> str:
     [
         ("import sys; print('no room left'); sys.exit(7)", r"it ended with status 7: no room left"),
         ("import os; os.kill(os.getpid(), 9)", r"it was killed by signal 9"),
+        (
+            "print('(EngineCore pid=7) ERROR [core.py:9] OSError: no room left')\n"
+            "raise SystemExit('RuntimeError: Engine core initialization failed. See root cause above.')",
+            r"it ended with status 1: OSError: no room left",
+        ),
     ],
 )
 def test_an_engine_that_dies_is_told_in_one_line_with_its_log(tmp_path: Path, program: str, reason: str) -> None:

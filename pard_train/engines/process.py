@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,8 @@ ENVIRONMENT = {
 }
 
 NOT_PASSED = ("PYTHONPATH", "PYTHONHOME")  # variables of our environment, not the engine's
+
+ERROR = re.compile(r"\b\w+(?:Error|Exception): .*")  # of Python, after the prefixes of an engine's log
 
 NAMES = {"vllm": "vLLM", "pace": "PACE"}  # of engines
 
@@ -101,8 +104,10 @@ def _process(command: list[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def last_words(log_path: Path, exit_status: int) -> str:
-    """How the engine's process ended, and the last line of its log."""
+    """How the engine's process ended, and the last error in its log that names a cause, or else its last line."""
     lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [found[0] for line in lines if (found := ERROR.search(line)) and "root cause above" not in line]
+    lines = errors or lines
     how = f"was killed by signal {-exit_status}" if exit_status < 0 else f"ended with status {exit_status}"
     return f"it {how}{': ' + lines[-1][:300] if lines else ''}"
 
