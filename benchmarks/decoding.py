@@ -51,7 +51,8 @@ class Bench:
         target: the same, ready to decode.
         drafter: draft model.
         assistant: the same weights for transformers, which wants a vocabulary of the target's size.
-        prompts: rendered prompts.
+        prompts: rendered prompts, as many as the largest batch at least.
+        num_prompts: prompts that a batch size decodes; a larger batch decodes one batch.
         limits: a fixed number of tokens.
         k: draft tokens.
         rounds: how often every method decodes all prompts.
@@ -62,9 +63,14 @@ class Bench:
     drafter: Drafter
     assistant: PreTrainedModel
     prompts: list[list[int]]
+    num_prompts: int
     limits: Limits
     k: int
     rounds: int
+
+    def prompts_for(self, batch_size: int) -> list[list[int]]:
+        """Prompts decoded at a batch size."""
+        return self.prompts[: max(self.num_prompts, batch_size)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +130,8 @@ def methods(bench: Bench, batch_size: int) -> Iterator[list[str]]:
     """All methods at one batch size, interleaved."""
     yield ["method", "tokens/s (median, range)", "ratio to ours, plain", "tau", "texts equal to ours, plain"]
     ways = our_ways(bench) | transformers_ways(bench, batch_size)
-    batches = [bench.prompts[start : start + batch_size] for start in range(0, len(bench.prompts), batch_size)]
+    prompts = bench.prompts_for(batch_size)
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     for way in ways.values():
         way(batches[0])  # warm-up
     answers, seconds = take_turns(list(ways.values()), batches, bench.rounds)
@@ -271,13 +278,14 @@ def load(arguments: argparse.Namespace, folder: Path) -> Bench:
     drafter = Drafter.load(draft, dtype=dtype, device=device)
     drafter.runner = Runner(drafter.model, is_compiled=arguments.compiled)
     encoder = ChatEncoder(tokenizer)
-    benchmark = load_benchmark("humaneval", arguments.prompts)
+    benchmark = load_benchmark("humaneval", max(arguments.prompts, *arguments.batch_sizes))
     return Bench(
         model=model,
         target=Runner(model, is_compiled=arguments.compiled),
         drafter=drafter,
         assistant=load_assistant(draft, model, arguments.num_draft_tokens),
         prompts=[encoder.encode_prompt(list(prompt.turns[0])) for prompt in benchmark.prompts],
+        num_prompts=arguments.prompts,
         limits=Limits(arguments.max_new_tokens, frozenset()),
         k=arguments.num_draft_tokens,
         rounds=arguments.rounds,
@@ -291,9 +299,9 @@ def main() -> None:
     parser.add_argument("--draft", default=None, help="folder of a draft model; an untrained one is made without it")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--num-draft-tokens", type=int, default=4, help="K")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts of HumanEval")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of HumanEval, and at least a batch")
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="torch.compile with graph capture: for a GPU")
     arguments = parser.parse_args()
@@ -302,8 +310,8 @@ def main() -> None:
         machine = measure_machine(DTYPES[arguments.dtype], bench.target.device)
         limits = f"copy {machine.bandwidth / 1e9:.1f} GB/s, matrix product {machine.arithmetic / 1e9:.0f} GFLOP/s"
         sections = {
-            f"Batch {size}: {len(bench.prompts)} prompts, {arguments.max_new_tokens} tokens each, K {bench.k}, "
-            f"{bench.rounds} rounds, interleaved": methods(bench, size)
+            f"Batch {size}: {len(bench.prompts_for(size))} prompts, {arguments.max_new_tokens} tokens each, "
+            f"K {bench.k}, {bench.rounds} rounds, interleaved": methods(bench, size)
             for size in arguments.batch_sizes
         }
         sections[f"Forward passes against the machine ({limits})"] = steps(bench, arguments.batch_sizes, machine)

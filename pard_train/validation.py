@@ -14,6 +14,8 @@ from pard_train.config import Config, DataConfig, DraftConfig, ObjectiveConfig, 
 from pard_train.errors import UserError
 from pard_train.layout import max_slots
 
+PACE_DRAFT_TOKENS = 33  # the most that PACE 1.3.0 drafts in a step: it keeps 32 mask tokens
+
 _EXAMPLES = {"targets": "targets=[Qwen/Qwen2.5-7B-Instruct]", "benchmarks": "evaluate.benchmarks=[humaneval]"}
 
 
@@ -132,6 +134,9 @@ def validate_verify(config: Config) -> None:
     _check_pair(config)
     if not config.verify.benchmarks:
         raise UserError("verify.benchmarks is empty: give a list, for example verify.benchmarks=[humaneval]")
+    if config.verify.engine == "pace" and config.verify.num_draft_tokens > PACE_DRAFT_TOKENS:
+        k = config.verify.num_draft_tokens
+        raise UserError(f"verify.num_draft_tokens={k}: PACE drafts at most {PACE_DRAFT_TOKENS} tokens a step")
 
 
 def validate_load(config: Config) -> None:

@@ -1,6 +1,6 @@
 """Check that a serving engine does with an exported draft what replay says: same text, same acceptance counters.
 
-    make vllm     # once: vLLM in its own virtual environment
+    make vllm     # once: vLLM in its own virtual environment; make pace for engine=pace
     python recipes/verify.py draft.path=outputs/my-draft/export targets=[Qwen/Qwen2.5-7B-Instruct] \\
         engine_python=.venv-vllm/bin/python output_dir=outputs/my-draft/verification
 

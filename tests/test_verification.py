@@ -1,6 +1,6 @@
 """An engine that does what replay says is told apart from one that does not, and the first slot that differs is named.
 
-The oracle of the fast tests is vLLM's loop told once more and simply; the slow ones run vLLM itself.
+The oracle of the fast tests is the loop of vLLM and PACE told once more and simply; the slow ones run the engines.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from vllm_server import ROOT, vllm_python
 
 from pard_train.config import Config, DraftConfig, ModelConfig
 from pard_train.downloads import unpack_model
-from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult, run
+from pard_train.engines.process import run
+from pard_train.engines.worker import Counters, EngineAnswer, EngineRequest, EngineResult
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.proposers import Drafter
@@ -88,9 +89,11 @@ def greedy(target: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[
 
 
 @torch.inference_mode()
-def serve(target: PreTrainedModel, drafter: Drafter, prompt: list[int], limits: Limits, k: int) -> EngineAnswer:
-    """vLLM's loop, without caches: the prefill gives a token, then K tokens are drafted and verified every step."""
-    answer = greedy(target, prompt, 1)
+def serve(
+    target: PreTrainedModel, drafter: Drafter, prompt: list[int], limits: Limits, k: int, engine: str = "vllm"
+) -> EngineAnswer:
+    """An engine's loop, without caches: K tokens are drafted and verified every step; vLLM's prefill gives a token."""
+    answer = greedy(target, prompt, 1) if engine == "vllm" else []
     accepted: list[int] = []
     drafts: list[list[int]] = []
     while not limits.is_over(answer):
@@ -107,10 +110,12 @@ def serve(target: PreTrainedModel, drafter: Drafter, prompt: list[int], limits: 
     return EngineAnswer(answer, accepted, drafts, Counters.of(accepted, k), 0.0)
 
 
-def expectation(target: PreTrainedModel, drafter: Drafter, limits: Limits, k: int, prompt: list[int]) -> Expectation:
-    """What replay says of one prompt, as vLLM counts."""
+def expectation(
+    target: PreTrainedModel, drafter: Drafter, limits: Limits, k: int, prompt: list[int], engine: str = "vllm"
+) -> Expectation:
+    """What replay says of one prompt, as an engine counts."""
     text = greedy(target, prompt, limits.max_new_tokens + k)
-    return expect(drafter, {"bench 0": prompt}, [text], limits, num_draft_tokens=k, num_prefilled=1)[0]
+    return expect(drafter, {"bench 0": prompt}, [text], limits, num_draft_tokens=k, engine=engine)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,17 +123,17 @@ def expectation(target: PreTrainedModel, drafter: Drafter, limits: Limits, k: in
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize(("k", "engine"), [(1, "vllm"), (3, "vllm"), (5, "vllm"), (1, "pace"), (4, "pace")])
 def test_replay_foretells_every_step_of_the_engine_wherever_the_answer_ends(
-    target: PreTrainedModel, drafter: Drafter, k: int
+    target: PreTrainedModel, drafter: Drafter, k: int, engine: str
 ) -> None:
     seen: set[int] = set()
     for prompt in PROMPTS[:2]:
         for end in {-1, *greedy(target, prompt, 24)}:  # -1: the length limit ends it
             for length in (1, 2, 7, 24):
                 limits = Limits(length, frozenset({end}))
-                ours = expectation(target, drafter, limits, k, prompt)
-                theirs = serve(target, drafter, prompt, limits, k)
+                ours = expectation(target, drafter, limits, k, prompt, engine)
+                theirs = serve(target, drafter, prompt, limits, k, engine)
                 assert find_difference(drafter, ours, theirs, k) is None
                 assert ours.accepted == theirs.accepted
                 seen |= set(ours.accepted)
@@ -377,7 +382,7 @@ def test_what_cannot_be_served_is_told_before_an_engine_starts(
         assert not (tmp_path / "out").exists()
     done = subprocess.run(command(settings(engine="sglang")), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "engine=sglang: must be vllm | transformers" in done.stderr
+    assert "engine=sglang: must be vllm | pace | transformers" in done.stderr
 
 
 def test_a_vocabulary_that_vllm_would_refuse_is_refused_with_the_remedy(
@@ -427,6 +432,11 @@ def write_interpreter(path: Path, program: str) -> str:
     [
         ("import sys; print('no room left'); sys.exit(7)", r"it ended with status 7: no room left"),
         ("import os; os.kill(os.getpid(), 9)", r"it was killed by signal 9"),
+        (
+            "print('(EngineCore pid=7) ERROR [core.py:9] OSError: no room left')\n"
+            "raise SystemExit('RuntimeError: Engine core initialization failed. See root cause above.')",
+            r"it ended with status 1: OSError: no room left",
+        ),
     ],
 )
 def test_an_engine_that_dies_is_told_in_one_line_with_its_log(tmp_path: Path, program: str, reason: str) -> None:
@@ -436,11 +446,13 @@ def test_an_engine_that_dies_is_told_in_one_line_with_its_log(tmp_path: Path, pr
         run(REQUEST, python=python, folder=tmp_path / "out", timeout=60)
 
 
-def test_an_environment_without_vllm_is_told_how_to_make_one(tmp_path: Path) -> None:
-    """The real worker, under a Python that has no vLLM: this one."""
+def test_an_environment_without_the_engine_is_told_how_to_make_one(tmp_path: Path) -> None:
+    """The real worker, under a Python that has neither engine: this one."""
     with pytest.raises(UserError, match=r"No module named 'vllm' .*launch/vllm_cpu.sh"):
         run(REQUEST, python=None, folder=tmp_path, timeout=60)
     assert "Traceback" in (tmp_path / "log.txt").read_text()
+    with pytest.raises(UserError, match=r"the PACE engine failed: .*No module named 'pace' .*launch/pace_cpu.sh"):
+        run(replace(REQUEST, engine="pace"), python=None, folder=tmp_path, timeout=60)
     with pytest.raises(UserError, match=r"engine_python=/no/python cannot be started: No such file"):
         run(REQUEST, python="/no/python", folder=tmp_path, timeout=60)
 
@@ -512,7 +524,7 @@ def test_an_engine_that_takes_too_long_is_ended_with_its_children(tmp_path: Path
 def test_an_engine_does_not_outlive_who_started_it(sleeper: tuple[str, Path], tmp_path: Path) -> None:
     python, pid_file = sleeper
     program = (
-        "from pathlib import Path; from pard_train.engines.vllm_engine import EngineRequest, run; "
+        "from pathlib import Path; from pard_train.engines.process import EngineRequest, run; "
         f"run({REQUEST!r}, python={python!r}, folder=Path({str(tmp_path / 'out')!r}), timeout=600)"
     )
     ours = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
@@ -638,3 +650,59 @@ def test_smollm2_drafts_for_itself_as_replay_says(engine_python: str, settings: 
     assert status == 0, output
     assert report["observed"] == report["expected"]
     assert report["observed"]["num_accepted_tokens"] >= 3 * 12  # the first token of every draft is the target's own
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PACE itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pace_python(monkeypatch: pytest.MonkeyPatch) -> str:
+    """PACE's Python: PARD_PACE_PYTHON, or that of launch/pace_cpu.sh. Skips without one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    python = Path(os.environ.get("PARD_PACE_PYTHON", ROOT / ".venv-pace" / "bin" / "python"))
+    if not python.exists():
+        pytest.skip("no PACE: make its environment with launch/pace_cpu.sh, or set PARD_PACE_PYTHON")
+    return str(python)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype"), [("qwen2", "float32"), ("llama", "float32"), ("qwen3", "bfloat16")])
+def test_pace_counts_what_replay_counts(
+    pace_python: str, family: str, dtype: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, tmp_path: Path
+) -> None:
+    """To the last counter in float32; in bfloat16 the text is that of plain decoding, near ties of the draft differ."""
+    target, draft = write_served_pair(family, tokenizer, tmp_path)
+    models = {"target": str(target), "draft": str(draft), "dtype": dtype, "max_prompts": 12}
+    status, report, output = verified(settings(engine="pace", engine_python=pace_python, **models))
+    assert report["num_equal_texts"] == 12
+    assert report["engine_version"][0].isdigit()
+    ours, theirs = report["expected"], report["observed"]
+    assert theirs["num_accepted_tokens"] > 20
+    if dtype == "float32":
+        assert status == 0, output
+        assert theirs == ours
+    else:
+        assert theirs["num_accepted_tokens"] == pytest.approx(ours["num_accepted_tokens"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_what_pace_refuses_is_told_with_the_remedy(
+    pace_python: str, served: tuple[Path, Path], settings: Settings, tmp_path: Path
+) -> None:
+    """PACE reads pard_token alone; and its list of mask tokens ends at 32."""
+    bare = write_odd_draft(served[1], tmp_path / "bare", pard_token=None)
+    request = EngineRequest(str(served[0]), str(bare), 4, [[1, 50, 2]], 8, [2], engine="pace")
+    with pytest.raises(UserError, match=r"PARD token must be set.*; export the draft with recipes/export.py"):
+        run(request, python=pace_python, folder=tmp_path / "engine", timeout=300)
+    status, report, output = verified(
+        settings(engine="pace", engine_python=pace_python, num_draft_tokens=33, max_prompts=2)
+    )
+    assert status == 0, output
+    assert report["observed"]["num_draft_tokens"] == 33 * report["observed"]["num_drafts"]
+    done = subprocess.run(
+        command(settings(engine="pace", num_draft_tokens=34)), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "verify.num_draft_tokens=34: PACE drafts at most 33 tokens a step" in done.stderr

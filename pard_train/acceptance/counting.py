@@ -53,25 +53,27 @@ def walk(matches: Sequence[int], num_draft_tokens: int) -> Trace:
     return Trace(accepted, len(matches))
 
 
-def accepted_by_step(matches: Sequence[int], num_draft_tokens: int, *, num_prefilled: int) -> list[int]:
+def accepted_by_step(
+    matches: Sequence[int], num_draft_tokens: int, *, num_prefilled: int, counts_past_end: bool = True
+) -> list[int]:
     """Draft tokens that an engine accepts at every step of one answer.
 
     Args:
         matches: for each answer token, how many draft tokens in a row, proposed from just before it, are the target's.
         num_draft_tokens: K.
-        num_prefilled: 1 as vLLM counts: the prefill gives the first token, and the last step counts matches past the
-            end, as far as `matches` shows them. 0 as Transformers counts: every step emits a token of the target within
-            the answer.
+        num_prefilled: tokens that no draft predicts: 1 in vLLM, whose prefill gives the first token, otherwise 0.
+        counts_past_end: the last step counts matches past the end, as far as `matches` shows them, as in vLLM and PACE.
+            Without it every step emits a token of the target within the answer, as in Transformers.
 
     >>> accepted_by_step([9, 2, 0, 0, 3, 2], 4, num_prefilled=1)
     [2, 3]
-    >>> accepted_by_step([2, 2, 0, 3, 2, 1], 4, num_prefilled=0)
+    >>> accepted_by_step([2, 2, 0, 3, 2, 1], 4, num_prefilled=0, counts_past_end=False)
     [2, 2]
     """
     accepted = walk(matches[num_prefilled:], num_draft_tokens).accepted
     if accepted:
         last = num_prefilled + sum(accepted[:-1]) + len(accepted) - 1  # first token of the last draft
-        most = num_draft_tokens if num_prefilled else len(matches) - last - 1
+        most = num_draft_tokens if counts_past_end else len(matches) - last - 1
         accepted[-1] = min(matches[last], num_draft_tokens, most)
     return accepted
 

@@ -157,7 +157,7 @@ class ExportConfig:
 class VerifyConfig:
     """Comparison of a serving engine with replay."""
 
-    engine: str = setting("vllm", "Serving engine.", choices=("vllm", "transformers"))
+    engine: str = setting("vllm", "Serving engine.", choices=("vllm", "pace", "transformers"))
     engine_python: Optional[str] = setting(None, "Python of the engine's environment; null takes this one.", free=True)
     benchmarks: list[str] = setting(["humaneval"], "Prompts: benchmark names or JSONL files.")
     max_prompts: int = setting(8, "Prompts per benchmark.", low=1)

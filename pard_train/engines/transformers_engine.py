@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from pard_train.device import default_device
 from pard_train.engines.candidates import generate
-from pard_train.engines.vllm_engine import Counters, EngineAnswer, EngineRequest, EngineResult
+from pard_train.engines.worker import Blocks, Counters, EngineAnswer, EngineRequest, EngineResult
 from pard_train.model import DTYPES, load_causal_lm
 
 
@@ -24,20 +23,6 @@ def run_transformers(request: EngineRequest) -> tuple[list[list[int]], EngineRes
     target = load_causal_lm(request.target, dtype=DTYPES[request.dtype]).to(default_device()).eval()
     pairs = [_generated(target, request, prompt_ids) for prompt_ids in request.prompts]
     return [text for text, _ in pairs], EngineResult(transformers.__version__, [answer for _, answer in pairs])
-
-
-class Blocks(BaseStreamer):
-    """Collects the tokens of each target pass, after the prompt."""
-
-    def __init__(self) -> None:
-        self.tokens: list[list[int]] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Add one block of ids."""
-        self.tokens.append(value.flatten().tolist())
-
-    def end(self) -> None:
-        """Nothing to flush."""
 
 
 def _generated(

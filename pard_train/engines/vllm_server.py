@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pard_train.engines.vllm_engine import ENVIRONMENT, NOT_PASSED, Counters, failure, last_words
+from pard_train.engines.process import ENVIRONMENT, NOT_PASSED, failure, last_words
+from pard_train.engines.worker import Counters
 
 METRIC = re.compile(r"^vllm:spec_decode_(\w+?)_total\{(.*)\} (\S+)$", re.MULTILINE)
 POSITION = re.compile(r'position="(\d+)"')

@@ -9,7 +9,8 @@ from typing import Any
 from pard_train.acceptance.counting import Trace
 from pard_train.device import device_name
 from pard_train.downloads import local_model
-from pard_train.engines.vllm_engine import EngineRequest, run
+from pard_train.engines.process import run
+from pard_train.engines.worker import EngineRequest
 from pard_train.evaluation.live import live_turns
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.measurement import Draft, make_record, pooled_numbers, vllm_numbers

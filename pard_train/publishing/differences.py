@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pard_train.engines.vllm_engine import Counters, EngineAnswer
+from pard_train.engines.worker import Counters, EngineAnswer
 from pard_train.generation.proposers import Drafter
 
 # Legend: N tokens of an answer, K draft tokens, V vocabulary.

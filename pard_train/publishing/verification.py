@@ -4,10 +4,10 @@ The engine writes its greedy text twice, plainly and with the draft. The two tex
 engine must accept as many draft tokens as replay finds in that text. The first difference is reported with its prompt,
 step and draft position.
 
-Engines count in two ways. vLLM takes the first token of an answer from the prefill, then drafts exactly K tokens at
+Engines count in three ways. vLLM takes the first token of an answer from the prefill, then drafts exactly K tokens at
 every step, and counts matches past the end of the answer; so its plain text continues for K tokens past the end.
-Transformers verifies the first draft in the pass that reads the prompt, and counts all but one token of each pass as
-accepted.
+PACE and Transformers verify the first draft in the pass that reads the prompt, and count all but one token of each pass
+as accepted; PACE counts past the end of the answer, Transformers does not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from pard_train.data.benchmarks import load_benchmarks
 from pard_train.data.chat import ChatEncoder
 from pard_train.device import default_device
 from pard_train.downloads import local_model
+from pard_train.engines.process import run
 from pard_train.engines.transformers_engine import run_transformers
-from pard_train.engines.vllm_engine import Counters, EngineRequest, EngineResult, run
+from pard_train.engines.worker import Counters, EngineRequest, EngineResult
 from pard_train.generation.decoding import Limits, end_ids_of
 from pard_train.generation.proposers import Drafter
 from pard_train.model import DTYPES
@@ -40,9 +42,10 @@ from pard_train.training.trackers import Outcome, check_trackers, log_outcome
 
 VERIFICATION_FILE = "verification.json"
 SCHEMA_VERSION = 1
-PLAIN_FOLDER, SPECULATIVE_FOLDER = "plain", "speculative"  # requests, results and logs of vLLM
+PLAIN_FOLDER, SPECULATIVE_FOLDER = "plain", "speculative"  # requests, results and logs of the engine
 COUNTED = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-PREFILLED = {"vllm": 1, "transformers": 0}  # tokens of an answer that no draft predicts, by engine
+# By engine: tokens of an answer that no draft predicts, and whether matches past its end count.
+CONVENTIONS = {"vllm": (1, True), "pace": (0, True), "transformers": (0, False)}
 
 
 def verify(config: Config) -> dict[str, Any]:
@@ -70,18 +73,17 @@ def verify(config: Config) -> dict[str, Any]:
             print(finding)
     claim_run(folder, decides)
     (folder / VERIFICATION_FILE).unlink(missing_ok=True)  # of an earlier run
-    texts, result = _run_vllm(request, settings, folder) if settings.engine == "vllm" else run_transformers(request)
+    is_ours = settings.engine == "transformers"
+    texts, result = run_transformers(request) if is_ours else _run_engine(request, settings, folder)
     dtype = DTYPES[settings.dtype]
     drafter = Drafter.load(draft.name, dtype=dtype, device=default_device(), trust_remote_code=trust)
-    limits, num_prefilled = Limits(request.max_new_tokens, frozenset(request.end_ids)), PREFILLED[settings.engine]
-    expectations = expect(
-        drafter, prompts, texts, limits, num_draft_tokens=request.num_draft_tokens, num_prefilled=num_prefilled
-    )
+    limits, k = Limits(request.max_new_tokens, frozenset(request.end_ids)), request.num_draft_tokens
+    expectations = expect(drafter, prompts, texts, limits, num_draft_tokens=k, engine=settings.engine)
     report = {
         "schema_version": SCHEMA_VERSION,
         "engine_version": result.version,
         **{key: decides[key] for key in ("engine", "draft", "target", "dtype", "num_draft_tokens", "max_new_tokens")},
-        **compare_prompts(drafter, expectations, result, request.num_draft_tokens),
+        **compare_prompts(drafter, expectations, result, k),
         "made_by": provenance(),
     }
     write_json(folder / VERIFICATION_FILE, report)
@@ -93,7 +95,7 @@ def verify(config: Config) -> dict[str, Any]:
 
 
 def preflight(config: Config) -> list[Finding]:
-    """Everything that can be known about serving this draft in vLLM before it starts.
+    """Everything that can be known about serving this draft before the engine starts.
 
     Args:
         config: as for `verify`; nothing is written.
@@ -103,14 +105,11 @@ def preflight(config: Config) -> list[Finding]:
     """
     names = {"draft": resolve_draft(config.draft.path or ""), "target": first_target(config)}
     draft, target, _, request = _prepare(config, names)
-    return check_serving(
-        draft,
-        target,
-        num_tokens=request.num_positions,
-        num_draft_tokens=request.num_draft_tokens,
-        dtype=request.dtype,
-        python=config.verify.engine_python,
-    )
+    needs: dict[str, Any] = {"num_tokens": request.num_positions, "dtype": request.dtype}
+    if request.engine != "vllm":
+        return check_served(draft, target, **needs)
+    k, python = request.num_draft_tokens, config.verify.engine_python
+    return check_serving(draft, target, num_draft_tokens=k, python=python, **needs)
 
 
 def _prepare(config: Config, names: Mapping[str, str]) -> tuple[Model, Model, dict[str, list[int]], EngineRequest]:
@@ -129,12 +128,13 @@ def _prepare(config: Config, names: Mapping[str, str]) -> tuple[Model, Model, di
         end_ids=sorted(end_ids_of(target.name, target.tokenizer)),
         dtype=settings.dtype,
         trust_remote_code=trust,
+        engine=settings.engine,
     )
     return draft, target, prompts, request
 
 
-def _run_vllm(request: EngineRequest, settings: VerifyConfig, folder: Path) -> tuple[list[list[int]], EngineResult]:
-    """vLLM's plain texts, which continue for K tokens past their end, and its speculative answers. Raises UserError."""
+def _run_engine(request: EngineRequest, settings: VerifyConfig, folder: Path) -> tuple[list[list[int]], EngineResult]:
+    """Plain texts, which continue for K tokens past their end, and speculative answers. Raises UserError."""
     start = time.monotonic()
     plain = replace(request, draft=None, max_new_tokens=request.max_new_tokens + request.num_draft_tokens, end_ids=[])
     results = []
@@ -151,23 +151,25 @@ def expect(
     limits: Limits,
     *,
     num_draft_tokens: int,
-    num_prefilled: int,
+    engine: str,
 ) -> list[Expectation]:
     """What an engine should do, by replay of the target's text.
 
     Args:
         drafter: draft model.
         prompts: ids by name.
-        texts: the target's greedy text after each prompt; for vLLM, K tokens longer than the answer.
+        texts: the target's greedy text after each prompt; for vLLM and PACE, K tokens longer than the answer.
         limits: when an answer ends.
         num_draft_tokens: K.
-        num_prefilled: as for `accepted_by_step`.
+        engine: whose convention counts, see CONVENTIONS.
     """
+    num_prefilled, past_end = CONVENTIONS[engine]
     answers = [limits.cut(text, 0) for text in texts]
     extras = [text[len(answer) :] for text, answer in zip(texts, answers, strict=True)]
     pairs = list(zip(prompts.values(), answers, strict=True))
     matches = replay_all(drafter, pairs, num_draft_tokens, extra_ids=extras)
-    steps = [accepted_by_step(m.tolist(), num_draft_tokens, num_prefilled=num_prefilled) for m in matches]
+    count = partial(accepted_by_step, num_prefilled=num_prefilled, counts_past_end=past_end)
+    steps = [count(found.tolist(), num_draft_tokens) for found in matches]
     return [
         Expectation(name, prompt, answer, extra, num_prefilled, accepted)
         for (name, prompt), answer, extra, accepted in zip(prompts.items(), answers, extras, steps, strict=True)

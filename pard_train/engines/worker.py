@@ -1,52 +1,25 @@
-"""vLLM as an engine: greedy answers to prompts of token ids, plain or speculative, with its acceptance counters.
+"""vLLM and PACE as engines: greedy answers to prompts of token ids, with or without a draft, with acceptance counters.
 
-vLLM pins other versions than we do, so it has its own virtual environment (launch/vllm_cpu.sh creates one for CPUs).
-`run` starts this file with that environment's Python. So the top of the file imports the standard library only. One
-process is one engine, which frees all memory when it ends.
+Both pin other versions than we do, so each has its own virtual environment (launch/vllm_cpu.sh, launch/pace_cpu.sh).
+`process.run` starts this file with that environment's Python, so its top imports the standard library only. One process
+is one engine, which frees all memory when it ends.
 
 Prompts run one at a time and step by step, so that a difference can be traced to its prompt and step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-LOG_FILE = "log.txt"
-REQUEST_FILE = "request.json"
-RESULT_FILE = "result.json"
-
-# Environment of the engine's process; the user's own variables take precedence.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process that we start, and ends with it
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes a large share of the machine's memory
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes may use the same cores
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-NOT_PASSED = ("PYTHONPATH", "PYTHONHOME")  # variables of our environment, not the engine's
-
-# (part of an error of vLLM, remedy)
-REMEDIES = (
-    ("No module named 'vllm'", "create an environment with launch/vllm_cpu.sh; set engine_python=VENV/bin/python"),
-    ("same vocabulary size", "export the draft again with targets=[TARGET], which pads its vocabulary"),
-    ("For parallel drafting, the draft model config must have", "export the draft with recipes/export.py"),
-    ("parallel_drafting", "this vLLM lacks parallel_drafting: install 0.16 or newer"),
-    ("index out of range", "pard_token and mask_token_id must be below vocab_size: export the draft again"),
-    ("KV cache", "set VLLM_CPU_KVCACHE_SPACE to more GiB (CPU), or free memory of the accelerator"),
-    ("max_model_len", "prompt and answer exceed the model's context: lower max_new_tokens, or shorten the prompts"),
-)
 
 
 @dataclass(frozen=True)
@@ -62,6 +35,7 @@ class EngineRequest:
         end_ids: ids that end an answer; if empty, answers run to the limit.
         dtype: of weights and activations.
         trust_remote_code: run code of the model's folder.
+        engine: vllm or pace.
     """
 
     target: str
@@ -72,6 +46,7 @@ class EngineRequest:
     end_ids: list[int]
     dtype: str = "float32"
     trust_remote_code: bool = False
+    engine: str = "vllm"
 
     @property
     def num_positions(self) -> int:
@@ -81,10 +56,10 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class Counters:
-    """vLLM's counters of speculative decoding: `vllm:spec_decode_*_total`.
+    """Counters of speculative decoding, in vLLM `vllm:spec_decode_*_total`.
 
     Attributes:
-        num_drafts: verified drafts, which is steps after the prefill.
+        num_drafts: verified drafts; in vLLM, steps after the prefill.
         num_draft_tokens: their tokens.
         num_accepted_tokens: of them, accepted.
         accepted_per_position: drafts whose position i = 1..K was accepted, [K].
@@ -158,82 +133,11 @@ class EngineResult:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Our process
+# vLLM
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: float) -> EngineResult:
-    """Run vLLM on prompts, in a separate process.
-
-    Args:
-        request: models, prompts and limits.
-        python: interpreter of vLLM's environment; None is the current one.
-        folder: for the request, the result and the engine's log; created if it does not exist.
-        timeout: seconds for all prompts together.
-
-    Raises:
-        UserError: if it fails or exceeds the timeout; the message names the log and, where known, the remedy.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    request_path, result_path, log_path = (folder / name for name in (REQUEST_FILE, RESULT_FILE, LOG_FILE))
-    result_path.unlink(missing_ok=True)
-    request_path.write_text(json.dumps(asdict(request)))
-    command = [python or sys.executable, __file__, str(request_path.resolve()), str(result_path.resolve())]
-    try:
-        with log_path.open("w") as log, _process(command, log) as process:
-            process.wait(timeout)
-    except subprocess.TimeoutExpired as error:
-        raise failure(f"timeout={timeout:g} s exceeded: raise it, or reduce the prompts", log_path) from error
-    except OSError as error:
-        raise failure(f"engine_python={python} cannot be started: {error.strerror}", log_path) from error
-    if not result_path.exists():
-        raise failure(last_words(log_path, process.returncode), log_path)
-    result = json.loads(result_path.read_text())
-    if "error" in result:
-        raise failure(result["error"], log_path)
-    answers = [EngineAnswer(**{**answer, "counters": Counters(**answer["counters"])}) for answer in result["answers"]]
-    return EngineResult(result["version"], answers)
-
-
-@contextlib.contextmanager
-def _process(command: list[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in its own session that is killed, with its children, at the end of the block.
-
-    It also ends when its standard input closes, so it does not outlive us if we are killed.
-    """
-    environment = {**ENVIRONMENT, **os.environ}
-    for name in NOT_PASSED:
-        environment.pop(name, None)
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
-    with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as process:
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def last_words(log_path: Path, exit_status: int) -> str:
-    """How the engine's process ended, and the last line of its log."""
-    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    how = f"was killed by signal {-exit_status}" if exit_status < 0 else f"ended with status {exit_status}"
-    return f"it {how}{': ' + lines[-1][:300] if lines else ''}"
-
-
-def failure(reason: str, log_path: Path) -> Exception:
-    """UserError about an engine that failed, with the remedy where one is known."""
-    from pard_train.errors import UserError  # not at the top: the engine's Python may not have pard_train
-
-    remedy = next((remedy for symptom, remedy in REMEDIES if symptom in reason), None)
-    return UserError(f"the vLLM engine failed: {reason} (log: {log_path}){'; ' + remedy if remedy else ''}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine's process
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def work(request: EngineRequest) -> EngineResult:
+def _work_in_vllm(request: EngineRequest) -> EngineResult:
     """Answer every prompt with vLLM, in this process."""
     import vllm
 
@@ -317,13 +221,71 @@ def _pending_draft(engine: Any) -> list[list[int]]:
         return []
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# PACE
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Blocks:
+    """A streamer for `generate` that collects the prompt, then the tokens of each target pass."""
+
+    def __init__(self) -> None:
+        self.tokens: list[list[int]] = []
+
+    def put(self, value: Any) -> None:
+        """Add one block of ids."""
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+def _work_in_pace(request: EngineRequest) -> EngineResult:
+    """Answer every prompt with AMD's PACE, in this process."""
+    import torch
+    from pace.llm import LLMModel, SamplingConfig
+    from pace.llm.configs import PardSpecDecodeConfig
+
+    k = request.num_draft_tokens
+    drafting = PardSpecDecodeConfig(request.draft, num_speculative_tokens=k) if request.draft else None
+    model = LLMModel(request.target, dtype=getattr(torch, request.dtype), spec_config=drafting, disable_tqdm=True)
+    limits = {"eos_token_id": request.end_ids or [0], "ignore_eos": not request.end_ids, "min_new_tokens": 0}
+    sampling = SamplingConfig(
+        max_new_tokens=request.max_new_tokens, do_sample=False, repetition_penalty=1.0, frequency_penalty=0.0, **limits
+    )
+    answers = []
+    for prompt in request.prompts:
+        blocks, start = Blocks(), time.perf_counter()
+        output = model.generate(torch.tensor([prompt]), sampling, text_streamer=blocks)
+        seconds = time.perf_counter() - start
+        token_ids = output.output_token_ids[0, len(prompt) :].tolist()
+        ends = [place + 1 for place, token in enumerate(token_ids) if token in request.end_ids]
+        token_ids = token_ids[: min([request.max_new_tokens, *ends])]  # its last step may write past both
+        accepted = [len(tokens) - 1 for tokens in blocks.tokens[1:]] if drafting else []
+        counters = Counters.of(accepted, k)
+        if drafting:  # of the engine's own statistics, tokens and tokens per step
+            stats = output.speculative_stats
+            num_drafts = round(stats.total_speculated_tokens / stats.mean_accepted_tokens)
+            num_accepted, by_position = stats.total_speculated_tokens - num_drafts, counters.accepted_per_position
+            counters = Counters(num_drafts, num_drafts * k, num_accepted, by_position)
+        answers.append(EngineAnswer(token_ids, accepted, [], counters, seconds))
+    return EngineResult(metadata.version("amd-pace"), answers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine's process
+# ---------------------------------------------------------------------------------------------------------------------
+
+WORK = {"vllm": _work_in_vllm, "pace": _work_in_pace}
+
+
 def main(request_path: str, result_path: str) -> int:
     """Read a request and write its result. An error goes into the result, its traceback into the log."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     request = EngineRequest(**json.loads(Path(request_path).read_text()))
     result: dict[str, Any]
     try:
-        result = asdict(work(request))
+        result = asdict(WORK[request.engine](request))
     except Exception as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]}
