@@ -42,6 +42,7 @@ PROGRAMS = {
     "evaluate": Program("recipes", (*_WRITING, "draft", "logger", "evaluate")),
     "compare": Program("recipes", ("logger", "compare")),
     "study": Program("recipes", (*_TRAINING, "inference", "evaluate", "study")),
+    "dashboard": Program("recipes", ("logger", "dashboard")),
     "verify": Program("recipes", ("model", "draft", "targets", "data", "logger", "verify")),
     "load": Program("recipes", ("model", "draft", "targets", "data", "load")),
     "generate": Program("recipes", (*_WRITING, "draft", "generate")),

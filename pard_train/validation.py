@@ -5,6 +5,7 @@ Like `config`, nothing here imports torch, so a wrong setting fails within a sec
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from operator import attrgetter
@@ -110,6 +111,13 @@ def validate_study(config: Config) -> None:
         )
     if config.evaluate.drafts:
         raise UserError("evaluate.drafts must be empty: a study measures the drafts of its runs")
+
+
+def validate_dashboard(config: Config) -> None:
+    """Check a dashboard. Raises UserError."""
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        raise UserError("wandb-workspaces is not installed: pip install 'pard_train[dashboard]'")
+    _check_settings(config)
 
 
 def validate_export(config: Config) -> None:

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -506,3 +506,71 @@ def test_drafts_are_uploaded_on_request(config: Config, tmp_path: Path) -> None:
     contents = {entry.path: entry for entry in artifact.manifest.contents}
     assert contents["model.safetensors"].size == (tmp_path / "mine" / "draft" / "model.safetensors").stat().st_size
     assert not [entry for entry in contents.values() if entry.ref]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The saved dashboard
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flat_names(values: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Names of all leaves, parts separated by dots."""
+    nested = [flat_names(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}"} for k, v in values.items()]
+    return set().union(*nested)
+
+
+def test_no_panel_of_the_dashboard_is_empty(job: Config) -> None:
+    pytest.importorskip("wandb_workspaces")
+    from pard_train.reports.dashboard import build_workspace, spec_of
+
+    folder = Path(job.output_dir)
+    (trained,) = [run for run in runs_in(folder) if run.opened.job_type == "train"]
+    evaluated = runs_in(folder / "evaluation")[0]
+    known = {kind: flat_names(getattr(trained, kind)) for kind in ("summary", "config")}
+    settings = config_for("dashboard", num_draft_tokens=[1, 4], trained_with=4).dashboard
+    section = spec_of(build_workspace(settings, "pard_train"))["spec"]["section"]
+
+    def check_accessor(accessor: str) -> None:
+        kind, _, name = accessor.partition(":")
+        assert name.replace(".value", "", 1) in known[kind], accessor
+
+    kinds = []
+    for panel in (p for s in section["panelBankConfig"]["sections"] for p in s["panels"]):
+        shown = panel["config"]
+        kinds.append(panel["viewType"])
+        if kinds[-1] == "Run History Line Plot":
+            pattern = shown.get("metricRegex") or "|".join(f"^{re.escape(name)}$" for name in shown["metrics"])
+            drawn = [row for row in trained.history if any(re.search(pattern, name) for name in row)]
+            assert any(shown["xAxis"] in row for row in drawn), shown  # a point needs both in one row
+        elif kinds[-1] == "Bar Chart":
+            assert set(shown["metrics"]) <= set(evaluated.summary)
+        elif kinds[-1] == "Scatter Plot":
+            check_accessor(shown["xAxis"])
+            check_accessor(shown["yAxis"])
+        elif kinds[-1] == "Parallel Coordinates Plot":
+            for column in shown["columns"]:
+                check_accessor(column["accessor"])
+        elif kinds[-1] == "Media Browser":
+            assert {f"{name}/_type" for name in shown["mediaKeys"]} <= set(evaluated.history[0])
+    assert set(kinds) == {
+        *("Run History Line Plot", "Bar Chart", "Scatter Plot", "Parallel Coordinates Plot"),
+        *("Run Comparer", "Media Browser"),
+    }
+    (runset,) = section["runSets"]
+    assert (
+        trained.config["trained_with"] == evaluated.config["trained_with"] == runset["filters"]["filters"][0]["value"]
+    )
+    assert runset["filters"]["filters"][0]["key"]["name"] == "trained_with"
+    assert runset["grouping"][0]["name"].removesuffix(".value") == "objective_name"
+    assert trained.config["objective_name"] == evaluated.config["objective_name"] == "1 ce"
+    assert runset["sort"]["keys"][0]["key"]["name"] in known["summary"]
+
+
+def test_the_program_prints_the_dashboard_without_a_network_and_needs_a_login_to_save_it() -> None:
+    pytest.importorskip("wandb_workspaces")
+    command = [sys.executable, "recipes/dashboard.py", "logger.wandb_project=mine"]
+    printed = subprocess.run([*command, "print=true"], capture_output=True, text=True, check=True)
+    assert json.loads(printed.stdout)["project"] == "mine"
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("dashboard.py: error: logger.trackers=[wandb]: not logged in")

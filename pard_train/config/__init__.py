@@ -11,6 +11,7 @@ from typing import Any
 
 from pard_train.config.programs import (
     CompareConfig,
+    DashboardConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -40,6 +41,7 @@ from pard_train.config.training import (
 __all__ = [
     "CompareConfig",
     "Config",
+    "DashboardConfig",
     "DataConfig",
     "DraftConfig",
     "EvaluateConfig",
@@ -89,6 +91,7 @@ class Config:
     stand_in: StandInConfig = section(StandInConfig, free=True)
     compare: CompareConfig = section(CompareConfig, free=True)
     study: StudyConfig = section(StudyConfig, free=True)
+    dashboard: DashboardConfig = section(DashboardConfig, free=True)
     export: ExportConfig = section(ExportConfig, free=True)
     verify: VerifyConfig = section(VerifyConfig, free=True)
     load: LoadConfig = section(LoadConfig, free=True)

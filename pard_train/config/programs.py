@@ -140,6 +140,17 @@ class StudyConfig:
 
 
 @dataclass
+class DashboardConfig:
+    """A saved W&B workspace."""
+
+    name: str = setting("Draft models", "Name of the workspace.")
+    entity: Optional[str] = setting(None, "User or team of W&B; null takes your default one.")
+    trained_with: int = setting(8, "Show runs with this draft.num_draft_tokens; 0 shows all.", low=0)
+    num_draft_tokens: list[int] = setting([1, 2, 4, 8], "Values of K at which evaluated drafts are compared.", low=1)
+    print: bool = setting(False, "Print the specification instead of saving it.")
+
+
+@dataclass
 class ExportConfig:
     """A plain Hugging Face folder from a run, a checkpoint or a draft folder."""
 

@@ -62,6 +62,14 @@ class ObjectiveConfig:
     dpace_alpha: float = setting(0.5, "D-PACE: q = (1 - alpha) * p_draft(label) + alpha.", low=0, high=1)
 
     @property
+    def name(self) -> str:
+        """Terms and weights, such as `0.1 ce, 1 kd, cat`."""
+        terms = [f"{getattr(self, term):g} {term}" for term in ("ce", "kd", "lk") if getattr(self, term)]
+        weights = [weight for weight in ("cat", "dpace") if getattr(self, weight)]
+        decay = [f"decay {self.depth_decay:g}"] if self.depth_decay != 1 else []
+        return ", ".join(terms + weights + decay)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether a term compares with the target's distribution."""
         return self.kd > 0 or self.lk > 0

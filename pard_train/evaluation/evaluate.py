@@ -119,7 +119,7 @@ def _log_draft(config: Config, records: list[Record], name: str, path: str) -> N
         training=run,
         kind={INITIAL_FOLDER: "init", BEST_FOLDER: "best"}.get(Path(path).name, "last"),
         facts={
-            "draft": name,
+            "draft_name": name,
             "draft_path": path,
             "fingerprints": fingerprints,
             "dtypes": distinct(r["dtype"] for r in records),

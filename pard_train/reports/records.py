@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any, TypeVar
 
 from pard_train.commands import command
@@ -204,6 +205,9 @@ def scalars(records: Sequence[Record]) -> dict[str, float]:
     greedy = [r for r in measured if not r["temperature"]]
     for (target, k), mine in grouped(greedy, lambda r: (r["target"], r["num_draft_tokens"])).items():
         values[f"eval/tau_by_k/{target}/all/k_{k}"] = pooled_tau(mine)
+    targets = distinct(r["target"] for r in greedy)
+    for k in distinct(r["num_draft_tokens"] for r in greedy):
+        values[f"eval/tau_by_k/mean/k_{k}"] = mean(values[f"eval/tau_by_k/{target}/all/k_{k}"] for target in targets)
     for r in timed_records({"records": records}):
         case = f"{r['target']}/{_with_temperature(r)}/{r['method']}_{r['mode']}_batch_{r['batch_size'] or 1}"
         values[f"eval/speedup/{case}"] = r["speed"]["speedup"]

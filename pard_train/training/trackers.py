@@ -20,12 +20,12 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 
 from pard_train.commands import PROGRAMS
-from pard_train.config import Config, LoggerConfig
+from pard_train.config import Config, DraftConfig, LoggerConfig, ObjectiveConfig
 from pard_train.errors import Interrupted, UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.reports.records import distinct, flatten
 from pard_train.reports.webpage import PAGE_FILE
-from pard_train.runs import provenance, run_of
+from pard_train.runs import CONFIG_FILE, provenance, read_json, run_of
 from pard_train.training.background import Background
 from pard_train.training.page import RunPage
 
@@ -63,6 +63,13 @@ def check_trackers(settings: LoggerConfig) -> None:
             "logger.trackers=[wandb]: not logged in: run `wandb login`, set WANDB_API_KEY, or choose "
             "logger.wandb_mode=offline"
         )
+
+
+def default_entity() -> str:
+    """User or team that W&B logs to unless told otherwise; needs a login."""
+    import wandb
+
+    return os.environ.get("WANDB_ENTITY") or wandb.Api().default_entity or ""
 
 
 @contextmanager
@@ -180,6 +187,11 @@ def run_config(config: Config, program: str, folder: Path) -> dict[str, Any]:
     return {**sections, **facts, "provenance": provenance()}
 
 
+def _grouping(draft: DraftConfig, objective: ObjectiveConfig) -> dict[str, Any]:
+    """How a draft was trained, as names of the config by which a dashboard filters and groups runs."""
+    return {"trained_with": draft.num_draft_tokens, "objective_name": objective.name}
+
+
 def add_artifact(
     run: wandb.Run, name: str, kind: str, *, folder: Path, is_input: bool = False, upload: bool = False, **facts: Any
 ) -> None:
@@ -217,6 +229,7 @@ class WandbRun(WandbCallback):
         """Open the run of this folder, or continue it."""
         self._initialized = True
         config = run_config(self.config, "train", self.folder) | {"model_config": model.config.to_dict()}
+        config |= _grouping(self.config.draft, self.config.objective)
         run_id, group = run_of(self.folder)["run_id"], group_of(self.folder)
         run = open_run(self.config.logger, self.folder, "train", run_id=run_id, group=group, **config)
         run.config.update({"model/num_parameters": model.num_parameters()}, allow_val_change=True)
@@ -316,6 +329,9 @@ def _log_outcome(config: Config, outcome: Outcome) -> None:
 
     training = run_of(outcome.training).get("run_id") if outcome.training else None
     facts = {"training_run": training, **outcome.facts, **run_config(config, outcome.program, outcome.folder)}
+    if outcome.training and training:
+        trained = read_json(outcome.training / CONFIG_FILE)
+        facts |= _grouping(DraftConfig(**trained["draft"]), ObjectiveConfig(**trained["objective"]))
     own = run_of(outcome.folder).get("run_id")
     run_id = re.sub(r"[/\\#?%:]", "-", f"{own}-{outcome.label}") if own and outcome.label else own
     group, prefix = group_of(outcome.training or outcome.folder), outcome.program.replace("evaluate", "eval")
