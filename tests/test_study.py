@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from records import document
 
 from pard_train.bootstrap import ratio_interval
 from pard_train.config import StudyConfig
-from pard_train.evaluation.study import Run, plan_runs, write_study
+from pard_train.errors import RESUMABLE, Interrupted
+from pard_train.evaluation.study import Run, plan_runs, train_run, write_study
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +39,17 @@ def test_every_run_has_the_studys_settings_then_its_own_and_a_folder_and_seed(tm
     (tmp_path / "runs" / "slow-1").mkdir(parents=True)
     (tmp_path / "runs" / "slow-1" / "config.json").touch()
     assert plan_runs(study, given, tmp_path)[0].overrides[-1] == "resume=true"
+
+
+def test_a_termination_reaches_the_run_that_saves_a_checkpoint(tmp_path: Path) -> None:
+    stand_in = [
+        "bash",
+        "-c",
+        f"trap 'exit {RESUMABLE}' TERM; kill -TERM $PPID; for i in {{1..300}}; do sleep 0.1; done",
+    ]
+    with pytest.raises(Interrupted, match="slow-1 stopped with a checkpoint"):
+        train_run(Run("slow", 1, tmp_path, (), ()), stand_in)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_interval_of_a_ratio_is_paired_by_prompt() -> None:

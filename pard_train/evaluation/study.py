@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -87,11 +88,14 @@ def train_run(run: Run, launcher: Sequence[str]) -> str | None:
         return None
     program = HOME / PROGRAMS["train"].folder / "train.py"
     with subprocess.Popen([*(launcher or [sys.executable]), str(program), *run.overrides]) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # training then saves a checkpoint
         try:
             status = process.wait()
         except KeyboardInterrupt:
             process.wait()  # it got the signal too, and saves a checkpoint
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if status == RESUMABLE:
         raise Interrupted(f"{run.draft} stopped with a checkpoint")
     return f"{run.draft} ended with status {status}" if status else None
