@@ -239,6 +239,11 @@ def _check_trainer(config: Config) -> None:
             f"trainer.warmup_steps={trainer.warmup_steps} is ignored by trainer.lr_scheduler_type=constant: "
             "choose constant_with_warmup, or trainer.warmup_steps=0"
         )
+    if bool(trainer.decay_steps) != (trainer.lr_scheduler_type == "warmup_stable_decay"):
+        raise UserError(
+            f"trainer.decay_steps={trainer.decay_steps} with trainer.lr_scheduler_type={trainer.lr_scheduler_type}: "
+            "set both for a stable learning rate that decays at the end, or neither"
+        )
     if trainer.max_steps == 0:
         raise UserError("trainer.max_steps=0: allowed are -1 (all epochs) and numbers from 1 on")
 

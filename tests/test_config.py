@@ -202,6 +202,7 @@ MISTAKES = [
     ("train", ["experiment=quikstart"], ["experiment=quikstart", "did you mean quickstart?", "Available: "]),
     ("train", [*GOOD, "objective=kd"], ["objective.kd=1.0", "data.scores", "data_scripts/score.py"]),
     ("train", [*GOOD, "data.slot_budget=100"], ["data.slot_budget=100", "data.max_length=512", ">=1723"]),
+    ("train", [*GOOD, "trainer.decay_steps=9"], ["trainer.decay_steps=9", "lr_scheduler_type=constant"]),
     ("train", [*GOOD, "trainer.lr_scheduler_type=wavy"], ["trainer.lr_scheduler_type=wavy", "cosine"]),
     ("train", [*GOOD, "seed=-1"], ["seed=-1"]),
     ("train", [*GOOD, "draft=outputs/d"], ["draft=outputs/d", "draft.path="]),

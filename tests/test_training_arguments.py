@@ -23,6 +23,7 @@ from pard_train.training.callbacks import ProfileSteps, SealCheckpoint
 from pard_train.training.trainer import PardTrainer, build_trainer, train
 
 CONVERTED = {  # checked one by one
+    "decay_steps",
     "num_train_epochs",
     "gradient_checkpointing",
     "save_steps",
@@ -37,7 +38,8 @@ OTHER = TrainerConfig(
     num_train_epochs=2,
     max_steps=3,
     gradient_accumulation_steps=2,
-    lr_scheduler_type="cosine",
+    lr_scheduler_type="warmup_stable_decay",
+    decay_steps=1,
     warmup_steps=2,
     weight_decay=0.1,
     max_grad_norm=0.5,
@@ -126,6 +128,14 @@ def test_a_run_uses_warm_up_schedule_weight_decay_and_gradient_clipping(
     assert recorder.decays == {0.1: {2}, 0.0: {1}}  # matrices, and biases and norms
     assert all(row["grad_norm"] > 0.5 for row in log_lines(config))  # before clipping
     assert recorder.norms == pytest.approx([0.5] * 6, rel=1e-3)
+
+
+def test_a_stable_learning_rate_decays_in_the_last_steps(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    settings = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 2, "decay_steps": 4, "max_steps": 9}
+    recorder = StepRecorder()
+    train(experiment(base_folder, chats_file, tmp_path / "run", learning_rate=1e-3, **settings), callbacks=[recorder])
+    decay = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert recorder.learning_rates == pytest.approx([1e-3 * factor for factor in (0, 0.5, 1, 1, 1, *decay)])
 
 
 def test_a_profile_has_the_steps_after_the_warm_up(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:

@@ -134,8 +134,9 @@ class TrainerConfig:
     lr_scheduler_type: str = setting(
         "constant",
         "Learning rate schedule.",
-        choices=("constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"),
+        choices=("constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"),
     )
+    decay_steps: int = setting(0, "Last steps of warmup_stable_decay, in which the learning rate falls to 0.", low=0)
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.", low=0)
     weight_decay: float = setting(0.0, "AdamW weight decay.", low=0)
     max_grad_norm: float = setting(1.0, "Largest norm of the gradient; 0 does not clip.", low=0)

@@ -15,6 +15,7 @@ from pard_train.device import default_device
 from pard_train.errors import UserError
 
 CONVERTED = (
+    "decay_steps",
     "num_train_epochs",
     "gradient_checkpointing",
     "save_steps",
@@ -65,6 +66,8 @@ def training_settings(config: Config) -> dict[str, Any]:
         "ddp_find_unused_parameters": False,  # there are none, and searching walks the graph at every step
         "deepspeed": config.deepspeed or None,
     }
+    if settings.decay_steps:
+        ours["lr_scheduler_kwargs"] = {"num_decay_steps": settings.decay_steps}
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     if settings.gradient_checkpointing:  # transformers 5.23 renamed it
         ours["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
