@@ -46,6 +46,7 @@ PROGRAMS = {
     "verify": Program("recipes", ("model", "draft", "targets", "data", "logger", "verify")),
     "load": Program("recipes", ("model", "draft", "targets", "data", "load")),
     "generate": Program("recipes", (*_WRITING, "draft", "generate")),
+    "doctor": Program("recipes", (), shares_work=True),
     "quickstart": Program("recipes", (*_TRAINING, *_STEPS, "stand_in", "export")),
 }
 

@@ -1,5 +1,6 @@
 """Exceptions: bad input, bad rows of data, and results below their threshold."""
 
+HUNG = 124  # exit status of a rank of a run in which a rank hangs, as `timeout` has it
 RESUMABLE = 75  # exit status of a training run that a signal ended, with a checkpoint (EX_TEMPFAIL of sysexits.h)
 
 

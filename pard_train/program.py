@@ -143,6 +143,9 @@ def _run(name: str, composed: DictConfig, validate: Callable[[Config], None], ru
             print(f"\n{_program_name()}: {reason}; to resume, run the same command{resume}", file=sys.stderr)
         _leave_process_group()
         sys.exit(RESUMABLE if isinstance(error, Interrupted) else INTERRUPTED)
+    except SystemExit:
+        _leave_process_group()
+        raise
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

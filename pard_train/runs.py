@@ -298,10 +298,8 @@ def seal_checkpoint(folder: Path) -> None:
 def check_checkpoint(folder: Path) -> None:
     """Check size and checksum of every file of a checkpoint. Raises UserError naming a missing or damaged file."""
     for name, seal in read_json(folder / SEAL_FILE).items():
-        path, (size, checksum) = (
-            folder / name,
-            seal if isinstance(seal, list) else (seal, None),
-        )  # a number in version 0.1
+        size, checksum = seal if isinstance(seal, list) else (seal, None)  # a number in version 0.1
+        path = folder / name
         found = path.stat().st_size if path.exists() else 0
         fix = f"delete {folder} to resume from the checkpoint before"
         if found != size:

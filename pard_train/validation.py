@@ -60,7 +60,7 @@ def validate_score(config: Config) -> None:
 
 def validate_show(config: Config) -> None:
     """Check what is printed. Raises UserError."""
-    _check_settings(config, "data.source", "model.path")
+    _check_settings(config, *([] if config.show.pack else ["data.source"]), "model.path")
     _check_draft(config.draft)
     picture = config.show.picture
     if picture and not picture.endswith((".png", ".svg", ".pdf")):

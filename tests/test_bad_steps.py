@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_launchers import BIN, ROOT, settings_of
 from test_training import checkpoints, log_lines, weights
@@ -20,7 +23,8 @@ from tiny import experiment
 from torch import Tensor
 from transformers import TrainerState
 
-from pard_train.config import Config
+from pard_train.config import Config, ShowConfig
+from pard_train.data.inspection import show_examples
 from pard_train.errors import UserError
 from pard_train.training.callbacks import SpikeWarning, UsesTrainer
 from pard_train.training.trainer import train
@@ -190,3 +194,23 @@ def test_a_loss_far_above_those_before_it_is_logged_and_noise_is_not(caplog: pyt
     assert not caplog.records
     spikes.on_log(None, state, None, {"loss": 3.0})
     assert "step 7: the loss is 3" in caplog.text
+
+
+def test_the_pack_of_a_skipped_step_is_kept_and_shown(config: Config, base_folder: Path, chats_file: Path) -> None:
+    config.trainer.gradient_accumulation_steps = 2
+    run = train(config, [Damage(3)]).parent
+    files = sorted((run / "bad_packs").iterdir())
+    assert [file.name for file in files] == [f"step-3-rank-0-pack-{number}.safetensors" for number in (0, 1)]
+    for file in files:
+        shown = io.StringIO()
+        show = ShowConfig(pack=str(file))
+        show_examples(replace(config, show=show), Console(file=shown, width=10_000, highlight=False))
+        assert "'loss': nan" in shown.getvalue() and "'step': 3" in shown.getvalue()
+        origins = re.findall(rf"^{re.escape(str(chats_file))}:(\d+)$", shown.getvalue(), flags=re.MULTILINE)
+        rows = [json.loads(line) for line in chats_file.read_text().splitlines()]
+        assert origins
+        for number in origins:  # the text below an origin is that of its row
+            for message in rows[int(number) - 1]["messages"]:
+                assert message["content"].partition("\n")[0] in shown.getvalue()
+    with pytest.raises(UserError, match=r"show\.pack=.*config\.json holds no pack"):
+        show_examples(replace(config, show=ShowConfig(pack=str(run / "config.json"))))

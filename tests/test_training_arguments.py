@@ -30,6 +30,7 @@ CONVERTED = {  # checked one by one
     "save_total_limit",
     "save_minutes",
     "max_bad_steps",
+    "hang_minutes",
     "profile_steps",
     "extra",
 }
@@ -51,6 +52,7 @@ OTHER = TrainerConfig(
     save_steps=4,
     save_minutes=7,
     max_bad_steps=2,
+    hang_minutes=50,
     save_total_limit=3,
     dataloader_num_workers=1,
     profile_steps=5,
@@ -145,7 +147,7 @@ def test_a_profile_has_the_steps_after_the_warm_up(base_folder: Path, chats_file
 
 
 @pytest.mark.parametrize(
-    "name", ["learning_rat", "label_smoothing_factor", "data_seed", "save_only_model", "fp16", "warmup_steps"]
+    "name", ["learning_rat", "label_smoothing_factor", "data_seed", "save_only_model", "fp16", "ddp_timeout"]
 )
 def test_an_extra_field_that_does_not_exist_does_nothing_or_harms_is_refused(
     base_folder: Path, chats_file: Path, tmp_path: Path, name: str

@@ -153,9 +153,12 @@ class TrainerConfig:
     dataloader_num_workers: int = setting(2, "Processes that build packs.", low=0, free=True)
     max_bad_steps: int = setting(
         5,
-        "Steps in a row whose loss or gradient norm may be NaN or infinite before the run stops; each is skipped.",
+        "Steps in a row with a NaN or infinite loss or gradient until the run stops; each is skipped.",
         low=1,
         free=True,
+    )
+    hang_minutes: float = setting(
+        5.0, "Minutes until a step that hangs ends the run; ten times that between steps; 0: never.", low=0, free=True
     )
     profile_steps: int = setting(0, "Optimizer steps in a torch.profiler trace; 0 records none.", low=0, free=True)
     extra: dict[str, Any] = setting({}, "Any other field of TrainingArguments, such as {adam_beta2: 0.95}.")

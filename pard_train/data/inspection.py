@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.text import Text
+from safetensors import SafetensorError, safe_open
 
 from pard_train.config import Config, DataConfig
 from pard_train.data.chat import ChatEncoder, Document
@@ -22,7 +24,7 @@ from pard_train.data.schemas import to_chat
 from pard_train.data.slots import decode, draw_pattern, lay_out_slots, quoted, shorten, slot_table
 from pard_train.data.store import is_store, open_store
 from pard_train.errors import RowError, UserError
-from pard_train.layout import DrawKey, supervised_runs
+from pard_train.layout import IGNORE_INDEX, DrawKey, supervised_runs
 from pard_train.model import Base, inspect_base
 
 STYLES = {
@@ -226,6 +228,9 @@ def show_examples(config: Config, console: Console | None = None) -> None:
     base = inspect_base(config.model, config.draft)
     encoder = ChatEncoder(base.tokenizer, data.template_kwargs)
     console = console or Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    if config.show.pack:
+        _show_pack(Path(config.show.pack), encoder, console)
+        return
     faults = Faults()
     checked = read_documents(data, encoder, 0, config.show.num_checked or None, faults)
     counts = check_examples(checked, encoder, data, on_bad_row=faults)
@@ -240,6 +245,28 @@ def show_examples(config: Config, console: Console | None = None) -> None:
         console.print(Text(f"\n{document.origin}", "bold"))
         console.print(summary(count_supervised(document, encoder, data), data))
         _show(cut(document, data), config, base, encoder, console)
+
+
+def _show_pack(file: Path, encoder: ChatEncoder, console: Console) -> None:
+    """Print the documents of a pack that made a bad step: weights, and what is NaN or infinite in each."""
+    try:
+        with safe_open(file, "numpy") as opened:
+            pack = {name: opened.get_tensor(name) for name in opened.offset_keys()}
+            facts = json.loads(opened.metadata()["pack"])
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"show.pack={file} holds no pack of a bad step ({error}): give RUN/bad_packs/NAME") from error
+    origins, first = facts.pop("origins"), 0
+    console.print(facts)
+    for number, origin in enumerate(origins):
+        is_mine = pack["document"][0] == number
+        ids, labels, depth, weight = (pack[name][0][is_mine] for name in ("input_ids", "labels", "depth", "weight"))
+        is_text, is_supervised = depth == 0, labels != IGNORE_INDEX
+        logprobs = pack.get("teacher_logprobs", np.zeros((1, 0, 0)))[0, first : (first := first + is_supervised.sum())]
+        bad = int((~np.isfinite(weight)).sum() + (~np.isfinite(logprobs)).sum())
+        mask = np.concatenate([[False], is_supervised[is_text][:-1]])
+        console.print(Text(f"\n{origin}", "bold"), f"{is_supervised.sum()} supervised slots", sep="\n")
+        console.print(f"{bad} weights and teacher scores that are NaN or infinite")
+        console.print(render_text(Document(ids[is_text].astype(np.int32), mask, origin), encoder))
 
 
 def _show(document: Document, config: Config, base: Base, encoder: ChatEncoder, console: Console) -> None:

@@ -14,17 +14,8 @@ from pard_train.config import Config
 from pard_train.device import default_device
 from pard_train.errors import UserError
 
-CONVERTED = (
-    "decay_steps",
-    "num_train_epochs",
-    "gradient_checkpointing",
-    "save_steps",
-    "save_minutes",
-    "save_total_limit",
-    "max_bad_steps",
-    "profile_steps",
-    "extra",
-)
+CONVERTED: tuple[str, ...] = ("num_train_epochs", "gradient_checkpointing", "decay_steps", "save_steps", "save_minutes")
+CONVERTED += ("save_total_limit", "max_bad_steps", "hang_minutes", "profile_steps", "extra")
 NOT_EXTRA = {  # fields of TrainingArguments that have no effect here, or break a promise of the run
     "label_smoothing_factor": "is not part of the objective",
     "data_seed": "has no effect: `seed` plans the packs",
@@ -33,6 +24,7 @@ NOT_EXTRA = {  # fields of TrainingArguments that have no effect here, or break 
     "ignore_data_skip": "would make the run impossible to resume",
     "resume_from_checkpoint": "is set by resume=true",
     "enable_jit_checkpoint": "is not needed: a stop signal saves a checkpoint",
+    "ddp_timeout": "has no effect on a CPU: trainer.hang_minutes ends a run that waits for a rank",
     "fp16": "rounds small gradients of the head to zero: use trainer.bf16=true",
 }
 
@@ -64,6 +56,7 @@ def training_settings(config: Config) -> dict[str, Any]:
         "use_cpu": is_cpu,
         "ddp_backend": "gloo" if is_cpu and "RANK" in os.environ else None,
         "ddp_find_unused_parameters": False,  # there are none, and searching walks the graph at every step
+        "ddp_timeout": max(1800, int(720 * settings.hang_minutes)),  # seconds; the watchdog ends the wait before
         "deepspeed": config.deepspeed or None,
     }
     if settings.decay_steps:

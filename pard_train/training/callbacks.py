@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_LOGS = 2  # compilation happens for the first pack, and for the second with another number of supervised slots
 WARM_UP_STEPS = 5  # before a profile
+BAD_PACKS_FOLDER = "bad_packs"  # of a run: packs of steps with a loss or gradient that is NaN or infinite
+MOST_BAD_PACKS = 20
 SPIKE_LOGS = 20  # logged losses that the next one is compared with
 SPIKE_SIZE = 10  # median distances above their median; noise alone reaches 7 once in a million logs
 
@@ -44,9 +47,7 @@ class DataEpoch(TrainerCallback):
 class CurrentIntervals(TrainerCallback):
     """Logs and saves at the intervals of the current settings; a resumed Trainer would use those of the checkpoint."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Overwrite the intervals that the checkpoint brought."""
         state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
 
@@ -74,16 +75,12 @@ class StepGuard(UsesTrainer):
         self.save_seconds, self.saved = 60 * save_minutes or math.inf, time.monotonic()
         self.is_stopping = self.is_due = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Delete a draft of an earlier step."""
         if state.is_world_process_zero and state.global_step < state.max_steps:
             shutil.rmtree(self.draft, ignore_errors=True)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compare with all ranks: one all-reduce and one synchronization a step.
 
         Raises:
@@ -99,6 +96,7 @@ class StepGuard(UsesTrainer):
         if not num_bad:
             trainer.num_bad_steps = 0
             return
+        self._keep_packs(state.global_step + 1)
         trainer.skip_step()
         what = f"step {state.global_step + 1}: the loss or the gradient norm is NaN or infinite"
         is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -111,6 +109,25 @@ class StepGuard(UsesTrainer):
             )
         if state.is_world_process_zero:
             logger.warning("%s; skipped", what)
+
+    def _keep_packs(self, step: int) -> None:
+        """Write the packs whose loss is bad, or all if the gradient alone is. All ranks call it."""
+        trainer = self.trainer
+        losses = [float(loss) for loss in trainer.pack_losses]
+        bad = torch.tensor([not math.isfinite(loss) for loss in losses])
+        is_any = bool(trainer.accelerator.reduce(bad.sum().to(trainer.args.device), reduction="sum"))
+        folder, rank, num_ranks = (
+            self.draft.parent / BAD_PACKS_FOLDER,
+            trainer.args.process_index,
+            trainer.args.world_size,
+        )
+        for number, pack in enumerate(trainer.packs):
+            if (not is_any or bad[number]) and len(list(folder.glob("*.safetensors"))) < MOST_BAD_PACKS:
+                place = ((step - 1) * trainer.args.gradient_accumulation_steps + number) * num_ranks + rank
+                origins = [member.document.origin for member in trainer.train_dataset[place]]
+                facts = {"step": step, "rank": rank, "loss": losses[number], "origins": origins}
+                with new_file(folder / f"step-{step}-rank-{rank}-pack-{number}.safetensors") as partial:
+                    save_file(pack, partial, {"pack": json.dumps(facts)})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save where a checkpoint is due, and stop after a signal."""
@@ -167,9 +184,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, folder: Path):
         self.path = folder / METRICS_FILE
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Drop lines past the step that a resumed run starts from, and summaries: none is logged twice."""
         if state.is_world_process_zero and self.path.exists():
             rows = read_metrics(self.path.parent) if state.global_step else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,20 +28,8 @@ from pard_train.device import device_name
 from pard_train.errors import Interrupted, UserError
 from pard_train.layout import SlotLayout
 from pard_train.mask_token import required_mask_token_of
-from pard_train.model import (
-    inspect_base,
-    load_causal_lm,
-    load_tokenizer,
-    write_initial_draft,
-    write_model_folder,
-)
-from pard_train.runs import (
-    claim_run,
-    locked,
-    newest_checkpoint,
-    package_versions,
-    require_recorded,
-)
+from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft, write_model_folder
+from pard_train.runs import claim_run, locked, newest_checkpoint, package_versions, require_recorded
 from pard_train.training.arguments import training_settings
 from pard_train.training.callbacks import (
     CurrentIntervals,
@@ -75,6 +63,7 @@ from pard_train.training.throughput import (
     throughput_metrics,
 )
 from pard_train.training.trackers import tracking
+from pard_train.training.watchdog import Watchdog
 
 INITIAL_FOLDER = "init"  # the untrained draft model
 DRAFT_FOLDER = "draft"  # the trained one
@@ -128,10 +117,11 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
     drafts = {"last": output_dir / DRAFT_FOLDER, "best": output_dir / BEST_FOLDER}
-    with stop_signals() as received, tracking(config, drafts, is_first=is_first_process()) as trackers:
+    watchdog, is_first = Watchdog(output_dir, config.trainer.hang_minutes), is_first_process()
+    with stop_signals() as received, tracking(config, drafts, is_first=is_first) as trackers, watchdog:
         guard = StepGuard(received, drafts["last"], config.trainer.max_bad_steps, config.trainer.save_minutes)
         trainer.callback_handler.callbacks += trackers  # `add_callback` warns of a second one of a class
-        for callback in (guard, *callbacks):
+        for callback in (watchdog, guard, *callbacks):
             if isinstance(callback, UsesTrainer):
                 callback.trainer = trainer
             trainer.add_callback(callback)
@@ -157,13 +147,8 @@ def build_trainer(
         model._keys_to_ignore_on_save = list(model._tied_weights_keys)
     announce(config, arguments, store, dataset, model.config)
     mask_token_id = required_mask_token_of(model.config)
-    callbacks = [
-        DataEpoch(dataset.num_epochs),
-        CurrentIntervals(),
-        SpikeWarning(),
-        SealCheckpoint(config.trainer.save_total_limit),
-        MetricsFile(output_dir),
-    ]
+    callbacks: list[TrainerCallback] = [DataEpoch(dataset.num_epochs), CurrentIntervals(), SpikeWarning()]
+    callbacks += [SealCheckpoint(config.trainer.save_total_limit), MetricsFile(output_dir)]
     if config.trainer.profile_steps:
         callbacks.append(ProfileSteps(output_dir / PROFILE_FOLDER, config.trainer.profile_steps))
     trainer = PardTrainer(
@@ -192,6 +177,8 @@ class PardTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss is normalized here: no division by accumulation steps
+        self.packs, self.pack_losses = list[dict[str, Tensor]](), list[Tensor]()  # of this rank in this step
+        self.is_at: Callable[[str], None] = lambda place: None  # tells the watchdog
         self.initial = initial  # folder of the untrained draft model, whose tokenizer the trained one keeps
         self.pack_loss = PackLoss(self.model, attention, num_draft_tokens, objective)
         self.shape = ModelShape.of(self.model.config)
@@ -222,12 +209,14 @@ class PardTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # resumed from the last step: Trainer would add one more
             self.control.should_training_stop = True
             return [], torch.zeros((), device=device)
+        self.is_at(f"data of step {self.state.global_step + 1}")
         started = time.perf_counter()
         if self.window_step < 0:  # exclude the loading of a checkpoint
             self.window_start, self.window_step = started, self.state.global_step
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self.seconds_waiting += time.perf_counter() - started
         self.is_finite.fill_(True)
+        self.packs, self.pack_losses = batches, []
         self.sums_before = [tensor.clone() for tensor in self._sums()]
         weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(weight, reduction="sum")
@@ -272,6 +261,7 @@ class PardTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         self.is_finite &= loss.isfinite()
         self.loss += loss
+        self.pack_losses.append(loss)
         return loss.nan_to_num(0.0, 0.0, 0.0)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
