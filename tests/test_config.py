@@ -30,7 +30,7 @@ OPTIONS = sorted((p.parent.name, p.stem) for p in CONFIG_DIR.glob("*/*.yaml"))
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 CHOSEN = {"model.path": "base", "data.source": "a.jsonl", "output_dir": "out"}  # what the user must choose
 SERVED = {"targets": "[t]", "draft.path": "d", "output_dir": "out"}
-NEEDED: dict[str, dict[str, str]] = {
+NEEDED: dict[str, dict[str, str]] = {  # all programs but dashboard and doctor, which need nothing
     "prepare": {"source": "[ultrachat]", "output_dir": "out"},
     "regenerate": {"targets": "[t]", "output_dir": "out"},
     "encode": CHOSEN,
@@ -87,7 +87,7 @@ def resolved(config: DictConfig, value: Any) -> Any:
     return OmegaConf.to_container(OmegaConf.create({"probe": probe.probe}))["probe"]
 
 
-@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "dashboard"])  # which needs nothing
+@pytest.mark.parametrize("program", [*NEEDED])
 def test_every_program_accepts_what_it_needs_and_names_what_is_missing(program: str) -> None:
     validator(program)(to_config(composed(**NEEDED[program])))
     with pytest.raises(UserError, match=r"not set: |is not set|is empty|needs two"):
@@ -95,7 +95,7 @@ def test_every_program_accepts_what_it_needs_and_names_what_is_missing(program: 
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in ("compare", "study")])
+@pytest.mark.parametrize("program", [name for name in NEEDED if name not in ("compare", "study")])
 def test_an_experiment_serves_every_program(program: str, experiment: str) -> None:
     validator(program)(to_config(composed(f"experiment={experiment}", **{"draft.path": "d"})))
 
