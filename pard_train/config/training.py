@@ -42,6 +42,9 @@ class DraftConfig:
         high=1,
     )
     min_retention: float = setting(0.2, "Smallest share of anchors that COD keeps at any depth.", low=0, high=1)
+    max_anchors: Optional[int] = setting(
+        None, "Most anchors of a document that carry chains, drawn anew in each epoch; null: all.", low=1
+    )
     mask_token_id: Optional[int] = setting(None, "Id of the shared mask token; null takes the first spare row.", low=0)
     mask_token: Optional[str] = setting(
         None, "Or the name of a reserved special token, for models without a spare row."
