@@ -9,6 +9,19 @@ from pard_train.config.setting import MISSING, setting
 
 
 @dataclass
+class FamilyConfig:
+    """What is known of a model family; its file in conf/family/ also sets base, mask token and learning rate."""
+
+    name: str = setting("", "Name of the family.")
+    rows: dict[str, int] = setting({}, "Embedding rows of each model that shares the tokenizer, the base first.", low=1)
+    end_ids: list[int] = setting([], "Ids that end a turn of these models.", low=0)
+    mask_token_id: Optional[int] = setting(None, "Id that the mask token has; null: not known.", low=0)
+    template: str = setting("", "What to know of the chat template and of thinking.")
+    published: str = setting("", "Settings of published drafts.")
+    unverified: list[str] = setting([], "Facts that nobody checked on the files of the models.")
+
+
+@dataclass
 class ModelConfig:
     """The autoregressive model that becomes the draft model."""
 
