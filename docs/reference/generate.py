@@ -150,7 +150,7 @@ def families() -> str:
         "",
         GENERATED,
         "",
-        "`family=NAME` sets base, mask token, learning rate and template options from `conf/family/NAME.yaml`.",
+        "`family=NAME` sets base, mask token, learning rate and template options from its file in `conf/family/`.",
         "Programs that load a target compare its rows and end-of-turn ids with the file, and warn where they differ.",
         "What nobody checked on the files of the models is named as not verified.",
         "",
