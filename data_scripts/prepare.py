@@ -1,6 +1,6 @@
 """Clean prompts from any chats: deduplicated, decontaminated, mixed by weight, with a held-out part.
 
-    python data_scripts/prepare.py model=qwen2.5-0.5b source=[ultrachat,evol_codealpaca] output_dir=outputs/my-data
+    python data_scripts/prepare.py source=[ultrachat,evol_codealpaca] output_dir=outputs/my-data
     python data_scripts/prepare.py sources.mine.path=chats.jsonl bad_rows=set_aside output_dir=outputs/my-data
     python data_scripts/prepare.py source=[ultrachat,openr1_math] sources.ultrachat.weight=3 \\
         sources.openr1_math.weight=1 num_rows=100000 output_dir=outputs/my-data

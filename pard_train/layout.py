@@ -103,7 +103,7 @@ def is_visible(query: SlotLayout, key: SlotLayout, window: Window = None) -> Arr
 
 
 def count_at_depth(num_anchors: int, depth: int, draft: DraftConfig) -> int:
-    """Anchors that COD keeps at `depth`: floor(n * max(r^d, r_min)) (PARD, section 3.3).
+    """Anchors that COD keeps at `depth`: floor(n * max(r^d, r_min)) (PARD, section 3.3), of at most `max_anchors`.
 
     >>> [count_at_depth(100, d, DraftConfig()) for d in range(1, 6)]
     [70, 49, 34, 24, 20]
@@ -113,7 +113,8 @@ def count_at_depth(num_anchors: int, depth: int, draft: DraftConfig) -> int:
 
 def _count(num_anchors: np.ndarray, depth: int, draft: DraftConfig) -> np.ndarray:
     retention = max(draft.retention_ratio**depth, draft.min_retention)
-    return np.floor(num_anchors * retention + 1e-9).astype(np.int64)  # 100 * 0.7**2 is 48.999.. in floating point
+    most = num_anchors if draft.max_anchors is None else np.minimum(num_anchors, draft.max_anchors)
+    return np.floor(most * retention + 1e-9).astype(np.int64)  # 100 * 0.7**2 is 48.999.. in floating point
 
 
 def max_slots(num_tokens: int, draft: DraftConfig) -> int:

@@ -228,7 +228,7 @@ def _check_data(data: DataConfig, draft: DraftConfig) -> None:
         raise UserError(
             f"data.slot_budget={data.slot_budget} cannot hold one document of data.max_length={data.max_length} "
             f"tokens, which needs up to {most} slots at draft.num_draft_tokens={draft.num_draft_tokens}; "
-            f"set data.slot_budget>={most} or a smaller data.max_length"
+            f"set data.slot_budget>={most}, draft.max_anchors or a smaller data.max_length"
         )
 
 

@@ -201,6 +201,7 @@ def _groups(traces: list[Trace], categories: Sequence[str], k: int) -> Iterator[
         "turn": ("1", "2") if len(categories) > 1 else ("1",),
         "prompt_length": ("0-127", "128-255", "256-511"),
         "position": ("0-63", "64-127", "128-255"),
+        "context": ("64-127", "128-255", "256-511"),
     }
     for by, names in parts.items():
         for index, name in enumerate(names):

@@ -120,6 +120,13 @@ def test_commands_can_be_run_as_they_stand(tmp_path: Path) -> None:
     assert "custom_generate" in {k.arg for node in ast.walk(transformers) for k in getattr(node, "keywords", [])}
 
 
+def test_the_card_names_the_longest_document_of_training(tmp_path: Path) -> None:
+    text = written(Card("me/draft", config(pard_trained_length=4096), "bfloat16"), tmp_path / "known").text
+    assert "| longest training document | 4096 tokens |" in text
+    text = written(Card("me/draft", config(), "bfloat16"), tmp_path / "unknown").text
+    assert "| longest training document | unknown tokens |" in text
+
+
 def test_a_packaged_target_is_named_but_not_as_one_that_an_engine_could_serve(tmp_path: Path) -> None:
     packaged = "pypi:SmolLM2-135M-Instruct"
     text = written(Card("me/draft", config(), "bfloat16", targets=[packaged]), tmp_path).text

@@ -64,7 +64,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted names of every value that is no group."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        is_group = isinstance(value, dict) and value and not any("/" in name for name in value)  # family.rows has names
+        result |= flat(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
     return result
 
 
@@ -72,10 +73,14 @@ def stated(group: str, option: str) -> dict[str, Any]:
     """What one file of conf/ states, by the names it has in the whole configuration."""
     tree = yaml.safe_load((CONFIG_DIR / group / f"{option}.yaml").read_text())
     defaults = tree.pop("defaults", [])
-    package = {"experiment": "", "cod": "draft.", "source": f"prepare.sources.{option}."}.get(group, f"{group}.")
+    package = {"experiment": "", "family": "", "cod": "draft.", "source": f"prepare.sources.{option}."}.get(
+        group, f"{group}."
+    )
     names = flat(tree, package) if tree else {}
     for entry in defaults:  # an experiment's own choices of groups, or one it starts from; its values win over theirs
         ((choice, chosen),) = {group: entry}.items() if isinstance(entry, str) else entry.items()
+        if choice == "override /source":  # instead of the sources of the experiment it starts from
+            names = {name: value for name, value in names.items() if not name.startswith("prepare.sources.")}
         for one in [chosen] if isinstance(chosen, str) else chosen:
             names = stated(choice.removeprefix("override /"), one) | names
     return names
@@ -198,7 +203,7 @@ MISTAKES = [
     ("train", [*GOOD, "trainer.learning_rate=fast"], ["trainer.learning_rate=fast", "a number"]),
     ("train", ["experiment=quickstart", "trainer.learning_rate=???"], ["not set: trainer.learning_rate"]),
     ("train", [], ["not set: data.source, model.path, output_dir"]),
-    ("train", ["model=nope"], ["model=nope", "Available: ", "qwen2.5-0.5b"]),
+    ("train", ["family=qwen2"], ["family=qwen2: no such option; did you mean qwen2.5?", "Available: ", "olmo2"]),
     ("train", ["experiment=quikstart"], ["experiment=quikstart", "did you mean quickstart?", "Available: "]),
     ("train", [*GOOD, "objective=kd"], ["objective.kd=1.0", "data.scores", "data_scripts/score.py"]),
     ("train", [*GOOD, "data.slot_budget=100"], ["data.slot_budget=100", "data.max_length=512", ">=1723"]),

@@ -233,9 +233,10 @@ def test_turns_that_are_alike_within_a_prompt_do_not_narrow_the_interval() -> No
 def test_every_division_into_groups_has_all_tokens_and_steps(some: list[Trace], width: int) -> None:
     prompts = [str(i // 2) for i in range(len(some))]
     names = {"category": ["ab"[i % 2] for i in range(len(some))], "turn": [str(i % 2 + 1) for i in range(len(some))]}
-    groups = group_traces(some, prompts=prompts, names=names, width=width)
+    lengths = [width * (i + 1) for i in range(len(some))]
+    groups = group_traces(some, prompts=prompts, names=names, prompt_lengths=lengths, width=width)
     whole = pool(some, LONGEST_DRAFT)
-    for by in ("category", "turn", "position"):
+    for by in ("category", "turn", "position", "context"):
         mine = [group for group in groups if group["by"] == by]
         assert sum(group["num_tokens"] for group in mine) == whole.num_tokens
         assert sum(group["num_steps"] for group in mine) == whole.num_steps
@@ -254,6 +255,11 @@ def test_a_step_belongs_to_the_place_where_it_starts() -> None:
     groups = group_traces([trace], prompts=["a"], names={}, width=5)
     assert [(g["name"], g["num_tokens"], g["num_steps"]) for g in groups] == [("0-4", 5, 2), ("5-9", 6, 1)]
     assert groups[0]["tau"] == 2.5
+    groups = group_traces([trace], prompts=["a"], names={}, prompt_lengths=[60], width=20)
+    assert [(g["name"], g["num_tokens"], g["num_steps"]) for g in groups if g["by"] == "context"] == [
+        ("32-63", 4, 1),
+        ("64-127", 7, 2),
+    ]
 
 
 def test_a_step_that_accepts_up_to_the_end_of_the_answer_emits_no_token_of_the_targets_own() -> None:

@@ -19,7 +19,7 @@ PROGRAM = r"(?:\b(?:recipes|data_scripts)/(\w+)\.py|\bpard-(\w+)|\blaunch/\w+\.s
 
 MADE_BY_THE_READER = {  # of docs/extend
     *("objective=tv", "conf/objective/tv.yaml"),
-    *("experiment=olmo2-1b", "conf/experiment/olmo2-1b.yaml", "conf/model/olmo2-1b.yaml"),
+    *("experiment=olmo2-1b", "conf/experiment/olmo2-1b.yaml"),
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -87,7 +87,7 @@ def test_an_evaluation_writes_records_and_pages_and_replay_agrees_with_live(
         live = {r["method"]: r for r in mine if r["mode"] == "live"}
         assert live["pard"]["histogram"] == replayed["histogram"]
         assert all(r["speed"]["num_identical_answers"] == 9 for r in live.values())
-        for kind in ("category", "turn", "prompt_length", "position"):
+        for kind in ("category", "turn", "prompt_length", "position", "context"):
             groups = [group for group in replayed["groups"] if group["by"] == kind]
             assert sum(group["num_steps"] for group in groups) == replayed["num_steps"], kind
             assert sum(group["num_tokens"] for group in groups) == replayed["num_tokens"], kind

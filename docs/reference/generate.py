@@ -9,7 +9,8 @@ from typing import Any
 
 from pard_train.architectures import REASONS, REFUSED, WITHOUT_WINDOW, WORKS
 from pard_train.commands import CONFIG_DIR, HOME, PROGRAMS
-from pard_train.config import Config
+from pard_train.config import Config, FamilyConfig
+from pard_train.families import read_families
 from pard_train.overrides import Setting, all_settings, options
 
 FOLDER = Path(__file__).parent
@@ -34,7 +35,14 @@ def configuration() -> str:
     for section in (s for s in settings if is_dataclass(s.default)):
         readers = ", ".join(name for name, program in PROGRAMS.items() if section.name in program.sections)
         members = [s for s in settings if s.name.startswith(f"{section.name}.")]
-        lines += ["", f"## {section.name}", "", f"{section.rule.comment} Read by {readers}.", "", *_table(members)]
+        lines += [
+            "",
+            f"## {section.name}",
+            "",
+            f"{section.rule.comment} Read by {readers or 'checks and docs'}.",
+            "",
+            *_table(members),
+        ]
     groups = sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
     lines += [
         "",
@@ -135,7 +143,50 @@ def architectures() -> str:
     return "\n".join([*lines, *(f"| {reason} | {types} |" for reason, types in rows), ""])
 
 
-PAGES = {"architectures.md": architectures, "configuration.md": configuration, "commands.md": commands}
+def families() -> str:
+    """Markdown of every family file."""
+    lines = [
+        "# Families",
+        "",
+        GENERATED,
+        "",
+        "`family=NAME` sets base, mask token, learning rate and template options from its file in `conf/family/`.",
+        "Programs that load a target compare its rows and end-of-turn ids with the file, and warn where they differ.",
+        "What nobody checked on the files of the models is named as not verified.",
+        "",
+        "| `family=` | base of the draft | embedding rows | mask token | end ids | learning rate |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    notes = [
+        "",
+        "| `family=` | chat template and thinking | published settings | not verified |",
+        "| --- | --- | --- | --- |",
+    ]
+    for option, content in read_families().items():
+        family, draft, model = FamilyConfig(**content["family"]), content.get("draft", {}), content["model"]
+        layers = f", `model.keep_layers={model['keep_layers']}`" if "keep_layers" in model else ""
+        rows: dict[int, list[str]] = {}
+        for name, number in family.rows.items():
+            rows.setdefault(number, []).append(name.rpartition("/")[2])
+        mask = f"`{draft['mask_token']}`".replace("|", "\\|") if "mask_token" in draft else "first spare row"
+        mask += f", {family.mask_token_id}" if family.mask_token_id is not None else ""
+        models = "; ".join(f"{number}: {', '.join(names)}" for number, names in rows.items())
+        ends, rate = (
+            ", ".join(map(str, family.end_ids)),
+            f"{content['trainer']['learning_rate']:g}".replace("e-0", "e-"),
+        )
+        lines.append(f"| `{option}` | {model['path']}{layers} | {models} | {mask} | {ends} | {rate} |")
+        unverified = ", ".join(f"`{name}`" for name in family.unverified)
+        notes.append(f"| `{option}` | {family.template} | {family.published or 'none'} | {unverified} |")
+    return "\n".join([*lines, *notes, ""])
+
+
+PAGES = {
+    "architectures.md": architectures,
+    "configuration.md": configuration,
+    "commands.md": commands,
+    "families.md": families,
+}
 
 if __name__ == "__main__":
     for page, render in PAGES.items():

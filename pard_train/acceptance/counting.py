@@ -182,19 +182,21 @@ def group_traces(
     *,
     prompts: Sequence[str],
     names: Mapping[str, Sequence[str]],
+    prompt_lengths: Sequence[int] = (),
     width: int = POSITION_WIDTH,
 ) -> list[dict[str, Any]]:
-    """Acceptance by groups of answers, and by the position in the answer at which a step starts.
+    """Acceptance by groups of answers, and by the place in answer and context at which a step starts.
 
     Args:
         traces: one per answer, all of one K.
         prompts: prompt of each answer.
         names: for each kind (category, turn, prompt_length, ...) the group of each answer; empty: in no group.
+        prompt_lengths: tokens before each answer, for `context`; empty: no such groups.
         width: tokens of a group of positions.
 
     Returns:
         For each group its kind (`by`), name, tokens, steps, tau and 95% interval, as in acceptance.json: kinds in the
-        order of `names`, then `position`; groups by number, else by name.
+        order of `names`, then `position` and `context`; groups by number, else by name.
     """
     totals = [(trace.num_tokens, len(trace.accepted)) for trace in traces]
     groups = [g for by, of in names.items() for g in _groups(by, list(zip(of, prompts, totals, strict=True)))]
@@ -203,7 +205,12 @@ def group_traces(
         for trace, prompt in zip(traces, prompts, strict=True)
         for start, num_tokens in _steps(trace)
     ]
-    return groups + _groups("position", steps)
+    places = [
+        (length_bucket(length + start), prompt, (num_tokens, 1))
+        for trace, prompt, length in zip(traces, prompts, prompt_lengths or [], strict=bool(prompt_lengths))
+        for start, num_tokens in _steps(trace)
+    ]
+    return groups + _groups("position", steps) + _groups("context", places)
 
 
 def length_bucket(num_tokens: int) -> str:

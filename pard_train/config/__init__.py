@@ -29,6 +29,7 @@ from pard_train.config.setting import check_ranges, decisive, section, setting
 from pard_train.config.training import (
     DataConfig,
     DraftConfig,
+    FamilyConfig,
     LoggerConfig,
     ModelConfig,
     MonitorConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "DraftConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "FamilyConfig",
     "GenerateConfig",
     "InferenceConfig",
     "LoadConfig",
@@ -82,6 +84,7 @@ class Config:
     logger: LoggerConfig = section(LoggerConfig, free=True)
     monitor: MonitorConfig = section(MonitorConfig, free=True)
     plan: PlanConfig = section(PlanConfig, free=True)
+    family: FamilyConfig = section(FamilyConfig, free=True)
     inference: InferenceConfig = section(InferenceConfig, free=True)
     prepare: PrepareConfig = section(PrepareConfig, free=True)
     regenerate: RegenerateConfig = section(RegenerateConfig, free=True)

@@ -9,6 +9,19 @@ from pard_train.config.setting import MISSING, setting
 
 
 @dataclass
+class FamilyConfig:
+    """What is known of a model family; its file in conf/family/ also sets base, mask token and learning rate."""
+
+    name: str = setting("", "Name of the family.")
+    rows: dict[str, int] = setting({}, "Embedding rows of each model that shares the tokenizer, the base first.", low=1)
+    end_ids: list[int] = setting([], "Ids that end a turn of these models.", low=0)
+    mask_token_id: Optional[int] = setting(None, "Id that the mask token has; null: not known.", low=0)
+    template: str = setting("", "What to know of the chat template and of thinking.")
+    published: str = setting("", "Settings of published drafts.")
+    unverified: list[str] = setting([], "Facts that nobody checked on the files of the models.")
+
+
+@dataclass
 class ModelConfig:
     """The autoregressive model that becomes the draft model."""
 
@@ -42,6 +55,9 @@ class DraftConfig:
         high=1,
     )
     min_retention: float = setting(0.2, "Smallest share of anchors that COD keeps at any depth.", low=0, high=1)
+    max_anchors: Optional[int] = setting(
+        None, "Most anchors of a document that carry chains, drawn anew in each epoch; null: all.", low=1
+    )
     mask_token_id: Optional[int] = setting(None, "Id of the shared mask token; null takes the first spare row.", low=0)
     mask_token: Optional[str] = setting(
         None, "Or the name of a reserved special token, for models without a spare row."

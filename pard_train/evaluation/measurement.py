@@ -85,16 +85,16 @@ def make_record(matrix: Matrix, draft: Draft | None, case: Case, **measured: Any
 
 
 def pooled_numbers(traces: Sequence[Trace], turns: Sequence[Turn], num_draft_tokens: int) -> Record:
-    """Numbers of one record: pooled, and by category, turn, prompt length and position."""
-    prompts = [turn.prompt_id for turn in turns]
+    """Numbers of one record: pooled, and by category, turn, prompt length, position and place in the context."""
+    prompts, lengths = [turn.prompt_id for turn in turns], [len(turn.prompt_ids) for turn in turns]
     names = {
         "category": [turn.category for turn in turns],
         "turn": [str(turn.number + 1) for turn in turns],
-        "prompt_length": [length_bucket(len(turn.prompt_ids)) for turn in turns],
+        "prompt_length": [length_bucket(length) for length in lengths],
     }
     return {
         **pool(traces, num_draft_tokens, prompts=prompts).record(),
-        "groups": group_traces(traces, prompts=prompts, names=names),
+        "groups": group_traces(traces, prompts=prompts, names=names, prompt_lengths=lengths),
     }
 
 

@@ -42,6 +42,7 @@ class ChatSession:
         configs = {target: target_config, draft: self.drafter.model.config}
         self.target = Runner(load_causal_lm(target, dtype=dtype, trust_remote_code=trust).to(device))
         self.contexts = {name: getattr(c, "max_position_embeddings", None) for name, c in configs.items()}
+        self.trained_length = getattr(self.drafter.model.config, "pard_trained_length", None)
         self.draft = self.drafter.runner  # prepared now, to keep it out of the first answer's time
         self.encoder = ChatEncoder(self.tokenizer, config.data.template_kwargs)
         self.limits = Limits(self.config.max_new_tokens, end_ids_of(target, self.tokenizer))
@@ -76,11 +77,10 @@ class ChatSession:
 
     def _check_context(self, num_prompt: int) -> None:
         needed = num_prompt + self.config.max_new_tokens + self.config.num_draft_tokens
-        trained = getattr(self.drafter.model.config, "pard_trained_length", None)
-        if trained is not None and needed > trained:
-            self.console.print(
-                f"(the draft was trained on up to {trained} tokens; this may take {needed})", style="dim"
-            )
+        if self.trained_length is not None and needed > self.trained_length:
+            text = f"(the draft was trained on up to {self.trained_length} tokens; this may take {needed})"
+            self.console.print(text, style="dim")
+            self.trained_length = None  # once a conversation
         for name, limit in self.contexts.items():
             if limit is not None and needed > limit:
                 raise UserError(

@@ -31,6 +31,7 @@ GROUPS = {
     "turn": "conversation turn",
     "prompt_length": "prompt length in tokens",
     "position": "position in the answer in tokens",
+    "context": "place in the context in tokens",
 }
 TAU = ("tau", "tau_low", "tau_high")
 SPEEDUP = ("speedup", "speedup_low", "speedup_high")  # early results have the first alone

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pard_train.errors import UserError
+from pard_train.families import family_of
 from pard_train.generation.decoding import end_ids_of
 from pard_train.mask_token import required_mask_token_of
 from pard_train.model import check_same_tokenizer, load_config, load_tokenizer
@@ -70,6 +71,7 @@ def check_pair(draft: Model, target: Model, *, num_tokens: int, dtype: str) -> l
         _vocabulary(draft, target),
         _end_ids(draft, target),
         _template(draft, target),
+        _family(target),
         _context(draft, num_tokens),
         _context(target, num_tokens),
         _trained_length(draft, num_tokens),
@@ -141,6 +143,22 @@ def _template(draft: Model, target: Model) -> Finding:
         "the same in both",
         "draft and target have different ones; engines and evaluation use the target's: render the training data with "
         "it for the best acceptance",
+    )
+
+
+def _family(target: Model) -> Finding:
+    """Check that a target of a known name has the rows and end-of-turn ids that its family file states."""
+    found = family_of(target.name)
+    if found is None:
+        return Finding(OK, "family", f"{target.name} is in no file of conf/family")
+    option, family, rows = found
+    ends = sorted(end_ids_of(target.name, target.tokenizer))
+    return _warn_unless(
+        target.config.vocab_size == rows and set(family.end_ids) <= set(ends),
+        "family",
+        f"rows and end-of-turn ids as in conf/family/{option}.yaml",
+        f"{target.name} has {target.config.vocab_size} rows and ends turns at {ends}, conf/family/{option}.yaml says "
+        f"{rows} and {sorted(family.end_ids)}: check that it is the model of that name",
     )
 
 
