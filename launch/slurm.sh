@@ -8,6 +8,7 @@
 # A job that SLURM starts again (preempted, a node lost, `scontrol requeue`) resumes from its newest checkpoint. Ten
 # minutes before the time limit every process saves after its step, and the job goes back into the queue.
 # NUM_PROCESSES and PROGRAM as in launch/torchrun.sh.
+# CONTAINER: command that runs each task in a container, such as "apptainer exec --nv pard-train.sif" (--rocm for AMD).
 #SBATCH --job-name=pard-train
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
@@ -20,7 +21,8 @@ export NUM_NODES="$SLURM_JOB_NUM_NODES"
 nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 export MASTER="${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))"  # its own port, since jobs may share a node
 # One task that fails ends the job, which would wait for it otherwise.
-srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec launch/torchrun.sh "$@"' bash "$@" &
+# shellcheck disable=SC2086
+srun --kill-on-bad-exit=1 ${CONTAINER:-} bash -c 'NODE_RANK=$SLURM_NODEID exec launch/torchrun.sh "$@"' bash "$@" &
 tasks=$! is_time_up="" status=0
 trap 'is_time_up=yes; kill -USR1 "$tasks"' USR1
 trap 'kill -TERM "$tasks"' TERM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -185,8 +186,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unfinished(path: Path) -> Path:
-    """A name beside `path` to write to before the result is renamed to `path`; unique, also after a restart."""
-    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    """A unique name beside `path` to write to before the result is renamed to `path`. Deletes what killed ones left."""
+    mark = f"{path.name}.partial-{platform.node()}-"
+    for other in path.parent.glob(f"{glob.escape(mark)}*"):
+        if not Path("/proc", other.name.removeprefix(mark).partition("-")[0]).exists():
+            shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
+    return path.with_name(f"{mark}{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 @contextmanager

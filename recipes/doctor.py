@@ -22,7 +22,6 @@ from typing import Any
 from pard_train.config import Config, check_ranges
 from pard_train.program import hydra_program
 
-Check = tuple[str, bool, str, str]  # name, whether it passed, what was found, what to do
 DISKS = {"free space": (None, 10, "free some"), "shared memory": ("/dev/shm", 1, "docker run --ipc=host")}  # GB
 
 
@@ -43,8 +42,8 @@ def run(config: Config) -> None:
     sys.exit(int(not all(check[1] for one in everyone for check in one)))
 
 
-def checks(folder: Path, process: Any) -> Iterator[Check]:
-    """Of one process; all processes take part."""
+def checks(folder: Path, process: Any) -> Iterator[tuple[str, bool, str, str]]:
+    """Of one process: name, whether it passed, what was found, what to do. All processes take part."""
     import torch
     from accelerate.utils import gather_object, reduce
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny import experiment, free_port
 
+from pard_train.overrides import check_overrides, unread
 from pard_train.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -218,7 +220,10 @@ def test_the_nodes_of_a_slurm_job_train_as_one_and_go_on_when_slurm_starts_it_ag
 ) -> None:
     job = slurm_job(tmp_path)
     command = ["bash", "launch/slurm.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]
-    run_all([command], [job])
+    (tmp_path / "container").write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/contained\nshift\nexec "$@"\n')
+    (tmp_path / "container").chmod(0o755)
+    run_all([command], [{**job, "CONTAINER": "container exec"}])
+    assert (tmp_path / "contained").read_text() == "exec\n" * 2
     check_as_alone(tmp_path / "run", alone)
     if torch.__version__ < "2.13":
         pytest.skip("this PyTorch loads nothing to `cpu:0`, where Trainer wants the optimizer of several CPU processes")
@@ -264,6 +269,24 @@ def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_resumes(
     output = run_all([command], [{**variables, "PYTHONPATH": f"{ROOT}:{ROOT / 'recipes'}"}])[0]
     assert "killed in step 4" in output
     check_as_alone(tmp_path / "run", alone)
+
+
+def test_the_kubernetes_job_and_the_container_agree_with_the_programs() -> None:
+    service, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text())
+    spec = job["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert job["spec"]["parallelism"] == job["spec"]["completions"] == int(variables["NUM_NODES"])
+    assert service["spec"]["selector"]["job-name"] == job["metadata"]["name"]
+    assert (
+        variables["MASTER"] == f"{job['metadata']['name']}-0.{spec['subdomain']}:{service['spec']['ports'][0]['port']}"
+    )
+    assert spec["subdomain"] == service["metadata"]["name"] and "NODE_RANK" in variables
+    assert not unread(check_overrides(container["args"]), "train")
+    lines = (ROOT / "launch" / "Containerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
+    assert all((ROOT / name).exists() for name in copied) and {"pard_train", "recipes", "conf"} <= set(copied)
+    assert lines[-1] == 'ENTRYPOINT ["launch/torchrun.sh"]'
 
 
 def test_the_job_script_of_slurm_is_valid_bash_and_says_when_to_signal() -> None:

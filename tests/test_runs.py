@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,15 @@ from pard_train.runs import (
     check_checkpoint,
     check_run,
     claim_run,
+    new_file,
     new_folder,
     newest_checkpoint,
     seal_checkpoint,
     unfinished,
     write_json,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
@@ -217,3 +223,26 @@ def test_damaged_json_is_named_in_one_line(tmp_path: Path, content: bytes) -> No
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.json is damaged .*: restore it"):
         check_run(tmp_path, {}, resume=True)
+
+
+def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "tokens[1]"
+    program = "import os, sys; from pathlib import Path; from pard_train.runs import new_file, new_folder\n"
+    program += "with new_folder(Path(sys.argv[1])) as a, new_file(Path(sys.argv[1] + '.json')) as b:\n"
+    program += "    b.touch(); print('writing', flush=True); input()"
+    command = [sys.executable, "-c", program, str(target)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first, second = (subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes) for _ in range(2))
+    for process in (first, second):
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    assert len(list(tmp_path.iterdir())) == 4
+    second.kill()
+    second.wait()
+    with new_folder(target), new_file(tmp_path / "tokens[1].json") as partial:
+        partial.touch()
+        assert len(list(tmp_path.iterdir())) == 4  # those of the first process, and these
+    first.kill()
+    first.wait()
+    with new_file(tmp_path / "tokens[1].json") as partial:
+        partial.touch()
+    assert len(list(tmp_path.glob("*.json*"))) == 1

@@ -23,7 +23,6 @@ from pard_train.training.processes import is_first_process, num_processes
 RANKS_FOLDER = "ranks"  # in the output folder: where every rank stands; kept after a hang
 LONG = 10  # times the patience for the first steps, and between steps: logs, the monitor, a checkpoint
 NUM_FIRST_STEPS = 2  # in which models are compiled
-MOST_NAMED = 4  # ranks on the terminal
 WAITS_IN = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/", "/deepspeed/")  # for the other ranks
 
 
@@ -110,14 +109,13 @@ class Watchdog(UsesTrainer):
             return
         ranks = self._everyone()
         least = min((state["count"] for state in ranks.values()), default=0)
-        others = set(range(num_processes())) - {self.rank}
-        silent = [rank for rank in sorted(others) if ranks.get(rank) == before.get(rank)]
+        silent = [rank for rank in range(num_processes()) if rank != self.rank and ranks.get(rank) == before.get(rank)]
         behind = [rank for rank, state in ranks.items() if state["count"] == least]
         culprits = silent or [rank for rank in behind if not _waits(ranks[rank])] or behind
         if self.rank == min(ranks.keys() - set(culprits), default=0):
             limit = f"trainer.hang_minutes={self.seconds / 60:g}"
             print(f"watchdog: no progress for {waited:.0f} s ({limit}); ranks at fault: {culprits}", file=sys.stderr)
-            for rank in culprits[:MOST_NAMED]:
+            for rank in culprits[:4]:
                 print(_describe(rank, ranks.get(rank), is_silent=rank in silent), file=sys.stderr)
             print(f"stacks of all ranks: {self.folder}; resume from the last checkpoint", file=sys.stderr, flush=True)
         else:
