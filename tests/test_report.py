@@ -148,7 +148,7 @@ def test_csv_has_one_row_per_record_and_every_field_of_it(tmp_path: Path) -> Non
     assert (tmp_path / "acceptance.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "report.md").read_text()
     assert report.startswith(render_report(whole))
-    assert whole["records"][0]["draft_fingerprint"] in report
+    assert whole["records"][0]["draft_fingerprint"] in (tmp_path / "report.html").read_text()
 
 
 def test_every_field_of_a_result_is_documented(whole: dict[str, Any]) -> None:
