@@ -126,7 +126,7 @@ def test_a_repeated_evaluation_computes_nothing_again_and_a_changed_one_is_refus
     next(iter(cells)).unlink()
     assert without_origin(evaluate(config)) == without_origin(first)
     assert sorted(cache.read_bytes().splitlines()) == sorted(whole.splitlines())
-    with pytest.raises(UserError, match="holds an evaluation with other settings"):
+    with pytest.raises(UserError, match="holds a run with other settings"):
         evaluate(with_settings(config, "evaluate", max_new_tokens=12))
     with pytest.raises(UserError, match="max_new_tokens: 24 -> 12"):
         find_result(with_settings(config, "evaluate", max_new_tokens=12))
