@@ -16,7 +16,7 @@ import zipfile
 from http.client import HTTPException
 from pathlib import Path
 
-from pard_train.errors import UserError
+from pard_train.errors import UserError, first_line
 from pard_train.runs import fingerprint, new_file, new_folder
 from pard_train.stand_in import write_stand_in
 
@@ -88,7 +88,7 @@ def fetch_from_hub(repo: str, revision: str, file: str) -> Path:
         get_hf_file_metadata(hf_hub_url(repo, file, revision=revision, repo_type="dataset"), timeout=TIMEOUT)
         return Path(hf_hub_download(repo, file, revision=revision, repo_type="dataset"))
     except Exception as error:  # the classes of its HTTP client change from release to release
-        raise UserError(f"{repo} could not be downloaded from the hub: {_first_line(error)}") from error
+        raise UserError(f"{repo} could not be downloaded from the hub: {first_line(error)}") from error
 
 
 def fetch_from_web(url: str) -> Path:
@@ -103,14 +103,10 @@ def fetch_from_web(url: str) -> Path:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
                 data = answer.read()
         except (OSError, HTTPException) as error:
-            raise UserError(f"{url} could not be downloaded: {_first_line(error)}") from error
+            raise UserError(f"{url} could not be downloaded: {first_line(error)}") from error
         with new_file(path) as partial:
             partial.write_bytes(data)
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def unpack_model(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Exceptions: bad input, bad rows of data, and results below their threshold."""
+"""Exceptions: bad input, bad rows of data, and results below their threshold; and an error in one line."""
 
 HUNG = 124  # exit status of a rank of a run in which a rank hangs, as `timeout` has it
 RESUMABLE = 75  # exit status of a training run that a signal ended, with a checkpoint (EX_TEMPFAIL of sysexits.h)
@@ -41,3 +41,8 @@ class ThresholdError(Exception):
     def __init__(self, misses: list[str]):
         super().__init__("; ".join(misses))
         self.misses = misses
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -62,9 +62,6 @@ def validate_show(config: Config) -> None:
     """Check what is printed. Raises UserError."""
     _check_settings(config, *([] if config.show.pack else ["data.source"]), "model.path")
     _check_draft(config.draft)
-    picture = config.show.picture
-    if picture and not picture.endswith((".png", ".svg", ".pdf")):
-        raise UserError(f"show.picture={picture}: must end with .png, .svg or .pdf")
 
 
 def validate_evaluate(config: Config) -> None:

@@ -141,10 +141,10 @@ def test_tokens_that_are_not_cached_can_only_lower_the_figure() -> None:
             text = scored(target, [2, 0, 1], top_k=top_k)
             found = estimate_acceptance(drafter, [text], K, sampling)
             taus.append(found.tau)
-            assert found.outside >= -1e-9
+            assert found.mass_outside_top_k >= -1e-9
         if sampling.top_p == 1:
             assert taus == sorted(taus)
-        assert found.outside == pytest.approx(0, abs=1e-6)
+        assert found.mass_outside_top_k == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -126,7 +126,7 @@ def test_a_repeated_evaluation_computes_nothing_again_and_a_changed_one_is_refus
     next(iter(cells)).unlink()
     assert without_origin(evaluate(config)) == without_origin(first)
     assert sorted(cache.read_bytes().splitlines()) == sorted(whole.splitlines())
-    with pytest.raises(UserError, match="holds an evaluation with other settings"):
+    with pytest.raises(UserError, match="holds a run with other settings"):
         evaluate(with_settings(config, "evaluate", max_new_tokens=12))
     with pytest.raises(UserError, match="max_new_tokens: 24 -> 12"):
         find_result(with_settings(config, "evaluate", max_new_tokens=12))
@@ -155,23 +155,6 @@ def test_a_result_of_other_weights_or_prompts_in_the_same_places_is_not_taken_fo
         assert find_result(config) is None
         path.write_bytes(whole)
     assert find_result(config) == document
-
-
-def test_an_evaluation_of_version_0_1_resumes_in_its_folder(
-    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
-) -> None:
-    config = settings(drafts, base_folder, prompts_file, tmp_path / "out")
-    config.evaluate.drafts, config.draft.path = {}, str(drafts[1])
-    first = evaluate(config)
-    stored = json.loads((tmp_path / "out" / "config.json").read_text())
-    del stored["settings_version"]
-    old = {**stored, "draft": str(drafts[1]), "drafts": {}, "output_dir": "elsewhere"}
-    (tmp_path / "out" / "config.json").write_text(json.dumps(old))
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
-    assert find_result(config) == first == evaluate(config)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()} == times
-    with pytest.raises(UserError, match=r"top_p: 1\.0 -> 0\.9"):
-        evaluate(with_settings(config, "evaluate", top_p=0.9))
 
 
 def test_a_run_folder_stands_for_the_better_of_its_drafts(

@@ -7,7 +7,7 @@ not depend on each other, so the expected steps, given the text, are exact, and 
 
 The log-probabilities of the target are cached (`scores.py`); the distributions of the draft come from one packed
 forward pass per depth, as in replay. Only the k most likely tokens of p are known. The unknown rest is bounded such
-that tau is rather too low than too high; `outside` is its probability.
+that tau is rather too low than too high; `mass_outside_top_k` is its probability.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Estimate(Acceptance):
     """Expected acceptance at one K.
 
     Attributes:
-        outside: mean probability of the target that the cached tokens do not cover.
+        mass_outside_top_k: mean probability of the target that the cached tokens do not cover.
     """
 
-    outside: float
+    mass_outside_top_k: float
 
     def record(self) -> dict[str, Any]:
         """The fields of acceptance.json that follow from the estimate."""
-        return super().record() | {"mode": "estimate", "estimated": "along"}
+        return super().record() | {"mode": "estimate", "estimator": "sampled_text"}
 
 
 @torch.inference_mode()
@@ -112,7 +112,7 @@ def estimate_acceptance(
         tau_high=high,
         mean_prompt_tau=None,
         prompt_counts=per_prompt.tolist(),
-        outside=float(np.concatenate(outside).mean()),
+        mass_outside_top_k=float(np.concatenate(outside).mean()),
     )
 
 

@@ -25,7 +25,9 @@ from pard_train.config.programs import (
     StudyConfig,
     VerifyConfig,
 )
-from pard_train.config.setting import check_ranges, decisive, section, setting
+from pard_train.config.setting import check_ranges as check_ranges
+from pard_train.config.setting import decisive as decisive
+from pard_train.config.setting import section, setting
 from pard_train.config.training import (
     DataConfig,
     DraftConfig,
@@ -35,39 +37,9 @@ from pard_train.config.training import (
     MonitorConfig,
     ObjectiveConfig,
     PlanConfig,
-    SourceConfig,
     TrainerConfig,
 )
-
-__all__ = [
-    "CompareConfig",
-    "Config",
-    "DashboardConfig",
-    "DataConfig",
-    "DraftConfig",
-    "EvaluateConfig",
-    "ExportConfig",
-    "FamilyConfig",
-    "GenerateConfig",
-    "InferenceConfig",
-    "LoadConfig",
-    "LoggerConfig",
-    "ModelConfig",
-    "MonitorConfig",
-    "ObjectiveConfig",
-    "PlanConfig",
-    "PrepareConfig",
-    "RegenerateConfig",
-    "ScoreConfig",
-    "ShowConfig",
-    "SourceConfig",
-    "StandInConfig",
-    "StudyConfig",
-    "TrainerConfig",
-    "VerifyConfig",
-    "check_ranges",
-    "decisive",
-]
+from pard_train.config.training import SourceConfig as SourceConfig
 
 
 @dataclass

@@ -76,7 +76,7 @@ class ShowConfig:
     row: int = setting(0, "Number of the row to print, from 0.", low=0)
     num_checked: int = setting(1000, "Rows to check first; 0 checks all.", low=0)
     pack: Optional[str] = setting(None, "Print this pack of a skipped step instead: RUN/bad_packs/NAME.safetensors.")
-    picture: Optional[str] = setting(None, "File of the attention pattern (.png, .svg, .pdf); null draws none.")
+    picture: bool = setting(False, "Print the attention pattern where the first answer begins: who sees whom.")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Inspect training examples: check rows, print one with its loss mask and slots, draw its attention pattern."""
+"""Inspect training examples: check rows, print one with its loss mask, slots and attention pattern."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pard_train.data.chat import ChatEncoder, Document
 from pard_train.data.encoding import encode_chat, source_of
 from pard_train.data.rows import OnBadRow, Row, read_rows, stop
 from pard_train.data.schemas import to_chat
-from pard_train.data.slots import decode, draw_pattern, lay_out_slots, quoted, shorten, slot_table
+from pard_train.data.slots import decode, lay_out_slots, pattern_text, quoted, shorten, slot_table
 from pard_train.data.store import is_store, open_store
 from pard_train.errors import RowError, UserError
 from pard_train.layout import IGNORE_INDEX, DrawKey, supervised_runs
@@ -220,7 +220,7 @@ def _kinds(document: Document, encoder: ChatEncoder) -> tuple[list[str], set[int
 
 
 def show_examples(config: Config, console: Console | None = None) -> None:
-    """Check rows, then print one: its loss mask, its slots and, on request, a picture of its attention pattern.
+    """Check rows, then print one: its loss mask, its slots and, on request, its attention pattern.
 
     Raises UserError if the row does not exist or is unusable, or the checks fail.
     """
@@ -270,15 +270,11 @@ def _show_pack(file: Path, encoder: ChatEncoder, console: Console) -> None:
 
 
 def _show(document: Document, config: Config, base: Base, encoder: ChatEncoder, console: Console) -> None:
-    """Print the text and the slots of a document, and draw the attention pattern where its first answer begins."""
+    """Print the text and the slots of a document, and the attention pattern where its first answer begins."""
     draft, key = config.draft, DrawKey(config.seed, 0, config.show.row)
     lay_out = partial(lay_out_slots, draft=draft, objective=config.objective, mask_token_id=base.mask_token_id, key=key)
     slots = lay_out(document)
     console.print(slots.summary(draft), render_text(document, encoder), sep="\n")
     console.print(slot_table(slots, base.tokenizer))
     if config.show.picture:
-        path = Path(config.show.picture)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        title = f"attention pattern where the first answer of {Path(document.origin).name} begins"
-        draw_pattern(lay_out(shorten(document, draft, key)), base.tokenizer, title).savefig(path, dpi=120)
-        console.print(path)
+        console.print(pattern_text(lay_out(shorten(document, draft, key)), base.tokenizer))

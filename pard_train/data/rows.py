@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pard_train.config import SourceConfig
-from pard_train.errors import RowError, UserError
+from pard_train.errors import RowError, UserError, first_line
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")  # each also with .gz
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a UTF-8 file with it
@@ -157,7 +157,7 @@ def _read_parquet(path: str) -> Iterator[tuple[Row, str]]:
             for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
                 yield _without_nulls(row), f"{path}[{index}]"
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: damaged parquet file ({_first_line(error)})") from error
+            raise UserError(f"{path}: damaged parquet file ({first_line(error)})") from error
 
 
 def _read_dataset(source: SourceConfig) -> Iterator[tuple[Row, str]]:
@@ -198,7 +198,7 @@ def _explained(source: SourceConfig) -> Iterator[None]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"data source {source.path!r} (split {source.split!r}) is neither a file ({', '.join(FILE_SUFFIXES)}) nor "
-            f"a data set that can be loaded: {_first_line(error)}"
+            f"a data set that can be loaded: {first_line(error)}"
         ) from error
 
 
@@ -217,7 +217,3 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

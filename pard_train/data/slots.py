@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich.cells import set_cell_size
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -27,16 +27,12 @@ from pard_train.layout import (
     slot_tokens,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 # Legend: T slots.
 
-PATTERN_SLOTS = 64  # cells along a picture's edge that can still be told apart
+PATTERN_SLOTS = 64  # of a picture, which a terminal has room for
 PATTERN_PROMPT = 6  # tokens of the prompt in a picture
-HIDDEN, TEXT, OWN_CHAIN, SELF = range(4)
-PATTERN_COLORS = {HIDDEN: "#f1f1ee", TEXT: "#8fb8de", OWN_CHAIN: "#f2a65a", SELF: "#2f3e4e"}
+PATTERN = {"text": ("■", "blue"), "own chain": ("▲", "yellow"), "itself": ("●", "bold"), "hidden": ("·", "dim")}
+NAME_CELLS = 16  # width of a slot's name in a picture
 TABLE_SLOTS = 12  # text slots and mask slots shown in a table
 _BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE
 
@@ -126,77 +122,26 @@ def shorten(document: Document, draft: DraftConfig, key: DrawKey) -> Document:
 
 
 def attention_pattern(layout: SlotLayout) -> np.ndarray:
-    """Relation of each query slot to each key slot, int [T, T]: HIDDEN, TEXT, OWN_CHAIN or SELF."""
-    seen = np.where(layout.depth[None, :] == 0, TEXT, OWN_CHAIN)
-    pattern = np.where(is_visible(layout, layout), seen, HIDDEN)
-    np.fill_diagonal(pattern, SELF)
+    """What each key slot is to each query slot, a key of PATTERN: str [T, T]."""
+    seen = np.where(layout.depth[None, :] == 0, "text", "own chain")
+    pattern = np.where(is_visible(layout, layout), seen, "hidden")
+    np.fill_diagonal(pattern, "itself")
     return pattern
 
 
-def draw_pattern(slots: Slots, tokenizer: PreTrainedTokenizerBase, title: str) -> Figure:
-    """Picture of the attention pattern of a short document: one cell per pair, rows see columns."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
+def pattern_text(slots: Slots, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Who sees whom: a line per query slot, with a mark per key slot and the slot's label behind.
 
-    side = 3 + 0.15 * len(slots)  # inches
-    figure = Figure(figsize=(side, side), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.imshow(attention_pattern(slots.layout), cmap=ListedColormap(list(PATTERN_COLORS.values())), vmin=0, vmax=3)
-    _name_cells(axis, slots, tokenizer)
-    _frame_blocks(axis, slots.layout)
-    _explain_colors(axis)
-    figure.suptitle(title)
-    return figure
-
-
-def _name_cells(axis: Axes, slots: Slots, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tokens along both sides, `token +depth` for the mask slots of its chain; labels on the right."""
-    layout, places = slots.layout, range(len(slots))
-    tokens = [_label(slots.tokens[a], tokenizer) for a in layout.anchor]  # text slots stand first, in order
-    names = [f"{token} +{depth}" if depth else token for token, depth in zip(tokens, layout.depth, strict=True)]
-    labels = ["" if label == IGNORE_INDEX else _label(label, tokenizer) for label in slots.labels]
-    style: dict[str, Any] = {"fontsize": 7, "family": "monospace", "parse_math": False}
-    axis.set_xticks(places, names, rotation=90, **style)
-    axis.set_yticks(places, names, **style)
-    right = axis.secondary_yaxis("right")
-    right.set_yticks(places, labels, color="#2e7d32", **style)
-    right.set_ylabel("label", color="#2e7d32")
-    for side in (axis, right):
-        side.tick_params(length=0)
-    axis.set(xlabel="key slot", ylabel="query slot")
-
-
-def _label(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Short name of a token in characters that the font has."""
-    from matplotlib.font_manager import findfont, get_font
-
-    font = get_font(findfont("monospace"))
-    text = quoted(int(token), tokenizer)[1:-1].replace(" ", "\u00b7")
-    text = text if len(text) <= 14 else text[:13] + "\u2026"
-    return "".join(c if font.get_char_index(ord(c)) else "\u25a1" for c in text)
-
-
-def _frame_blocks(axis: Axes, layout: SlotLayout) -> None:
-    """White lines between cells, a dark one between text and chains, thin ones between chains."""
-    edges = np.arange(len(layout) + 1) - 0.5
-    axis.set_xticks(edges, minor=True)
-    axis.set_yticks(edges, minor=True)
-    axis.grid(which="minor", color="white", linewidth=0.8)
-    axis.tick_params(which="minor", length=0)
-    num_text = int((layout.depth == 0).sum())
-    for place in np.flatnonzero(layout.depth == 1):  # where a chain begins
-        for line in (axis.axhline, axis.axvline):
-            line(place - 0.5, color=PATTERN_COLORS[SELF], linewidth=1.6 if place == num_text else 0.5)
-    for name, start, stop in (("text", 0, num_text), ("chains of masks", num_text, len(layout))):
-        if stop > start:
-            axis.text((start + stop - 1) / 2, -1.2, name, ha="center", va="bottom", fontsize=9)
-
-
-def _explain_colors(axis: Axes) -> None:
-    from matplotlib.patches import Patch
-
-    names = {TEXT: "real text", OWN_CHAIN: "own chain", SELF: "itself", HIDDEN: "not visible"}
-    patches = [Patch(facecolor=PATTERN_COLORS[code], label=name) for code, name in names.items()]
-    axis.legend(handles=patches, loc="lower left", bbox_to_anchor=(0, 1.04), ncols=4, frameon=False, fontsize=8)
+    A mask slot has the name of its anchor's token and its depth.
+    """
+    text = Text("attention pattern:")
+    for kind, (mark, style) in PATTERN.items():
+        text.append(f"  {mark} {kind}", style)
+    for slot, kinds in enumerate(attention_pattern(slots.layout).tolist()):
+        anchor, depth, label = slots.layout.anchor[slot], slots.layout.depth[slot], int(slots.labels[slot])
+        name = quoted(int(slots.tokens[anchor]), tokenizer) + (f" +{depth}" if depth else "")
+        text.append(f"\n{set_cell_size(name, NAME_CELLS)} ")
+        for kind in kinds:
+            text.append(*PATTERN[kind])
+        text.append("" if label == IGNORE_INDEX else f" {quoted(label, tokenizer)}", "green")
+    return text

@@ -43,7 +43,7 @@ from pard_train.reports.records import (
     scalars,
 )
 from pard_train.reports.report import PAGE_FILE, SAMPLES_PAGE, write_report
-from pard_train.runs import CONFIG_FILE, check_run, claim_run, locked, read_json, require_same, write_json
+from pard_train.runs import check_run, claim_run, locked, write_json
 from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
 from pard_train.targets.compatibility import OK, Model, check_pair, require
 from pard_train.targets.serving import check_engine
@@ -84,7 +84,7 @@ def _evaluate(config: Config) -> Result:
     if settings.engine_python:
         require([check_engine(settings.engine_python)])
     decisive_settings = _settings(config, paths)
-    _check_folder(matrix.folder, decisive_settings)
+    check_run(matrix.folder, decisive_settings, resume=True)
     claim_run(matrix.folder, decisive_settings, asdict(config))
 
     answered = [_measure_target(matrix, target, drafts, benchmarks) for target in targets]
@@ -229,17 +229,8 @@ def draft_paths(config: Config) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Check that the output folder is empty or holds the same evaluation. Raises UserError."""
-    stored = _stored_settings(folder)
-    if stored is None:
-        check_run(folder, settings, resume=True)
-    else:
-        require_same(stored, settings, what=f"output_dir={folder} holds an evaluation with other settings")
-
-
 def _settings(config: Config, drafts: dict[str, str]) -> dict[str, Any]:
-    """The settings that decide the result of an evaluation, under the names of version 0.1."""
+    """The settings that decide the result of an evaluation."""
     return {
         **decisive(config.evaluate),
         "drafts": drafts,
@@ -250,17 +241,6 @@ def _settings(config: Config, drafts: dict[str, str]) -> dict[str, Any]:
         "trust_remote_code": config.model.trust_remote_code,
         "seed": config.seed,
     }
-
-
-def _stored_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings of the evaluation in a folder, of this version or 0.1; None if there is none."""
-    if not (folder / CONFIG_FILE).is_file():
-        return None
-    stored = read_json(folder / CONFIG_FILE)
-    draft = stored.pop("draft", None)  # of version 0.1, as output_dir
-    for name in ("settings_version", "output_dir"):
-        stored.pop(name, None)
-    return stored | ({"drafts": {Path(draft).name: draft}} if draft else {})
 
 
 def on_stand_in(config: Config, draft: str, folder: Path) -> Config:
@@ -308,7 +288,7 @@ def find_result(config: Config) -> Result | None:
     folder, drafts = Path(config.output_dir), draft_paths(config)
     if not (folder / ACCEPTANCE_FILE).exists():
         return None
-    _check_folder(folder, _settings(config, drafts))
+    check_run(folder, _settings(config, drafts), resume=True)
     result = read_result(folder)
     return None if result["failures"] or _named_in(result) != _named_now(config, drafts) else result
 

@@ -15,7 +15,7 @@ from pard_train.evaluation.measurement import Draft, make_record, pooled_numbers
 from pard_train.evaluation.speed import Latencies, measure_latencies, predict, time_proposers
 from pard_train.generation.proposers import PromptLookup, Proposer, SequentialDrafter
 from pard_train.generation.sampling import Sampling
-from pard_train.reports.records import Record, grouped, pooled_tau, renamed
+from pard_train.reports.records import Record, grouped, pooled_tau
 from pard_train.targets.cases import Case, Turn
 from pard_train.targets.target import Target
 
@@ -70,7 +70,7 @@ def _time_methods(
     for (name, draft), timing in zip(methods, timings, strict=True):
         numbers = pooled_numbers([Trace(**trace) for trace in timing["traces"]], turns, k)
         how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "batch_size": batch_size, "method": name}
-        measured = {**how, **numbers, "speed": renamed(timing["speed"]), "provenance": provenance}
+        measured = {**how, **numbers, "speed": timing["speed"], "provenance": provenance}
         yield make_record(matrix, draft, case, mode="live", **measured)
 
 

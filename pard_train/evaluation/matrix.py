@@ -11,7 +11,7 @@ from typing import Any
 
 from pard_train.config import Config
 from pard_train.device import device_name, dtype_name
-from pard_train.errors import UserError
+from pard_train.errors import UserError, first_line
 from pard_train.generation.sampling import GREEDY, Sampling
 from pard_train.runs import fingerprint, provenance, read_json, write_json
 
@@ -75,13 +75,12 @@ class Matrix:
         try:
             yield
         except Exception as error:  # out of memory, a server that died, a missing kernel: everything but Ctrl-C
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             where = {"draft": draft, "target": target, "benchmark": benchmark}
-            failure = {**where, "reason": reason}
+            failure = {**where, "reason": first_line(error)}
             if failure in self.failures:
                 return
             self.failures.append(failure)
             with (self.folder / FAILURES_LOG).open("a") as log:
                 log.write(f"{where}\n{traceback.format_exc()}\n")
             named = ", ".join(f"{kind} {name}" for kind, name in where.items() if name)
-            print(f"FAILED: {named}: {reason} (see {FAILURES_LOG}); the rest continues", flush=True)
+            print(f"FAILED: {named}: {failure['reason']} (see {FAILURES_LOG}); the rest continues", flush=True)

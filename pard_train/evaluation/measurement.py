@@ -20,7 +20,7 @@ from pard_train.fingerprints import model_fingerprint
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.runner import Runner
 from pard_train.model import DTYPES
-from pard_train.reports.records import Record, renamed
+from pard_train.reports.records import Record
 from pard_train.targets.cases import Case, ScoredCase, Turn
 from pard_train.targets.compatibility import Model
 
@@ -137,7 +137,7 @@ def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase) -> Iterat
             return estimate_acceptance(draft.drafter(), scored.texts, k, sampling).record()
 
         estimated, provenance = matrix.result("estimate", identity, _compute)
-        numbers = {"mean_prompt_tau": None, **renamed(estimated), "groups": []}
+        numbers = {"mean_prompt_tau": None, **estimated, "groups": []}
         how = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         yield make_record(matrix, draft, case, **how, **numbers, provenance=provenance)
 

@@ -6,11 +6,9 @@ Unknown facts are named as unknown.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -53,23 +51,33 @@ class Card:
 
 def write_card(card: Card, folder: Path) -> None:
     """Write README.md."""
-    k = getattr(card.config, "pard_num_draft_tokens", DEFAULT_K)
-    settings = {"method": "draft_model", "model": card.name, "num_speculative_tokens": k, "parallel_drafting": True}
-    text = Template(TEMPLATE.read_text()).substitute(
+    k, training = getattr(card.config, "pard_num_draft_tokens", DEFAULT_K), card.training
+    best = _best_records(card.records)
+    measured: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for (target, benchmark, num_draft_tokens), record in best.items():
+        measured.setdefault((target, benchmark), {})[num_draft_tokens] = record
+    ModelCard.from_template(
+        _head(card),
+        template_path=str(TEMPLATE),
+        card=card,
         title=card.title or public_name(card.name),
-        name=card.name,
         version=__version__,
-        num_rows=card.config.vocab_size,
-        facts=_facts(card),
-        training=_training(card.training) if card.training else "Unknown.",
-        acceptance=_acceptance(card.records),
+        config=card.config,
+        training=training,
+        **({name: training.config[name] for name in ("draft", "data", "trainer")} if training else {}),
+        ranks=training.config.get("world_size", 1) if training else None,
+        measured=measured,
+        shown=sorted({num_draft_tokens for _, _, num_draft_tokens in best}),
         target=next((target for target in card.targets if not target.startswith("pypi:")), "TARGET"),
-        settings=settings,
-        settings_json=json.dumps(settings),
+        settings={"method": "draft_model", "model": card.name, "num_speculative_tokens": k, "parallel_drafting": True},
         k=k,
         license=card.license.get("license_name") or card.license.get("license") or UNKNOWN_LICENSE,
-    )
-    ModelCard(f"---\n{_head(card).to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+        names=_names,
+        public_name=public_name,
+        with_interval=with_interval,
+        objective=_objective,
+        counts_of=_manifest,
+    ).save(folder / "README.md")
 
 
 def _head(card: Card) -> ModelCardData:
@@ -99,45 +107,8 @@ def _eval_result(record: dict[str, Any]) -> EvalResult:
     )
 
 
-def _table(rows: Sequence[tuple[str, Any]]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def _facts(card: Card) -> str:
-    config = card.config
-    return _table(
-        [
-            ("base model", public_name(card.base) if card.base else "unknown"),
-            ("architecture", f"{config.architectures[0]}, {card.dtype}"),
-            ("targets", ", ".join(map(public_name, card.targets)) or "those of its own vocabulary size"),
-            ("vocabulary rows", config.vocab_size),
-            ("mask token id", config.pard_token),
-            ("K in training", f"{getattr(config, 'pard_num_draft_tokens', 'unknown')} (may be larger when serving)"),
-            ("longest training document", f"{getattr(config, 'pard_trained_length', 'unknown')} tokens"),
-        ]
-    )
-
-
-def _training(training: Training) -> str:
-    draft, data, settings = (training.config[name] for name in ("draft", "data", "trainer"))
-    ranks = training.config.get("world_size", 1)
-    slots = data["slot_budget"] * ranks * settings["gradient_accumulation_steps"]
-    precision = settings.get("precision") or ("bf16" if settings["bf16"] else "fp32")  # its name in version 0.1
-    return _table(
-        [
-            ("steps", "unknown" if training.step is None else training.step),
-            *([("weights", training.choice)] if training.choice else []),
-            ("slots per step", f"{slots:,} ({ranks} process{'' if ranks == 1 else 'es'})"),
-            ("objective", _objective(training.config["objective"])),
-            ("COD", f"retention ratio {draft['retention_ratio']}, at least {draft['min_retention']}"),
-            ("learning rate", f"{settings['learning_rate']}, {settings['lr_scheduler_type']}"),
-            ("precision", precision),
-            ("longest document", f"{data['max_length']} tokens"),
-            ("data", public_name(data["source"])),
-            *((f"data: {name}", _manifest(manifest)) for name, manifest in training.manifests.items()),
-            ("versions", ", ".join(f"{name} {version}" for name, version in training.versions.items() if version)),
-        ]
-    )
+def _names(models: Sequence[str]) -> str:
+    return ", ".join(map(public_name, models))
 
 
 def _objective(settings: dict[str, float]) -> str:
@@ -156,7 +127,7 @@ def _manifest(manifest: dict[str, Any]) -> str:
     """A manifest in one line: the targets that wrote the data, and the counts of each source."""
     parts, counts, sources = [], manifest.get("counts", {}), _sources(manifest)
     if "targets" in manifest:
-        parts.append(f"written by {', '.join(map(public_name, manifest['targets']))} at {manifest['temperature']:g}")
+        parts.append(f"written by {_names(manifest['targets'])} at {manifest['temperature']:g}")
     for name, count in counts.items():
         if isinstance(count, dict):
             source = sources.get(name, {})
@@ -177,25 +148,3 @@ def _best_records(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int
         best.setdefault((record["target"], record["benchmark"], record["num_draft_tokens"]), record)
     shown = {DEFAULT_K, max((k for _, _, k in best), default=DEFAULT_K)}
     return {key: record for key, record in sorted(best.items()) if key[2] in shown}
-
-
-def _acceptance(records: Sequence[dict[str, Any]]) -> str:
-    best = _best_records(records)
-    if not best:
-        return "Not measured."
-    shown = sorted({k for _, _, k in best})
-    lines = [
-        "| target | benchmark | prompts | " + " | ".join(f"tau, K = {k}" for k in shown) + " |",
-        "| --- | --- | --- |" + " --- |" * len(shown),
-    ]
-    for target, benchmark in dict.fromkeys(key[:2] for key in best):
-        row = [best.get((target, benchmark, k)) for k in shown]
-        prompts = next(record["num_prompts"] for record in row if record)
-        taus = " | ".join(with_interval(record) if record else "" for record in row)
-        lines.append(f"| {target} | {benchmark} | {prompts} | {taus} |")
-    one = next(iter(best.values()))
-    return (
-        "tau is the mean number of tokens per target forward pass, the target's own token included, "
-        "with a bootstrap 95% interval over prompts; greedy decoding, "
-        f"{one['max_new_tokens']} new tokens at most, {one['dtype']}.\n\n" + "\n".join(lines)
-    )

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from pard_train.config import ExportConfig
-from pard_train.errors import UserError
+from pard_train.errors import UserError, first_line
 
 
 def is_hub_name(name: str | None) -> bool:
@@ -41,13 +41,13 @@ def check_upload(repository: str, folders: Sequence[Path], root: Path) -> None:
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise UserError(f"export.push_to_hub={name}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"export.push_to_hub={name}: {first_line(error)}") from error
     try:
         me = HfApi().whoami()
     except (OSError, HTTPError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"export.push_to_hub={repository}: not logged in to the hub ({reason}): run `hf auth login` or set HF_TOKEN"
+            f"export.push_to_hub={repository}: not logged in to the hub ({first_line(error)}): run `hf auth login` or "
+            "set HF_TOKEN"
         ) from error
     allowed = [me["name"], *(organization["name"] for organization in me.get("orgs", []))]
     if repository.split("/")[0] not in allowed:
@@ -67,8 +67,7 @@ def push_to_hub(folders: Sequence[Path], root: Path, settings: ExportConfig) -> 
             addresses.append(str(api.create_repo(name, private=settings.private, exist_ok=True)))
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export by pard_train")
         except (OSError, HTTPError) as error:
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{name}: {reason}; the export is complete: upload it with `hf upload {name} {folder}`"
+                f"{name}: {first_line(error)}; the export is complete: upload it with `hf upload {name} {folder}`"
             ) from error
     return addresses

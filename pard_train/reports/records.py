@@ -16,13 +16,6 @@ ACCEPTANCE_FILE = "acceptance.json"
 PREDICTIONS_FILE = "predictions.json"
 PICTURE_FILE = "acceptance.png"
 SCHEMA_VERSION = 2  # of acceptance.json; adding a field keeps the version, renaming or removing one raises it
-RENAMED = {  # names of schema_version 1, which results of version 0.1 and cached cells still use
-    "made_by": "provenance",
-    "estimated": "estimator",
-    "outside": "mass_outside_top_k",
-    "instruction": "prompt_template",
-    "num_equal_texts": "num_identical_answers",
-}
 REQUIRED = (  # fields without which a record cannot be shown
     *("draft", "target", "benchmark", "mode", "method", "temperature", "num_draft_tokens"),
     *("tau", "tau_low", "tau_high", "num_turns", "num_tokens", "num_steps"),
@@ -74,8 +67,8 @@ def read_result(path: Path) -> Result:
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): evaluate again") from None
     found = result.get("schema_version") if isinstance(result, dict) else None
-    if found not in (1, SCHEMA_VERSION):
-        raise UserError(f"{file} has schema_version={found}; allowed are 1 and {SCHEMA_VERSION}: evaluate again")
+    if found != SCHEMA_VERSION:
+        raise UserError(f"{file} has schema_version={found}, but must have {SCHEMA_VERSION}: evaluate again")
     for name in ("records", "failures"):
         rows = result.get(name)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -83,32 +76,13 @@ def read_result(path: Path) -> Result:
     for number, record in enumerate(result["records"]):
         if missing := [field for field in REQUIRED if field not in record]:
             raise UserError(f"{file}: record {number} has no {missing[0]}: evaluate again")
-    return upgrade(result)
+    return result
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
     """Predictions of an evaluation's folder; none if it has none, or if acceptance.json is given without its folder."""
     file = path / PREDICTIONS_FILE
     return json.loads(file.read_text()) if file.is_file() else []
-
-
-def upgrade(result: Result) -> Result:
-    """A result of any known schema version in the current one."""
-    return {**result, "schema_version": SCHEMA_VERSION, "records": [renamed(r) for r in result["records"]]}
-
-
-def renamed(record: Record) -> Record:
-    """A record, or a part of one, under the current names.
-
-    >>> renamed({"tau": 2.0, "outside": 0.01, "estimated": "along"})
-    {'tau': 2.0, 'mass_outside_top_k': 0.01, 'estimator': 'sampled_text'}
-    """
-    record = {RENAMED.get(name, name): value for name, value in record.items()}
-    if record.get("estimator") == "along":
-        record["estimator"] = "sampled_text"
-    if record.get("speed"):
-        record["speed"] = renamed(record["speed"])
-    return record
 
 
 def distinct(values: Iterable[Item]) -> list[Item]:

@@ -33,9 +33,6 @@ from pard_train.reports.sections import build_sections
 from pard_train.reports.tables import (
     Table,
     as_markdown,
-    fingerprint_table,
-    group_table,
-    record_table,
     speed_tables,
     tau_tables,
 )
@@ -66,7 +63,8 @@ def write_report(
         predictions, samples: predictions.json and samples.json.
     """
     picture = f"![tau and survival]({PICTURE_FILE})\n"
-    (folder / REPORT_FILE).write_text(f"{render_report(result)}\n{picture}\n{render_details(result)}")
+    where = f"{PAGE_FILE} and {TABLE_FILE} have every measurement, fingerprints and provenance."
+    (folder / REPORT_FILE).write_text(f"{render_report(result)}\n{picture}\n{where}\n")
     (folder / PAGE_FILE).write_text(render_page(result, predictions, samples))
     (folder / SAMPLES_PAGE).write_text(render_samples(samples))
     shown = [section.charts for section in build_sections(result) if section.anchor in ("drafts", "positions")]
@@ -115,19 +113,6 @@ def _fitting(records: Sequence[Record]) -> Table:
         if max(map(len, table.markdown().splitlines())) <= WIDTH:
             break
     return table
-
-
-def render_details(result: Result) -> str:
-    """Every record, the breakdown, fingerprints and provenance, as Markdown."""
-    records = result["records"]
-    parts = ["## All measurements", record_table(records).markdown()]
-    parts += ["## Breakdown at the largest K", group_table(at_largest_k(acceptance_records(result))).markdown()]
-    parts += ["## Fingerprints", fingerprint_table(records).markdown(), "## Provenance"]
-    for provenance in distinct(tuple(flatten(r["provenance"]).items()) for r in records):
-        parts += [f"```\n{value}\n```" for name, value in provenance if name == "command"]
-        facts = [(n, value) for n, value in provenance if n != "command" and value is not None]
-        parts.append("\n".join(f"- {n}: {as_markdown(str(value))}" for n, value in facts))
-    return "\n\n".join(parts) + "\n"
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:

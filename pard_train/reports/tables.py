@@ -14,7 +14,6 @@ from pard_train.reports.records import (
     at_largest_k,
     distinct,
     grouped,
-    groups_of,
     label_of,
     pooled_by_label,
     pooled_tau,
@@ -140,16 +139,6 @@ def _record_row(record: Record) -> list[str]:
         *(with_interval(record), *(f"{tau:.2f}" if tau else NONE for tau in taus)),
         *(NONE if count is None else f"{count:,.0f}" for count in counts),
     ]
-
-
-def group_table(records: Sequence[Record]) -> Table:
-    """The breakdown of every record."""
-    rows = [
-        [r["target"], r["benchmark"], label_of(r), g["by"], g["name"], with_interval(g), f"{g['num_tokens']:,}"]
-        for r in records
-        for g in groups_of(r)
-    ]
-    return Table(["target", "benchmark", "draft", "by", "group", "tau [low, high]", "tokens"], rows, num_names=5)
 
 
 def fingerprint_table(records: Sequence[Record]) -> Table:
