@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make small loops ten times slower
-NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # with one process per core, one thread each
-os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")  # one process per core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -18,7 +17,7 @@ import torch
 from tiny import FAMILIES, build_model, build_tokenizer, conversations
 from transformers import PreTrainedTokenizerBase
 
-torch.set_num_threads(NUM_THREADS)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
