@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from pard_train.config import DraftConfig, ModelConfig
+from pard_train.core.cpu.products import PackedLinear, can_pack
 from pard_train.data.benchmarks import load_benchmark
 from pard_train.data.chat import ChatEncoder
 from pard_train.device import default_device, device_name
@@ -40,6 +42,7 @@ Way = Callable[[list[list[int]]], list[Decoded]]
 
 COPY_BYTES = 1 << 28
 MATRIX_SIZE = 2048
+ONE_ROW_REPEATS = 101  # the first is a warm-up
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,25 @@ def steps(bench: Bench, batch_sizes: list[int], machine: Machine) -> Iterator[li
             yield [name, str(batch_size), *(f"{number:.1f}" for number in numbers), f"{theirs * 1e3:.1f}"]
 
 
+@torch.inference_mode()
+def products_of_one_row(model: PreTrainedModel) -> Iterator[list[str]]:
+    """Products of one row with each shape of weights, by dtype, plain and packed; all interleaved."""
+    yield ["outputs x inputs", "float32, us", "float32 packed, us", "bfloat16, us", "bfloat16 packed, us"]
+    shapes = {tuple(module.weight.shape) for module in model.modules() if isinstance(module, nn.Linear)}
+    for outputs, inputs in sorted(shapes):
+        runs: list[Callable[[], Tensor]] = []
+        for dtype in (torch.float32, torch.bfloat16):
+            layer, row = nn.Linear(inputs, outputs, bias=False, dtype=dtype), torch.randn(1, 1, inputs).to(dtype)
+            runs += [partial(layer, row), partial(PackedLinear(layer), row)]
+        times: list[list[float]] = [[] for _ in runs]
+        for number, (run, found) in itertools.product(range(ONE_ROW_REPEATS), zip(runs, times, strict=True)):
+            start = time.perf_counter()
+            run()
+            if number:
+                found.append(time.perf_counter() - start)
+        yield [f"{outputs} x {inputs}", *(f"{statistics.median(found) * 1e6:.0f}" for found in times)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,6 +326,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="torch.compile with graph capture: for a GPU")
+    parser.add_argument("--only-products", action="store_true", help="only the table of products of one row, on a CPU")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = load(arguments, Path(folder))
@@ -314,7 +337,12 @@ def main() -> None:
             f"K {bench.k}, {bench.rounds} rounds, interleaved": methods(bench, size)
             for size in arguments.batch_sizes
         }
-        sections[f"Forward passes against the machine ({limits})"] = steps(bench, arguments.batch_sizes, machine)
+        if can_pack(torch.zeros(1, 1, dtype=torch.bfloat16, device=bench.target.device)):
+            sections["Products of one row: bfloat16 must not be slower than float32"] = products_of_one_row(bench.model)
+        if arguments.only_products:
+            sections = dict(list(sections.items())[-1:])
+        else:
+            sections[f"Forward passes against the machine ({limits})"] = steps(bench, arguments.batch_sizes, machine)
         draft = "untrained" if arguments.draft is None else arguments.draft
         page = [
             "# Decoding",
@@ -336,9 +364,9 @@ def main() -> None:
 def figures(tables: dict[str, list[list[str]]]) -> dict[str, object]:
     """All tables, and two ratios to plain decoding at the first batch size."""
     _, *rows = next(iter(tables.values()))
-    ratios = {row[0]: float(row[2]) for row in rows}
     names = {"pard_ratio": "ours, PARD draft", "transformers_ratio": "transformers, plain"}
-    return {**{figure: ratios[name] for figure, name in names.items()}, "tables": tables}
+    ratios = {figure: float(row[2]) for figure, name in names.items() for row in rows if row[0] == name}
+    return {**ratios, "tables": tables}
 
 
 if __name__ == "__main__":
