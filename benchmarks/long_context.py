@@ -1,10 +1,10 @@
 """What long documents cost: a training step and a replay by length, with short answers and with long ones.
 
-    python benchmarks/long_context.py                              # a minute of one core
+    python benchmarks/long_context.py                              # two minutes of one core
     python benchmarks/long_context.py --lengths 1024 4096          # shorter
 
 A tiny model with random weights and random tokens, float32 on the CPU. Seconds are those of the processor, which other
-programs change little. Prints tables and writes benchmarks/results/DATE-long-context-cpu.md.
+programs change little. Prints tables and writes benchmarks/results/DATE-long-context-NAME.md.
 """
 
 from __future__ import annotations
@@ -48,12 +48,17 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 8192, 16384, 32768])
+    parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES])
+    parser.add_argument("--name", default="cpu", help="end of the page's name")
     arguments = parser.parse_args()
     train_step(next(iter(CASES)), 512), replay_once(512)  # the first calls load and choose kernels
     tables: list[str] = []
-    for name, (_, _, longest) in CASES.items():
+    for name in arguments.cases:
+        longest = CASES[name][2]
         tables += ["", markdown(rows(name, [length for length in arguments.lengths if length <= longest]))]
-        write_page("long-context-cpu", render(tables))  # so far: a run that is cut off leaves what it has measured
+        write_page(
+            f"long-context-{arguments.name}", render(tables)
+        )  # so far: a run that is cut off leaves what it has measured
 
 
 def render(tables: list[str]) -> str:
