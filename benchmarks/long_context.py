@@ -1,10 +1,10 @@
 """What long documents cost: a training step and a replay by length, with short answers and with long ones.
 
-    python benchmarks/long_context.py                                  # some minutes on one core
-    python benchmarks/long_context.py --lengths 1024 2048 4096         # shorter
+    python benchmarks/long_context.py                              # two minutes of one core
+    python benchmarks/long_context.py --lengths 1024 4096          # shorter
 
-A tiny model with random weights and random tokens, float32 on the CPU. Every figure comes from a process of its own,
-so that the peak of its memory is its own. Prints a table and writes benchmarks/results/DATE-long-context-cpu.md.
+A tiny model with random weights and random tokens, float32 on the CPU. Seconds are those of the processor, which other
+programs change little. Prints tables and writes benchmarks/results/DATE-long-context-NAME.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from memory import cost_of
 from pages import command, markdown, origin, write_page
+from training import peak, reset_peak
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from pard_train.acceptance.replay import replay
@@ -34,38 +34,43 @@ from pard_train.mask_token import set_draft_keys
 
 ROWS, MASK_TOKEN, K = 4096, 4095, 8
 SHORT = 256  # tokens of a short answer
-SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
-CASES = {  # name -> tokens of the prompt at a length, most anchors with chains
-    "long prompt, 256 tokens of answer": (lambda length: length - SHORT, None),
-    "all answer, 1,024 anchors": (lambda length: 1, 1024),
-    "all answer, every anchor": (lambda length: 1, None),
+SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1, "num_key_value_heads": 1}
+CASES = {  # name -> (tokens of the prompt at a length, most anchors with chains, longest document)
+    "long prompt, 256 tokens of answer": (lambda length: length - SHORT, None, 32768),
+    "all answer, 1,024 anchors": (lambda length: 1, 1024, 32768),
+    "all answer, every anchor": (lambda length: 1, None, 8192),
+    "replay": (lambda length: length - SHORT, None, 32768),
 }
+CPU = torch.device("cpu")
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 8192, 16384, 32768])
-    parser.add_argument("--steps", type=int, default=1, help="timed training steps, after one that is not")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES])
+    parser.add_argument("--name", default="cpu", help="end of the page's name")
     arguments = parser.parse_args()
-    idle = cost_of(load_only).main
+    train_step(next(iter(CASES)), 512), replay_once(512)  # the first calls load and choose kernels
     tables: list[str] = []
-    for name in (*CASES, "replay"):
-        tables += ["", markdown(rows(name, arguments.lengths, arguments.steps, idle))]
+    for name in arguments.cases:
+        longest = CASES[name][2]
+        tables += ["", markdown(rows(name, [length for length in arguments.lengths if length <= longest]))]
         write_page(
-            "long-context-cpu", render(tables, idle)
+            f"long-context-{arguments.name}", render(tables)
         )  # so far: a run that is cut off leaves what it has measured
 
 
-def render(tables: list[str], idle: float) -> str:
+def render(tables: list[str]) -> str:
     """The page."""
     lines = [
         f"# Cost by length of the document, {time.strftime('%Y-%m-%d')}",
         "",
         f"{device_name()}, {torch.get_num_threads()} thread, float32; {origin()}.",
-        f"Two layers of {SHAPE['hidden_size']}, {ROWS:,} rows, K = {K}, retention 0.7 to 0.2, one document per step: "
-        f"forward, backward, AdamW. Memory is the peak of the process over the {idle:,.0f} MB that it takes with the "
-        "model alone. Replay computes the acceptance of an answer of 256 tokens after a prompt that fills the rest.",
+        f"Two layers of {SHAPE['hidden_size']}, {ROWS:,} rows, K = {K}, retention 0.7 to 0.2. A step is one document, "
+        "once: its pack, forward, backward, AdamW. Replay computes the acceptance of an answer of 256 tokens after a "
+        "prompt that fills the rest. Seconds are those of the processor, since other programs ran. Memory is the "
+        "growth of the process's resident memory.",
         "",
         f"    {command()}",
         *tables,
@@ -76,14 +81,14 @@ def render(tables: list[str], idle: float) -> str:
     return "\n".join(lines)
 
 
-def rows(name: str, lengths: list[int], steps: int, idle: float) -> Iterator[list[str]]:
+def rows(name: str, lengths: list[int]) -> Iterator[list[str]]:
     """The table of one case, row by row."""
     yield ["what", "tokens", "slots", "slots per token", "seconds", "growth", "peak memory MB", "growth"]
     before: tuple[int, float, float] | None = None
     for length in lengths:
-        cost = cost_of(replay_once, length) if name == "replay" else cost_of(train_steps, name, length, steps)
-        slots, seconds = cost.result
-        memory = max(cost.main - idle, 0.1)
+        held = reset_peak(CPU)
+        slots, seconds = replay_once(length) if name == "replay" else train_step(name, length)
+        memory = max(peak(CPU) - held, 1e5) / 1e6
         powers = ["", ""]
         if before:
             pairs = zip((seconds, memory), before[1:], strict=True)
@@ -105,43 +110,31 @@ def build_model() -> PreTrainedModel:
     return model
 
 
-def load_only() -> None:
-    """Hold the model, long enough to be seen."""
-    model = build_model()
-    time.sleep(0.5)
-    del model
-
-
-def train_steps(name: str, length: int, steps: int) -> tuple[int, float]:
-    """Slots of a step and its median seconds, the building of the pack included."""
-    prompt, max_anchors = CASES[name][0](length), CASES[name][1]
+def train_step(name: str, length: int) -> tuple[int, float]:
+    """Slots of a step and its seconds, the building of the pack included."""
+    prompt, max_anchors, _ = CASES[name]
     draft = DraftConfig(num_draft_tokens=K, max_anchors=max_anchors)
     tokens = np.random.default_rng(0).integers(0, MASK_TOKEN, length)
-    document = Document(tokens, np.arange(length) >= prompt, "x")
+    document = Document(tokens, np.arange(length) >= prompt(length), "x")
     runs = supervised_runs(document.loss_mask)
     budget = int(slot_bounds(np.array([length]), runs, np.zeros(len(runs), dtype=int), draft)[0])
     collate, model = PardCollator(draft, ObjectiveConfig(), MASK_TOKEN, budget), build_model().train()
     loss_of, optimizer = PackLoss(model, "split", K), torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    seconds, slots = [], 0
-    for number in range(1 + steps):
-        start = time.perf_counter()
-        batch = collate([[Member(document, DrawKey(0, number, 0))]])
-        slots = int((batch["document"] >= 0).sum())
-        loss, _ = loss_of(model, batch, 1 / float(batch["weight"].sum()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return slots, float(np.median(seconds[1:]))
+    start = time.process_time()
+    batch = collate([[Member(document, DrawKey(0, 0, 0))]])
+    loss, _ = loss_of(model, batch, 1 / float(batch["weight"].sum()))
+    loss.backward()
+    optimizer.step()
+    return int((batch["document"] >= 0).sum()), time.process_time() - start
 
 
 def replay_once(length: int) -> tuple[int, float]:
     """Seconds of the replay of one answer; its slots depend on what is accepted."""
     tokens = np.random.default_rng(0).integers(0, MASK_TOKEN, length).tolist()
     drafter = Drafter(build_model().eval(), range(MASK_TOKEN))  # type: ignore[arg-type]  # its length is all that counts
-    start = time.perf_counter()
+    start = time.process_time()
     replay(drafter, tokens[:-SHORT], tokens[-SHORT:], K)
-    return 0, time.perf_counter() - start
+    return 0, time.process_time() - start
 
 
 if __name__ == "__main__":
