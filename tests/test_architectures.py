@@ -225,7 +225,9 @@ def test_an_architecture_that_works_is_right_in_every_form(model_type: str) -> N
     check_training(model)
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "mistral"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma3_text", "mistral"))]
+)
 def test_flex_attention_has_the_windows_and_caps_too(model_type: str) -> None:
     assert packed_difference(tiny_model(model_type), "flex") < TOLERANCE
 

@@ -117,11 +117,11 @@ def check_as_alone(run: Path, alone: Path) -> None:
     ("launcher", "deepspeed"),
     [
         ("launch/torchrun.sh", "none"),
-        ("torchrun", "zero2"),
-        pytest.param("deepspeed", "zero0", marks=pytest.mark.slow),
-        ("launch/deepspeed.sh", "zero1"),
-        pytest.param("deepspeed", "zero2", marks=pytest.mark.slow),
         ("deepspeed", "zero3"),
+        pytest.param("torchrun", "zero2", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "zero0", marks=pytest.mark.slow),
+        pytest.param("launch/deepspeed.sh", "zero1", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "zero2", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_as_one(
@@ -147,6 +147,7 @@ def test_a_run_and_its_resumption_print_no_noise_of_libraries(
         assert noise not in output
 
 
+@pytest.mark.slow  # the SLURM job below has two nodes, too
 def test_two_nodes_train_as_one(alone: Path, base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     nodes = {"NUM_NODES": "2", "NUM_PROCESSES": "1", "MASTER": f"127.0.0.1:{free_port()}"}
     command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, tmp_path / "run")]

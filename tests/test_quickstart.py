@@ -99,6 +99,7 @@ def test_a_threshold_missed_by_the_trained_draft_and_a_part_that_failed_end_the_
     assert not (tmp_path / "out" / "export").exists()
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips_what_is_done(tmp_path: Path) -> None:
     folder = tmp_path / "quickstart"
     command = [

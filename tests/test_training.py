@@ -186,6 +186,7 @@ def test_one_pack_eight_times_and_eight_packs_in_accumulation_are_the_same_mean(
     assert abs(float(torch.stack(means).mean()) - float(loss)) > 1e-4  # a mean of means would be another number
 
 
+@pytest.mark.slow
 def test_accumulating_two_by_four_and_four_by_two_train_the_same_model(
     base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
