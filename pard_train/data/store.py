@@ -36,8 +36,7 @@ class TokenStore(Sequence[Document]):
             self._table = datasets.load_from_disk(str(folder / DOCUMENTS_FOLDER)).data
             self._ids, self._runs = (ListColumn(self._table.column(name)) for name in ("input_ids", "runs"))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            what = f"{folder} cannot be read ({type(error).__name__}: {error})"
-            raise UserError(f"{what}: if it is damaged, delete it and run the same command again") from error
+            raise UserError(f"{folder} cannot be read ({error}): delete it and run the same command again") from error
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
