@@ -92,7 +92,7 @@ def jobs(base: Path, chats: Path) -> list[Job]:
             "evaluate",
             "recipes/evaluate.py",
             (model, draft, *target, f"evaluate.benchmarks=[{chats}]", *measured),
-            "*.csv",
+            "acceptance.json",
         ),
     ]
 
@@ -184,6 +184,9 @@ def limit(kind: int, most: int) -> Setup:
 def product(job: Job, folder: Path) -> dict[str, str]:
     """Names and hashes of the files that are the result."""
     files = sorted(path for path in (folder / "out").glob(job.product) if path.is_file())
+    if job.name == "evaluate":  # the file has times, too
+        records = json.loads(files[0].read_text())["records"]
+        return {str(files[0].relative_to(folder)): str([(record["tau"], record["histogram"]) for record in records])}
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -303,3 +303,22 @@ def test_an_array_takes_its_room_on_the_disk_at_once_or_leaves_nothing(tmp_path:
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert f"File too large: '{too_large}'" in result.stdout
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("kind", ["empty", "half", "gone"])
+def test_damaged_tokens_end_with_one_line_that_names_the_folder(
+    encoder: ChatEncoder, tmp_path: Path, name: str, kind: str
+) -> None:
+    store = encode(write(tmp_path / "chats.jsonl", [GOOD] * 5), encoder)
+    file = store.folder / "documents" / name
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] if kind == "half" else b"")
+    if kind == "gone":
+        file.unlink()
+    try:
+        opened = TokenStore.open(store.folder)
+    except UserError as error:
+        assert f"{store.folder} cannot be read" in str(error)
+    else:  # a file with facts that nobody needs
+        assert name == "dataset_info.json" and len(opened) == 5

@@ -32,8 +32,11 @@ class TokenStore(Sequence[Document]):
 
     def __init__(self, folder: Path):
         self.folder, self.manifest = folder, read_json(folder / MANIFEST_FILE)
-        self._table = datasets.load_from_disk(str(folder / DOCUMENTS_FOLDER)).data
-        self._ids, self._runs = (ListColumn(self._table.column(name)) for name in ("input_ids", "runs"))
+        try:
+            self._table = datasets.load_from_disk(str(folder / DOCUMENTS_FOLDER)).data
+            self._ids, self._runs = (ListColumn(self._table.column(name)) for name in ("input_ids", "runs"))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{folder} cannot be read ({error}): delete it and run the same command again") from error
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:

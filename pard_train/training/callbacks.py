@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 WARM_UP_LOGS = 2  # compilation happens for the first pack, and for the second with another number of supervised slots
 WARM_UP_STEPS = 5  # before a profile
 BAD_PACKS_FOLDER = "bad_packs"  # of a run: packs of steps with a loss or gradient that is NaN or infinite
-MOST_BAD_PACKS = 20
 SPIKE_LOGS = 20  # logged losses that the next one is compared with
 SPIKE_SIZE = 10  # median distances above their median; noise alone reaches 7 once in a million logs
 
@@ -122,7 +121,7 @@ class StepGuard(UsesTrainer):
             trainer.args.world_size,
         )
         for number, pack in enumerate(trainer.packs):
-            if (not is_any or bad[number]) and len(list(folder.glob("*.safetensors"))) < MOST_BAD_PACKS:
+            if (not is_any or bad[number]) and len(list(folder.glob("*.safetensors"))) < 20:
                 place = ((step - 1) * trainer.args.gradient_accumulation_steps + number) * num_ranks + rank
                 origins = [member.document.origin for member in trainer.train_dataset[place]]
                 facts = {"step": step, "rank": rank, "loss": losses[number], "origins": origins}

@@ -21,7 +21,8 @@ from pard_train.training.callbacks import UsesTrainer
 from pard_train.training.processes import is_first_process, num_processes
 
 RANKS_FOLDER = "ranks"  # in the output folder: where every rank stands; kept after a hang
-LONG = 10  # times the patience for the first steps, and between steps: logs, the monitor, a checkpoint
+LONG = 10.0  # times the patience for the first steps, and between steps: logs, the monitor, a checkpoint
+SLOW = 4  # times the shortest step so far that a step may always take
 NUM_FIRST_STEPS = 2  # in which models are compiled
 WAITS_IN = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/", "/deepspeed/")  # for the other ranks
 
@@ -43,7 +44,8 @@ class Watchdog(UsesTrainer):
         self.rank = int(os.environ.get("RANK", 0))
         self.interval = min(10.0, max(0.2, self.seconds / 10))
         self.num_beats = self.count = self.first = 0
-        self.place, self.factor, self.patience = "before the first step", LONG, LONG  # now, and within a step
+        self.place, self.factor, self.patience = "before the first step", LONG, LONG  # now, and in a step
+        self.shortest, self.ended = math.inf, time.monotonic()  # duration of a step in seconds, and end of the last
         self.is_over = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -77,7 +79,9 @@ class Watchdog(UsesTrainer):
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Logs, the monitor and checkpoints follow."""
         self.at(f"log, monitor or checkpoint after step {state.global_step}")
-        self.factor, self.patience = LONG, LONG if state.global_step < self.first + NUM_FIRST_STEPS else 1
+        self.shortest, self.ended = min(self.shortest, time.monotonic() - self.ended), time.monotonic()
+        is_first = state.global_step < self.first + NUM_FIRST_STEPS
+        self.factor, self.patience = LONG, LONG if is_first else max(1.0, SLOW * self.shortest / self.seconds)
 
     def _watch(self) -> None:
         seen, waited = -1, 0.0
