@@ -198,9 +198,16 @@ def test_vllm_drafts_k_tokens_at_every_step_until_the_answer_ends(matches: list[
 
 
 def test_transformers_leaves_a_token_of_the_targets_own_to_every_pass() -> None:
-    assert accepted_by_step([5, 5, 5, 5, 5, 5], 3, num_prefilled=0) == [3, 1]  # 3 + 1 and 1 + 1 of 6 tokens
-    assert accepted_by_step([0], 3, num_prefilled=0) == [0]
-    assert accepted_by_step([], 3, num_prefilled=0) == accepted_by_step([0], 3, num_prefilled=1) == []
+    assert accepted_by_step([5, 5, 5, 5, 5, 5], 3, num_prefilled=0, counts_past_end=False) == [
+        3,
+        1,
+    ]  # 3 + 1 and 1 + 1 of 6 tokens
+    assert accepted_by_step([0], 3, num_prefilled=0, counts_past_end=False) == [0]
+    assert (
+        accepted_by_step([], 3, num_prefilled=0, counts_past_end=False)
+        == accepted_by_step([0], 3, num_prefilled=1)
+        == []
+    )
 
 
 @few_examples
