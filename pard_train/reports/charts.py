@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,6 +182,9 @@ def _draw(figure: Figure, chart: Chart, styles: Mapping[str, int], *, left: floa
         axes.xaxis.set_major_locator(FixedLocator(chart.ticks, nbins=9))
         axes.grid(axis="y")
         axes.locator_params(axis="y", nbins=5)
+        if not 0.01 <= abs(chart.limits[1]) < 1e5:  # more digits than fit into the margin
+            short = partial(np.format_float_scientific, precision=2, trim="-", exp_digits=1)
+            axes.yaxis.set_major_formatter(lambda y, _: short(y) if y else "0")
     return axes
 
 
