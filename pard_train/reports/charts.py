@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,8 +182,7 @@ def _draw(figure: Figure, chart: Chart, styles: Mapping[str, int], *, left: floa
         axes.grid(axis="y")
         axes.locator_params(axis="y", nbins=5)
         if not 0.01 <= abs(chart.limits[1]) < 1e5:  # more digits than fit into the margin
-            short = partial(np.format_float_scientific, precision=2, trim="-", exp_digits=1)
-            axes.yaxis.set_major_formatter(lambda y, _: short(y) if y else "0")
+            axes.yaxis.set_major_formatter(lambda y, _: re.sub(r"\.?0*e\+?(-?)0*", r"e\1", f"{y:.2e}") if y else "0")
     return axes
 
 
