@@ -250,6 +250,17 @@ def test_a_line_charts_points_lie_where_their_values_are() -> None:
     assert float(baseline) == pytest.approx(y1, abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("most", "shown"), [(3.2e-5, "3e-5"), (1e-3, "8e-4"), (1.25e-4, "7.5e-5"), (0.4, "0.3"), (2.3e5, "1.5e5")]
+)
+def test_labels_of_very_small_and_large_values_fit_into_the_margin(most: float, shown: str) -> None:
+    svg = draw_svg(
+        Chart("rate", "line", {"a": [Point(0, 0.0), Point(1, most)]}, (0.0, most), "rate", "x", [0, 1]), STYLES
+    )
+    labels = re.findall(r"<text[^>]*>([^<]+)<", svg)[2:-1]  # without those of x, and y's name
+    assert shown in labels and max(map(len, labels)) <= 7
+
+
 def test_bars_are_as_high_as_their_values_and_do_not_overlap() -> None:
     series = {"a": [Point(0, 0.5), Point(1, 0.25)], "b": [Point(0, 0.1), Point(1, 0.9)]}
     svg = draw_svg(Chart("bars", "bar", series, (0.0, 1.0), "share", "n", [0, 1]), STYLES)

@@ -181,6 +181,8 @@ def _draw(figure: Figure, chart: Chart, styles: Mapping[str, int], *, left: floa
         axes.xaxis.set_major_locator(FixedLocator(chart.ticks, nbins=9))
         axes.grid(axis="y")
         axes.locator_params(axis="y", nbins=5)
+        if not 0.01 <= abs(chart.limits[1]) < 1e5:  # more digits than fit into the margin
+            axes.yaxis.set_major_formatter(lambda y, _: re.sub(r"\.?0*e\+?(-?)0*", r"e\1", f"{y:.2e}") if y else "0")
     return axes
 
 

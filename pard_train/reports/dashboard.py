@@ -37,9 +37,9 @@ CURVES = {  # by section: titles and metrics, or patterns of metrics
     },
     "Throughput": {
         "supervised tokens per second": "train/throughput/supervised_tokens_per_second",
-        "share of slots in use": "train/throughput/packing_fill",
-        "share of time waiting for data": "train/throughput/data_wait_share",
+        "slots in use, time waiting for data, MFU": "^train/throughput/(packing_fill|data_wait_share|mfu)$",
         "model FLOPs per second": "train/throughput/model_flops_per_second",
+        "seconds per step; GPU memory in GB": "^train/throughput/(seconds_per_step|peak_memory_gb)$",
     },
 }
 MEDIA = {"acceptance": "eval/acceptance", "report": "eval/report", "answers": "eval/samples", "records": "eval/records"}
@@ -70,7 +70,7 @@ def build_workspace(settings: DashboardConfig, project: str) -> workspaces.Works
         filters=[workspaces.Config(K) == settings.trained_with] if settings.trained_with else [],
         groupby=[workspaces.Config(OBJECTIVE)],
         order=[workspaces.Ordering(workspaces.Summary(BEST_TAU), ascending=False)],
-        pinned_columns=[f"summary:{BEST_TAU}", f"config:{LEARNING_RATE}", f"config:{K}"],
+        pinned_columns=[f"summary:{BEST_TAU}", "config:trainer.value.learning_rate", f"config:{K}.value"],
     )
     return workspaces.Workspace(
         entity=settings.entity or "",

@@ -25,7 +25,7 @@ from pard_train.errors import Interrupted, UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.reports.records import distinct, flatten
 from pard_train.reports.webpage import PAGE_FILE
-from pard_train.runs import CONFIG_FILE, provenance, read_json, run_of
+from pard_train.runs import CONFIG_FILE, provenance, read_json, read_metrics, run_of
 from pard_train.training.background import Background
 from pard_train.training.page import RunPage
 
@@ -223,7 +223,7 @@ class WandbRun(WandbCallback):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.folder = config, Path(config.output_dir)
-        self.defined: set[str] = set()  # names of tau
+        self.best: dict[str, float] = {}  # of every tau
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
         """Open the run of this folder, or continue it."""
@@ -235,6 +235,8 @@ class WandbRun(WandbCallback):
         run.config.update({"model/num_parameters": model.num_parameters()}, allow_val_change=True)
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
+        for line in read_metrics(self.folder):  # of before a resume, which W&B forgets (wandb/wandb#9684)
+            self._keep_best(line)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, logs: Any = None, **kw: Any
@@ -242,15 +244,18 @@ class WandbRun(WandbCallback):
         """Trainer's, with an alert for bad steps. The summary of a tau is its best value."""
         if not self._initialized:
             self.setup(args, state, model)
-        for name in logs or {}:
-            if name.startswith("eval_tau/") and name not in self.defined:  # a pattern would compete with "*"
-                metric = name.replace("_", "/", 1)
-                self._wandb.run.define_metric(metric, step_metric=STEP, step_sync=True, summary="max")
-                self.defined.add(name)
+        self._keep_best({name.replace("_", "/", 1): value for name, value in (logs or {}).items()})
         super().on_log(args, state, control, model=model, logs=logs, **kw)
+        self._wandb.run.summary.update({name: {"max": value} for name, value in self.best.items()})
         if number := (logs or {}).get("skipped_steps"):
             text = f"{number:.0f} steps before step {state.global_step} had a NaN or infinite loss or gradient"
             self._wandb.run.alert("Bad steps", text, level="WARN", wait_duration=600)
+
+    def _keep_best(self, line: Mapping[str, float]) -> None:
+        for name in (name for name in line if name.startswith("eval/tau/")):
+            if name not in self.best:  # a pattern would compete with "*"
+                self._wandb.run.define_metric(name, step_metric=STEP, step_sync=True, summary="max")
+            self.best[name] = max(line[name], self.best.get(name, line[name]))
 
     def stalled(self, seconds: float) -> None:
         """Send an alert."""
