@@ -20,11 +20,9 @@ def run(config: Config) -> None:
     """Encode the chats of an experiment and print the counts."""
     from pard_train.data.chat import ChatEncoder
     from pard_train.data.store import TOKENS_FOLDER, encode_once
-    from pard_train.model import load_tokenizer
+    from pard_train.model import load_base_tokenizer
 
-    model = config.model
-    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code, revision=model.revision)
-    encoder = ChatEncoder(tokenizer, config.data.template_kwargs)
+    encoder = ChatEncoder(load_base_tokenizer(config.model), config.data.template_kwargs)
     store = encode_once(config.data, encoder, Path(config.output_dir) / TOKENS_FOLDER)
     print(f"{store.summary()}\nlength of a document in tokens: {store.manifest['document_length']}")
     speed = store.manifest["speed"]

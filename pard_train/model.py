@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -17,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,6 +35,7 @@ from pard_train.errors import UserError
 from pard_train.kept_layers import keep_layers, resolve_keep_layers
 from pard_train.mask_token import choose_mask_token, mask_token_of, set_draft_keys
 from pard_train.runs import new_folder
+from pard_train.transplant import Pieces, rows_to_average
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,6 +68,14 @@ def load_tokenizer(
     """Tokenizer of a model. Raises UserError if it cannot be loaded."""
     with _explained(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(local_model(path), trust_remote_code=trust_remote_code, revision=revision)
+
+
+def load_base_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Tokenizer of the draft to be made: that of `model.tokenizer`, else the base's. Raises UserError."""
+    own, trust = config.tokenizer is None, config.trust_remote_code
+    return load_tokenizer(
+        config.tokenizer or config.path, trust_remote_code=trust, revision=config.revision if own else None
+    )
 
 
 def load_config(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
@@ -148,11 +160,35 @@ def resize_vocabulary(model: PreTrainedModel, num_rows: int) -> None:
     if num_rows == old:
         return
     means = [tensor.float().mean(dim=0) for tensor in vocabulary_tensors(model)]
+    _set_num_rows(model, num_rows)
+    for tensor, mean in zip(vocabulary_tensors(model), means, strict=True):
+        tensor[old:] = mean.to(tensor.dtype)
+
+
+def _set_num_rows(model: PreTrainedModel, num_rows: int) -> None:
     kind = type(model.get_output_embeddings())
     model.resize_token_embeddings(num_rows, mean_resizing=False)
     model.get_output_embeddings().__class__ = kind  # transformers replaces a head that is not tied by a plain one
-    for tensor, mean in zip(vocabulary_tensors(model), means, strict=True):
-        tensor[old:] = mean.to(tensor.dtype)
+
+
+@torch.no_grad()
+def replace_vocabulary(model: PreTrainedModel, rows: list[list[int]]) -> None:
+    """Replace embedding and head: each new row is the mean of some old rows. Tied embeddings stay tied.
+
+    Args:
+        model: of any number of rows.
+        rows: old rows of every new one; one without any becomes the mean of the others.
+    """
+    ids = torch.tensor([i for some in rows for i in some])
+    lengths = torch.tensor([len(some) for some in rows])
+    new = []
+    for tensor in vocabulary_tensors(model):
+        means = F.embedding_bag(ids, tensor.float().reshape(len(tensor), -1), lengths.cumsum(0) - lengths, mode="mean")
+        means[lengths == 0] = means[lengths > 0].mean(dim=0)
+        new.append(means.reshape(len(rows), *tensor.shape[1:]).to(tensor.dtype))
+    _set_num_rows(model, len(rows))
+    for tensor, means in zip(vocabulary_tensors(model), new, strict=True):
+        tensor.copy_(means)
 
 
 @torch.no_grad()
@@ -177,6 +213,7 @@ class Base:
         mask_token_id: of the draft to be made from it.
         is_draft: it already is a draft model, whose mask token and row are kept.
         keep: layers that the draft keeps, their number, or None for all.
+        pieces: of its own tokenizer and of `model.tokenizer`, if that replaces it.
     """
 
     config: ModelConfig
@@ -185,17 +222,24 @@ class Base:
     mask_token_id: int
     is_draft: bool
     keep: int | list[int] | None = None
+    pieces: tuple[Pieces, Pieces] | None = None
 
 
 def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
     """Check that a model can become a draft model, and choose its mask token.
 
     Raises:
-        UserError: if it cannot draft, or the mask token is refused.
+        UserError: if it cannot draft, the mask token is refused, or a tokenizer cannot be transplanted.
     """
     path, trust, revision = config.path, config.trust_remote_code, config.revision
     model_config = load_config(path, trust_remote_code=trust, revision=revision)
-    tokenizer = load_tokenizer(path, trust_remote_code=trust, revision=revision)
+    tokenizer, num_rows, pieces = load_base_tokenizer(config), model_config.vocab_size, None
+    if config.tokenizer is not None:
+        if mask_token_of(model_config) is not None:
+            raise UserError(f"model.tokenizer={config.tokenizer}: {path} already is a draft model: give its base")
+        own = load_tokenizer(path, trust_remote_code=trust, revision=revision)
+        pieces, num_rows = (Pieces(own, path), Pieces(tokenizer, config.tokenizer)), num_rows_of(config.tokenizer)
+        _check_loads_there(tokenizer, config.tokenizer, model_config)
     window = min((window for window in windows_of(model_config) if window is not None), default=None)
     if window is not None and window < draft.num_draft_tokens:
         raise UserError(
@@ -205,15 +249,28 @@ def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
     keep = resolve_keep_layers(config.keep_layers, model_config.num_hidden_layers)
     existing = mask_token_of(model_config)
     if existing is None:
-        mask_token_id = choose_mask_token(tokenizer, model_config.vocab_size, draft)
-        return Base(config, model_config.vocab_size, tokenizer, mask_token_id, is_draft=False, keep=keep)
+        mask_token_id = choose_mask_token(tokenizer, num_rows, draft)
+        return Base(config, num_rows, tokenizer, mask_token_id, is_draft=False, keep=keep, pieces=pieces)
     wanted = tokenizer.get_vocab().get(draft.mask_token) if draft.mask_token else draft.mask_token_id
     if wanted not in (None, existing):
         raise UserError(
             f"draft.mask_token_id={wanted}, but {path} already is a draft model with mask token {existing}: leave "
             "draft.mask_token_id and draft.mask_token null"
         )
-    return Base(config, model_config.vocab_size, tokenizer, existing, is_draft=True, keep=keep)
+    return Base(config, num_rows, tokenizer, existing, is_draft=True, keep=keep)
+
+
+def _check_loads_there(tokenizer: PreTrainedTokenizerBase, source: str, config: PretrainedConfig) -> None:
+    """Check that a tokenizer is the same beside another model: some architectures load it with a class of their own."""
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        copy_tokenizer(source, Path(folder))
+        again = load_tokenizer(folder)
+    if again.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
+        raise UserError(
+            f"model.tokenizer={source}: Transformers changes this tokenizer beside a {config.model_type} model, to a "
+            f"{type(again).__name__}: give a base of another architecture, such as a Llama or SmolLM2"
+        )
 
 
 def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path, texts: Iterable[np.ndarray] = ()) -> None:
@@ -229,6 +286,12 @@ def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path, texts: 
         return
     path, trust, revision = base.config.path, base.config.trust_remote_code, base.config.revision
     model = load_causal_lm(path, trust_remote_code=trust, revision=revision)
+    source = base.config.tokenizer or path
+    if base.pieces is not None:
+        rows, summary = rows_to_average(*base.pieces, base.num_rows)
+        print(f"tokenizer of {source}: {summary}")
+        replace_vocabulary(model, rows)
+        _take_token_ids(model, source)
     if base.keep is not None:
         kept = keep_layers(model, base.keep, base.config.keep_layers_by, texts)
         print(f"layers kept of {path}: {', '.join(map(str, kept))}")
@@ -237,7 +300,19 @@ def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path, texts: 
         add_mask_token(model, base.mask_token_id)
         model.config.pard_base = path
     set_draft_keys(model.config, base.mask_token_id, num_draft_tokens)
-    write_model_folder(model, path, folder, revision=revision)
+    write_model_folder(model, source, folder, revision=revision if source == path else None)
+
+
+def _take_token_ids(model: PreTrainedModel, path: str) -> None:
+    """Take start, end and padding ids from another model's config and generation config."""
+    config = AutoConfig.from_pretrained(local_model(path)).get_text_config()
+    try:
+        generation = GenerationConfig.from_pretrained(local_model(path))
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(config, name, None))
+        setattr(model.generation_config, name, getattr(generation, name))
 
 
 def write_model_folder(

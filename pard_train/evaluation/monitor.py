@@ -31,7 +31,7 @@ from pard_train.data.benchmarks import load_benchmarks
 from pard_train.downloads import cache_folder
 from pard_train.errors import UserError
 from pard_train.generation.proposers import Drafter
-from pard_train.model import DTYPES, check_same_tokenizer, load_config, load_tokenizer
+from pard_train.model import DTYPES, check_same_tokenizer, load_base_tokenizer, load_config
 from pard_train.runs import fingerprint, read_json, require_same, write_json
 from pard_train.targets.cases import Case, write_case
 from pard_train.targets.target import load_targets
@@ -54,7 +54,7 @@ def build_monitor(config: Config) -> list[TrainerCallback]:
     monitor, model = config.monitor, config.model
     benchmarks = load_benchmarks(config.evaluate.benchmarks, monitor.max_prompts)
     targets = load_targets(config)
-    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    tokenizer = load_base_tokenizer(model)
     for target in targets:
         check_same_tokenizer(tokenizer, target.tokenizer, model.path, target.name)
         load_config(target.name, trust_remote_code=model.trust_remote_code)

@@ -15,7 +15,7 @@ from pard_train.data.scores import Scores, write_scores
 from pard_train.data.store import TOKENS_FOLDER, TokenStore
 from pard_train.device import this_process
 from pard_train.errors import UserError
-from pard_train.model import check_same_tokenizer, load_tokenizer
+from pard_train.model import check_same_tokenizer, load_base_tokenizer
 from pard_train.runs import MANIFEST_FILE, fingerprint, provenance, write_json
 from pard_train.targets.target import first_target, load_targets
 
@@ -75,7 +75,7 @@ def _check_processes(process: PartialState, device_map: str | None) -> None:
 
 def _check_tokens(store: TokenStore, tokenizer: PreTrainedTokenizerBase, base: ModelConfig, target: str) -> None:
     """Check that draft, target and store use the same tokens. Raises UserError."""
-    own = load_tokenizer(base.path, trust_remote_code=base.trust_remote_code, revision=base.revision)
+    own = load_base_tokenizer(base)
     check_same_tokenizer(own, tokenizer, base.path, target)
     if store.manifest["identity"]["tokenizer"] != encoder_identity(ChatEncoder(own))["tokenizer"]:
         raise UserError(

@@ -137,6 +137,7 @@ def plan_run(config: Config) -> Plan:
     model = load_config(
         config.model.path, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
     )
+    model.vocab_size = base.num_rows
     dataset = build_dataset(config, store, None, num_devices=num_devices)
     return plan_training(config, store, dataset, model, num_devices=num_devices)
 
