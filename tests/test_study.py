@@ -45,7 +45,7 @@ def test_a_termination_reaches_the_run_that_saves_a_checkpoint(tmp_path: Path) -
     stand_in = [
         "bash",
         "-c",
-        f"trap 'exit {RESUMABLE}' TERM; kill -TERM $PPID; for i in {{1..300}}; do sleep 0.1; done",
+        f"trap 'exit {RESUMABLE}' TERM; sleep 1; kill -TERM $PPID; for i in {{1..300}}; do sleep 0.1; done",
     ]
     with pytest.raises(Interrupted, match="slow-1 stopped with a checkpoint"):
         train_run(Run("slow", 1, tmp_path, (), ()), stand_in)
