@@ -22,6 +22,7 @@ from typing import Any
 from pard_train.config import Config, check_ranges
 from pard_train.program import hydra_program
 
+LOCK_SECONDS = 900  # longer than DeepSpeed compiles an extension
 DISKS = {"free space": (None, 10, "free some"), "shared memory": ("/dev/shm", 1, "docker run --ipc=host")}  # GB
 
 
@@ -72,6 +73,10 @@ def checks(folder: Path, process: Any) -> Iterator[tuple[str, bool, str, str]]:
     for name, (path, least, fix) in DISKS.items():
         is_fine = shutil.disk_usage(path or folder).free > least * 1e9
         yield name, is_fine, f"{path or folder} has {'' if is_fine else 'less than '}{least} GB", fix
+    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
+    old = [str(lock) for lock in built.rglob("lock") if time.time() - lock.stat().st_mtime > LOCK_SECONDS]
+    fix = "delete it: a killed process left it, and DeepSpeed waits for it without a word"
+    yield "extension locks", not old, ", ".join(old) or "none left", fix
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield "open files", files >= 1024, f"{files} allowed", "ulimit -n 4096"
 
