@@ -65,6 +65,13 @@ def test_the_plan_ends_where_max_steps_ends_the_run(config: Config) -> None:
     assert plan.model_flops == lines[-1]["progress/model_flops"]
 
 
+def test_a_plan_for_some_layers_of_a_model_is_that_of_the_run(config: Config) -> None:
+    config = replace(config, model=replace(config.model, keep_layers=1), trainer=replace(config.trainer, max_steps=1))
+    plan = plan_run(config)
+    train(config)
+    assert plan.record() == {**json.loads((Path(config.output_dir) / "plan.json").read_text()), "hours": plan.hours}
+
+
 def test_a_named_chip_and_more_devices_change_time_and_steps(config: Config) -> None:
     def plan(**settings: Any) -> Any:
         return plan_run(replace(config, plan=PlanConfig(**settings)))

@@ -138,6 +138,8 @@ def plan_run(config: Config) -> Plan:
         config.model.path, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
     )
     model.vocab_size = base.num_rows
+    if base.keep is not None:
+        model.num_hidden_layers = base.keep if isinstance(base.keep, int) else len(base.keep)
     dataset = build_dataset(config, store, None, num_devices=num_devices)
     return plan_training(config, store, dataset, model, num_devices=num_devices)
 
