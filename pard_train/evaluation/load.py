@@ -226,16 +226,16 @@ def _run(load: Load, server: VllmServer, concurrency: int) -> dict[str, Any]:
         "token_seconds": statistics.median(reply.token_seconds for reply in replies),
         "counters": asdict(counters),
         "vllm_tau": 1 + counters.num_accepted_tokens / counters.num_drafts if counters.num_drafts else 1.0,
-        "texts": {index: reply.token_ids for index, reply in zip(indexes, replies, strict=True)},
+        "texts": [(index, reply.token_ids) for index, reply in zip(indexes, replies, strict=True)],
     }
 
 
 def _compare_texts(runs: Sequence[dict[str, Any]]) -> dict[int, Ids]:
     """Answers of the target alone by prompt; every run counts how many of its own equal them."""
-    texts = {index: ids for run in runs if not run["num_draft_tokens"] for index, ids in run["texts"].items()}
+    texts = dict(text for run in runs if not run["num_draft_tokens"] for text in run["texts"])
     for run in runs:
         own = run.pop("texts")
-        run |= {"num_identical": sum(ids == texts[index] for index, ids in own.items()), "num_texts": len(own)}
+        run |= {"num_identical": sum(ids == texts[index] for index, ids in own), "num_texts": len(own)}
     return texts
 
 
