@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--base", default="pypi:SmolLM2-135M-Instruct", help="model that the mask row is taken from")
     parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--schedule", default="constant", help="of transformers.get_scheduler")
-    parser.add_argument("--batch-size", type=int, default=1, help="a sample takes about 6 GB")
+    parser.add_argument("--batch-size", type=int, default=1, help="samples of a step")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max-length", type=int, default=384)
     parser.add_argument("--seed", type=int, default=42)
@@ -64,6 +64,7 @@ def main() -> None:
     start = arguments.run / "init"
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager").train()
+    model.gradient_checkpointing_enable()  # equal gradients in a fifth of the memory
     mask_token_id = model.config.mask_token_id
     base = AutoModelForCausalLM.from_pretrained(local_model(arguments.base), dtype=torch.float32)
     with torch.no_grad():
