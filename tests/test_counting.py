@@ -13,7 +13,7 @@ from pard_train.acceptance.counting import (
     Trace,
     accepted_by_step,
     count_as_vllm,
-    group_steps,
+    group_traces,
     length_bucket,
     pool,
     walk,
@@ -241,9 +241,7 @@ def test_every_division_into_groups_has_all_tokens_and_steps(some: list[Trace], 
     prompts = [str(i // 2) for i in range(len(some))]
     names = {"category": ["ab"[i % 2] for i in range(len(some))], "turn": [str(i % 2 + 1) for i in range(len(some))]}
     lengths = [width * (i + 1) for i in range(len(some))]
-    groups = group_steps(
-        [list(trace.steps()) for trace in some], prompts=prompts, names=names, prompt_lengths=lengths, width=width
-    )
+    groups = group_traces(some, prompts=prompts, names=names, prompt_lengths=lengths, width=width)
     whole = pool(some, LONGEST_DRAFT)
     for by in ("category", "turn", "position", "context"):
         mine = [group for group in groups if group["by"] == by]
@@ -261,10 +259,10 @@ def test_every_division_into_groups_has_all_tokens_and_steps(some: list[Trace], 
 
 def test_a_step_belongs_to_the_place_where_it_starts() -> None:
     trace = Trace([3, 0, 5], 11)  # steps start at tokens 0, 4 and 5
-    groups = group_steps([list(trace.steps())], prompts=["a"], names={}, width=5)
+    groups = group_traces([trace], prompts=["a"], names={}, width=5)
     assert [(g["name"], g["num_tokens"], g["num_steps"]) for g in groups] == [("0-4", 5, 2), ("5-9", 6, 1)]
     assert groups[0]["tau"] == 2.5
-    groups = group_steps([list(trace.steps())], prompts=["a"], names={}, prompt_lengths=[60], width=20)
+    groups = group_traces([trace], prompts=["a"], names={}, prompt_lengths=[60], width=20)
     assert [(g["name"], g["num_tokens"], g["num_steps"]) for g in groups if g["by"] == "context"] == [
         ("32-63", 4, 1),
         ("64-127", 7, 2),
@@ -274,7 +272,7 @@ def test_a_step_belongs_to_the_place_where_it_starts() -> None:
 def test_a_step_that_accepts_up_to_the_end_of_the_answer_emits_no_token_of_the_targets_own() -> None:
     trace = walk([0, 3, 2, 1], 4)  # token 0, then the three that are left
     assert trace == Trace([0, 3], 4)
-    groups = group_steps([list(trace.steps())], prompts=["a"], names={}, width=1)
+    groups = group_traces([trace], prompts=["a"], names={}, width=1)
     assert [(g["name"], g["num_tokens"], g["num_steps"]) for g in groups] == [("0-0", 1, 1), ("1-1", 3, 1)]
 
 
@@ -282,7 +280,7 @@ def test_groups_stand_in_the_order_of_their_numbers_and_nameless_answers_are_in_
     some = [Trace([0], 1)] * 4
     lengths = [length_bucket(n) for n in (130, 64, 9, 1000)]
     names = {"prompt_length": lengths, "category": ["", "writing", "coding", ""]}
-    groups = group_steps([list(trace.steps()) for trace in some], prompts=list("abcd"), names=names)
+    groups = group_traces(some, prompts=list("abcd"), names=names)
     assert [g["name"] for g in groups] == ["8-15", "64-127", "128-255", "512-1023", "coding", "writing", "0-63"]
 
 

@@ -17,7 +17,6 @@ from pard_train.bootstrap import counts_per_prompt, tau_interval
 
 # Legend: P prompts, K draft tokens, N tokens of an answer.
 
-Step = tuple[int, float, float]  # token that it starts at, tokens that it emits, and 1; expected numbers in an estimate
 POSITION_WIDTH = 64  # tokens of an answer per group of positions
 
 
@@ -32,13 +31,6 @@ class Trace:
 
     accepted: list[int]
     num_tokens: int
-
-    def steps(self) -> Iterator[Step]:
-        """Every step of the answer."""
-        start = 0
-        for accepted in self.accepted:
-            yield start, min(accepted + 1, self.num_tokens - start), 1
-            start += accepted + 1
 
 
 def walk(matches: Sequence[int], num_draft_tokens: int) -> Trace:
@@ -185,8 +177,8 @@ def pool(traces: Sequence[Trace], num_draft_tokens: int, *, prompts: Sequence[st
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def group_steps(
-    answers: Sequence[Sequence[Step]],
+def group_traces(
+    traces: Sequence[Trace],
     *,
     prompts: Sequence[str],
     names: Mapping[str, Sequence[str]],
@@ -196,29 +188,29 @@ def group_steps(
     """Acceptance by groups of answers, and by the place in answer and context at which a step starts.
 
     Args:
-        answers: the steps of each, all of one K.
+        traces: one per answer, all of one K.
         prompts: prompt of each answer.
         names: for each kind (category, turn, prompt_length, ...) the group of each answer; empty: in no group.
         prompt_lengths: tokens before each answer, for `context`; empty: no such groups.
         width: tokens of a group of positions.
 
     Returns:
-        For each group of at least one step its kind (`by`), name, tokens, steps, tau and 95% interval, as in
-        acceptance.json: kinds in the order of `names`, then `position` and `context`; groups by number, else by name.
+        For each group its kind (`by`), name, tokens, steps, tau and 95% interval, as in acceptance.json: kinds in the
+        order of `names`, then `position` and `context`; groups by number, else by name.
     """
-    totals = [(sum(tokens for _, tokens, _ in steps), sum(number for *_, number in steps)) for steps in answers]
+    totals = [(trace.num_tokens, len(trace.accepted)) for trace in traces]
     groups = [g for by, of in names.items() for g in _groups(by, list(zip(of, prompts, totals, strict=True)))]
+    steps = [
+        (f"{start // width * width}-{start // width * width + width - 1}", prompt, (num_tokens, 1))
+        for trace, prompt in zip(traces, prompts, strict=True)
+        for start, num_tokens in _steps(trace)
+    ]
     places = [
-        (f"{start // width * width}-{start // width * width + width - 1}", prompt, (tokens, number))
-        for steps, prompt in zip(answers, prompts, strict=True)
-        for start, tokens, number in steps
+        (length_bucket(length + start), prompt, (num_tokens, 1))
+        for trace, prompt, length in zip(traces, prompts, prompt_lengths or [], strict=bool(prompt_lengths))
+        for start, num_tokens in _steps(trace)
     ]
-    contexts = [
-        (length_bucket(length + start), prompt, (tokens, number))
-        for steps, prompt, length in zip(answers, prompts, prompt_lengths or [], strict=bool(prompt_lengths))
-        for start, tokens, number in steps
-    ]
-    return groups + _groups("position", places) + _groups("context", contexts)
+    return groups + _groups("position", steps) + _groups("context", places)
 
 
 def length_bucket(num_tokens: int) -> str:
@@ -231,14 +223,22 @@ def length_bucket(num_tokens: int) -> str:
     return f"{low}-{2 * low - 1}"
 
 
-def _groups(by: str, items: Sequence[tuple[str, str, tuple[float, float]]]) -> list[dict[str, Any]]:
+def _steps(trace: Trace) -> Iterator[tuple[int, int]]:
+    """(token that it starts at, tokens that it emits) of every step."""
+    start = 0
+    for accepted in trace.accepted:
+        yield start, min(accepted + 1, trace.num_tokens - start)
+        start += accepted + 1
+
+
+def _groups(by: str, items: Sequence[tuple[str, str, tuple[int, int]]]) -> list[dict[str, Any]]:
     """One row per group of (group, prompt, (tokens, steps))."""
     rows = []
     for name in sorted({name for name, _, _ in items} - {""}, key=_natural_order):
         mine = [(prompt, counts) for group, prompt, counts in items if group == name]
         counts = counts_per_prompt([c for _, c in mine], [prompt for prompt, _ in mine])
-        num_tokens, num_steps = (sum(c[column] for _, c in mine) for column in (0, 1))
-        if num_steps >= 1:
+        num_tokens, num_steps = (int(total) for total in counts.sum(axis=0))
+        if num_steps:
             low, high = tau_interval(counts)
             tau = {"tau": num_tokens / num_steps, "tau_low": low, "tau_high": high}
             rows.append({"by": by, "name": name, "num_tokens": num_tokens, "num_steps": num_steps, **tau})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pard_train.acceptance.chains import PackedChains, pack_texts
-from pard_train.acceptance.counting import Acceptance, Step
+from pard_train.acceptance.counting import Acceptance
 from pard_train.acceptance.replay import LOGIT_CHUNK, SLOT_BUDGET
 from pard_train.bootstrap import counts_per_prompt, tau_interval
 from pard_train.core.head import logits_after_norm
@@ -56,16 +56,13 @@ class Estimate(Acceptance):
 
     Attributes:
         mass_outside_top_k: mean probability of the target that the cached tokens do not cover.
-        steps: of each text, for `counting.group_steps`.
     """
 
     mass_outside_top_k: float
-    steps: Sequence[Sequence[Step]]
 
     def record(self) -> dict[str, Any]:
         """The fields of acceptance.json that follow from the estimate."""
-        fields = super().record() | {"mode": "estimate", "estimator": "sampled_text"}
-        return {name: value for name, value in fields.items() if name != "steps"}
+        return super().record() | {"mode": "estimate", "estimator": "sampled_text"}
 
 
 @torch.inference_mode()
@@ -93,20 +90,16 @@ def estimate_acceptance(
         raise ValueError("temperature 0 needs no estimate: replay is exact")
     counts, prompts, outside = [], [], []
     histogram = np.zeros(num_draft_tokens + 1)
-    steps_of: dict[int, list[Step]] = {}
     for pack in pack_texts([(t.prompt_ids, t.answer_ids) for t in texts], slot_budget):
         members = [texts[text.number] for text in pack]
         label_probs, missing = _label_probabilities(members, sampling, drafter.model.config.vocab_size)
         chains = PackedChains(drafter, pack)
         kept = _kept(chains, label_probs, num_draft_tokens, sampling)
-        for text, own in zip(pack, np.split(kept, np.cumsum(chains.lengths)[:-1]), strict=True):
+        for text, own in zip(members, np.split(kept, np.cumsum(chains.lengths)[:-1]), strict=True):
             steps = expected_steps(own)
-            histogram += steps.sum(axis=0)
+            histogram += steps
             counts.append((len(own), float(steps.sum())))
-            prompts.append(texts[text.number].prompt_id)
-            emitted = np.minimum(np.arange(num_draft_tokens + 1) + 1, np.arange(len(own), 0, -1)[:, None])
-            expected = ((steps * emitted).sum(axis=1).tolist(), steps.sum(axis=1).tolist())
-            steps_of[text.number] = list(zip(range(len(own)), *expected, strict=True))
+            prompts.append(text.prompt_id)
         outside.append(missing)
     per_prompt = counts_per_prompt(counts, prompts)
     low, high = tau_interval(per_prompt)
@@ -121,36 +114,36 @@ def estimate_acceptance(
         mean_prompt_tau=None,
         prompt_counts=per_prompt.tolist(),
         mass_outside_top_k=float(np.concatenate(outside).mean()),
-        steps=[steps_of[number] for number in range(len(texts))],
     )
 
 
 def expected_steps(kept: np.ndarray) -> np.ndarray:
-    """Expected number of steps of one answer, by the token that they start at and the draft tokens that they accept.
+    """Expected number of steps of one answer, by the number of draft tokens that they accept.
 
     Args:
         kept: [N, K]: probability that the draft token of depth d of a step that starts at token j is kept, given that
             those before it were.
 
     Returns:
-        [N, K + 1]. A step that reaches the end of the answer accepts at most what is left of it.
+        [K + 1]. A step that reaches the end of the answer accepts at most what is left of it.
 
     Example: two tokens, K = 1. The first step keeps token 0 half of the time and then adds token 1 of its own. Else
     token 0 is the target's, and another step keeps token 1 with probability 0.8:
 
-        >>> expected_steps(np.array([[0.5], [0.8]])).round(3).tolist()
-        [[0.5, 0.5], [0.1, 0.4]]
+        >>> expected_steps(np.array([[0.5], [0.8]])).tolist()
+        [0.6, 0.9]
     """
     num_tokens, num_draft_tokens = kept.shape
     starts = np.zeros(num_tokens + num_draft_tokens + 1)  # probability that a step starts here
     starts[0] = 1.0
-    steps = np.zeros((num_tokens, num_draft_tokens + 1))
+    histogram = np.zeros(num_draft_tokens + 1)
     for place in range(num_tokens):
         most = min(num_draft_tokens, num_tokens - place)
         survival = np.concatenate([[1.0], np.cumprod(kept[place, :most]), [0.0]])  # accepts at least 0, 1, ..., most
-        steps[place, : most + 1] = starts[place] * -np.diff(survival)
-        starts[place + 1 : place + most + 2] += steps[place, : most + 1]
-    return steps
+        steps = starts[place] * -np.diff(survival)
+        histogram[: most + 1] += steps
+        starts[place + 1 : place + most + 2] += steps
+    return histogram
 
 
 def _label_probabilities(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pard_train.acceptance.counting import Step, Trace, count_as_vllm, group_steps, length_bucket, pool, walk
+from pard_train.acceptance.counting import Trace, count_as_vllm, group_traces, length_bucket, pool, walk
 from pard_train.acceptance.estimate import estimate_acceptance
 from pard_train.acceptance.replay import replay_all
 from pard_train.device import default_device
@@ -85,20 +85,17 @@ def make_record(matrix: Matrix, draft: Draft | None, case: Case, **measured: Any
 
 
 def pooled_numbers(traces: Sequence[Trace], turns: Sequence[Turn], num_draft_tokens: int) -> Record:
-    """Numbers of one record, pooled and by groups."""
-    pooled = pool(traces, num_draft_tokens, prompts=[turn.prompt_id for turn in turns])
-    return {**pooled.record(), "groups": _groups([list(trace.steps()) for trace in traces], turns)}
-
-
-def _groups(answers: Sequence[Sequence[Step]], turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Acceptance by category, turn, prompt length, position and place in the context."""
+    """Numbers of one record: pooled, and by category, turn, prompt length, position and place in the context."""
     prompts, lengths = [turn.prompt_id for turn in turns], [len(turn.prompt_ids) for turn in turns]
     names = {
         "category": [turn.category for turn in turns],
         "turn": [str(turn.number + 1) for turn in turns],
         "prompt_length": [length_bucket(length) for length in lengths],
     }
-    return group_steps(answers, prompts=prompts, names=names, prompt_lengths=lengths)
+    return {
+        **pool(traces, num_draft_tokens, prompts=prompts).record(),
+        "groups": group_traces(traces, prompts=prompts, names=names, prompt_lengths=lengths),
+    }
 
 
 def vllm_numbers(num_drafts: int, num_accepted: int) -> Record:
@@ -137,11 +134,10 @@ def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase) -> Iterat
         identity = {**case.identity, "draft_fingerprint": draft.fingerprint, "num_draft_tokens": k}
 
         def _compute(k: int = k) -> Record:
-            estimate = estimate_acceptance(draft.drafter(), scored.texts, k, sampling)
-            return {**estimate.record(), "groups": _groups(estimate.steps, case.turns)}
+            return estimate_acceptance(draft.drafter(), scored.texts, k, sampling).record()
 
         estimated, provenance = matrix.result("estimate", identity, _compute)
-        numbers = {"mean_prompt_tau": None, "groups": [], **estimated}
+        numbers = {"mean_prompt_tau": None, **estimated, "groups": []}
         how = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         yield make_record(matrix, draft, case, **how, **numbers, provenance=provenance)
 
