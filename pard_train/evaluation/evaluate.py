@@ -23,7 +23,6 @@ from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.measurement import (
     NO_DRAFT,
     Draft,
-    estimate_records,
     replay_case,
     replay_records,
     sample_outputs,
@@ -44,7 +43,7 @@ from pard_train.reports.records import (
 )
 from pard_train.reports.report import PAGE_FILE, SAMPLES_PAGE, write_report
 from pard_train.runs import check_run, claim_run, locked, write_json
-from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
+from pard_train.targets.cases import Case, longest_text, write_case
 from pard_train.targets.compatibility import OK, Model, check_pair, require
 from pard_train.targets.serving import check_engine
 from pard_train.targets.target import Target, load_targets, short_name
@@ -135,13 +134,13 @@ class TargetAnswers:
 
     Attributes:
         cases: its greedy answers to every benchmark.
-        scored: its answers drawn at temperatures above 0, with its log-probabilities.
+        sampled: its answers drawn at temperatures above 0.
         records: of live decoding and of an engine.
         latencies: by the names of draft and target.
     """
 
     cases: list[Case] = field(default_factory=list)
-    scored: list[ScoredCase] = field(default_factory=list)
+    sampled: list[Case] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     latencies: list[tuple[dict[str, str], Latencies]] = field(default_factory=list)
 
@@ -153,13 +152,11 @@ def _measure_target(
     answers, settings, folder = TargetAnswers(), matrix.settings, matrix.folder
     limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "system_prompt": settings.system_prompt}
     write: Callable[..., Case] = partial(write_case, target, folder=folder, **limits)
-    temperatures = [] if target.inference.servers else settings.temperatures  # scores need the target's weights
     for benchmark in benchmarks:
         with matrix.keep_going(target=target.label, benchmark=benchmark.name):
             answers.cases.append(write(benchmark))
-            for sampling in map(matrix.sampling, filter(None, temperatures)):
-                case = write(benchmark, sampling=sampling)
-                answers.scored.append(score_case(target, case, sampling, folder))
+            for sampling in map(matrix.sampling, filter(None, settings.temperatures)):
+                answers.sampled.append(write(benchmark, sampling=sampling))
     if settings.live_prompts:
         for case in answers.cases:
             answers.records += live_records(matrix, drafts, target, case)
@@ -176,14 +173,12 @@ def _measure_draft(
     matrix: Matrix, draft: Draft, answers: TargetAnswers, records: list[Record], samples: list[dict[str, Any]]
 ) -> None:
     """Append the acceptance of one draft on the answers of one target, and sample outputs."""
-    for case in answers.cases:
+    for case in (*answers.cases, *answers.sampled):
         with matrix.keep_going(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
             matches, provenance = replay_case(matrix, draft, case)
             records += replay_records(matrix, draft, case, matches, provenance)
-            samples += sample_outputs(matrix, draft, case, matches)
-    for scored in answers.scored:
-        with matrix.keep_going(draft=draft.name, target=scored.case.target, benchmark=scored.case.benchmark.name):
-            records += estimate_records(matrix, draft, scored)
+            if case.sampling.is_greedy:
+                samples += sample_outputs(matrix, draft, case, matches)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
