@@ -370,11 +370,11 @@ def test_figures_of_another_draft_are_refused_and_of_other_files_noted(
             )
         )
 
-    plan(run / "draft")
-    assert "other files" not in capsys.readouterr().out
-    for unsure in (run / "checkpoint-4", run / "init"):
-        plan(unsure)
-        assert f"note: mine in {file} has other files than {run / 'draft'}" in capsys.readouterr().out
+    for same in (run / "draft", run / "checkpoint-4"):
+        plan(same)
+        assert "other files" not in capsys.readouterr().out
+    plan(run / "init")
+    assert f"note: mine in {file} has other files than {run / 'draft'}" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"export.acceptance_draft=mine: .* as after"):
         plan(run / "init", after=run / "draft")
 
