@@ -70,7 +70,7 @@ class VllmServer:
         settings: what it serves.
         python: interpreter of vLLM's environment; None is the current one.
         log: file of its output.
-        timeout: seconds that it may take to start.
+        timeout: seconds that its start, or a request, may take.
     """
 
     def __init__(self, settings: ServerSettings, *, python: str | None, log: Path, timeout: float):
