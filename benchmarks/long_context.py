@@ -20,7 +20,7 @@ from pages import command, markdown, origin, write_page
 from training import peak, reset_peak
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from pard_train.acceptance.replay import replay
+from pard_train.acceptance.replay import replay_all
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.core.attention import IMPLEMENTATIONS
 from pard_train.core.cpu.products import use_onednn
@@ -133,7 +133,7 @@ def replay_once(length: int) -> tuple[int, float]:
     tokens = np.random.default_rng(0).integers(0, MASK_TOKEN, length).tolist()
     drafter = Drafter(build_model().eval(), range(MASK_TOKEN))  # type: ignore[arg-type]  # its length is all that counts
     start = time.process_time()
-    replay(drafter, tokens[:-SHORT], tokens[-SHORT:], K)
+    replay_all(drafter, [(tokens[:-SHORT], tokens[-SHORT:])], K)
     return 0, time.process_time() - start
 
 

@@ -31,7 +31,7 @@ from pard_train.config import DraftConfig, ModelConfig
 from pard_train.core.cpu.products import use_onednn
 from pard_train.device import default_device
 from pard_train.downloads import local_model
-from pard_train.errors import UserError
+from pard_train.errors import UserError, first_line
 from pard_train.kept_layers import keep_layers, resolve_keep_layers
 from pard_train.mask_token import choose_mask_token, mask_token_of, set_draft_keys
 from pard_train.runs import new_folder
@@ -58,8 +58,7 @@ def _explained(path: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        first_line = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise UserError(f"{path}: the {what} cannot be loaded: {first_line}") from error
+        raise UserError(f"{path}: the {what} cannot be loaded: {first_line(cause)}") from error
 
 
 def load_tokenizer(

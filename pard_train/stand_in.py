@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,8 @@ def write_stand_in(source: Path, times: int, folder: Path) -> None:
     Raises:
         UserError: if a layer has no output projections that could be zero.
     """
+    from safetensors.torch import save_file
+
     config = json.loads((source / CONFIG).read_text())
     num_layers = config["num_hidden_layers"]
     files = sorted(source.glob("*.safetensors"))
@@ -48,7 +49,7 @@ def write_stand_in(source: Path, times: int, folder: Path) -> None:
     for number, (path, copy) in enumerate(((path, copy) for path in files for copy in range(times)), start=1):
         name = f"model-{number:05}-of-{len(files) * times:05}.safetensors"
         tensors = _copied(path, copy * num_layers)
-        _save(tensors, folder / name)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
         names |= dict.fromkeys(tensors, name)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": names}))
@@ -60,18 +61,13 @@ def write_stand_in(source: Path, times: int, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 def _copied(path: Path, first_layer: int) -> dict[str, Tensor]:
     """The tensors of a file. If `first_layer` is above 0, its layers only, from there on, with outputs of zero."""
     import torch
+    from safetensors.torch import load_file
 
     tensors = {}
-    for name, tensor in _tensors(path):
+    for name, tensor in load_file(path).items():
         if not first_layer:
             tensors[name] = tensor
         elif layer := LAYER.fullmatch(name):
@@ -79,14 +75,6 @@ def _copied(path: Path, first_layer: int) -> dict[str, Tensor]:
             copied = torch.zeros_like(tensor) if rest.rpartition(".")[0] in OUTPUTS else tensor
             tensors[f"{prefix}{first_layer + int(number)}.{rest}"] = copied
     return tensors
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  # not a dict
-            yield name, file.get_tensor(name)
 
 
 def _check_outputs(source: Path, files: list[Path], num_layers: int) -> None:

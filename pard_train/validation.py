@@ -83,11 +83,6 @@ def validate_measurement(config: Config) -> None:
             f"evaluate.engine_python={evaluate.engine_python} decodes the live prompts, but evaluate.live_prompts=0: "
             "set evaluate.live_prompts"
         )
-    if any(evaluate.temperatures) and config.inference.servers and not evaluate.live_prompts:
-        raise UserError(
-            f"evaluate.temperatures={list(evaluate.temperatures)} above 0 need the target's weights: leave "
-            "inference.servers empty, set evaluate.live_prompts, or evaluate.temperatures=[0]"
-        )
 
 
 def validate_compare(config: Config) -> None:
@@ -123,8 +118,8 @@ def validate_export(config: Config) -> None:
     export = config.export
     if not (export.checkpoint or config.draft.path):
         raise UserError("export.checkpoint is not set: give a run, checkpoint or draft folder, export.checkpoint=DIR")
-    if export.push_to_hub is not None and export.push_to_hub.count("/") != 1:
-        raise UserError(f"export.push_to_hub={export.push_to_hub}: must be NAMESPACE/NAME of a hub repository")
+    if export.repository is not None and export.repository.count("/") != 1:
+        raise UserError(f"export.repository={export.repository}: must be NAMESPACE/NAME of a hub repository")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", export.max_shard_size):
         raise UserError(f"export.max_shard_size={export.max_shard_size}: must be a size such as 5GB or 500MB")
     if export.acceptance_draft is not None and export.acceptance is None:

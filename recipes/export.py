@@ -6,24 +6,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pard_train.config import Config
 from pard_train.program import hydra_program
 from pard_train.validation import validate_export
 
 
 def run(config: Config) -> None:
-    """Export, print the folders, and upload them if asked to."""
+    """Export, and print the folders."""
     from pard_train.publishing.export import export
-    from pard_train.publishing.hub import push_to_hub
 
-    folders = export(config)
-    for folder in folders:
+    for folder in export(config):
         print(f"exported and reloaded: {folder}")
-    if config.export.push_to_hub is not None:
-        for address in push_to_hub(folders, Path(config.output_dir), config.export):
-            print(f"uploaded: {address}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def run(config: Config) -> None:
     """Run the steps in order."""
     from pard_train.data.prompts import PROMPTS_FOLDER, prepare
     from pard_train.device import dtype_name
-    from pard_train.evaluation.evaluate import evaluate_once, on_stand_in
+    from pard_train.evaluation.evaluate import evaluate, on_stand_in
     from pard_train.evaluation.monitor import build_monitor
     from pard_train.fingerprints import model_fingerprint
     from pard_train.model import inspect_base
@@ -66,7 +66,7 @@ def run(config: Config) -> None:
     drafts = {"before": str(train_dir / INITIAL_FOLDER), "after": str(train_dir / DRAFT_FOLDER)}
     both, measured = replace(config.draft, path=None), replace(training.evaluate, drafts=drafts)
     evaluation = replace(training, draft=both, evaluate=measured, output_dir=str(evaluation_dir))
-    document = evaluate_once(evaluation)
+    document = evaluate(evaluation)
     print("\n" + render_report(document))
     trained = {**document, "records": [record for record in document["records"] if record["draft"] == "after"]}
     if misses := tau_below(trained, config.evaluate.fail_below):
@@ -85,7 +85,7 @@ def run(config: Config) -> None:
 
     if times := config.stand_in.times:
         step(6, f"speed on a stand-in for a target {times} times the draft's cost: same text, each layer {times} times")
-        print(render_speed(evaluate_once(on_stand_in(evaluation, drafts["after"], root / "stand_in"))))
+        print(render_speed(evaluate(on_stand_in(evaluation, drafts["after"], root / "stand_in"))))
     pages = f"{evaluation_dir / PAGE_FILE}, {train_dir / PAGE_FILE}"
     print(f"done in {(time.time() - started) / 60:.1f} min; pages: {pages}")
 

@@ -23,7 +23,7 @@ from pard_train.validation import validate_study, validate_train
 
 def run(config: Config) -> None:
     """Train, evaluate, and print the table."""
-    from pard_train.evaluation.evaluate import evaluate, find_result
+    from pard_train.evaluation.evaluate import evaluate
     from pard_train.evaluation.study import drafts_of, plan_runs, train_run, write_study
     from pard_train.training.inputs import check_output
 
@@ -41,7 +41,7 @@ def run(config: Config) -> None:
     evaluation = replace(
         config, draft=replace(config.draft, path=None), evaluate=measurement, output_dir=str(folder / "evaluation")
     )
-    result = find_result(evaluation) or evaluate(evaluation)
+    result = evaluate(evaluation)
     print(write_study(result, finished, folder))
     if failures or result["failures"]:
         sys.exit("\n".join(failures) or "a part of the evaluation failed; the same command retries it")

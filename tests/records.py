@@ -55,7 +55,7 @@ def document(*, targets: Sequence[str] = tuple(TARGETS), drafts: Sequence[str] =
     records += [estimate(r) for r in records if r["mode"] == "replay" and r["target"] == targets[-1]]
     reason = "CUDA out of memory. Tried to allocate 2.00 GiB <tag> & more"
     failures = [{"draft": None, "target": "Qwen2.5-72B-Instruct", "benchmark": "humaneval", "reason": reason}]
-    return deepcopy({"schema_version": 2, "records": records, "failures": failures})
+    return deepcopy({"schema_version": 3, "records": records, "failures": failures})
 
 
 @cache
@@ -88,11 +88,11 @@ def replays(draft: str, target: str, benchmark: str) -> list[dict[str, Any]]:
 
 
 def estimate(replayed: dict[str, Any]) -> dict[str, Any]:
-    """An estimate of sampled acceptance: expected steps, and no breakdown, speed or figure per prompt."""
+    """An estimate of sampled acceptance as version 0.2.0 wrote it: expected steps, no breakdown, no vLLM counts."""
     absent = ("groups", "speed", "mean_prompt_tau", "vllm_drafts", "vllm_accepted", "vllm_tau")
     record = {name: value for name, value in replayed.items() if name not in absent}
     factor = 1.12
-    record |= {"mode": "estimate", "estimator": "sampled_text", "temperature": 0.7, "mass_outside_top_k": 0.004}
+    record |= {"mode": "estimate", "estimator": "sampled_text", "temperature": 0.7}
     record["num_steps"] = record["num_steps"] * factor
     record["histogram"] = [count * factor for count in record["histogram"]]
     return record | {name: record[name] / factor for name in ("tau", "tau_low", "tau_high")}

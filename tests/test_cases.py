@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from fake_server import FakeServer, scripted
 from tiny import CHATML, build_model, config_for, conversations, with_settings
@@ -25,12 +24,10 @@ from pard_train.runs import fingerprint
 from pard_train.targets.answers import Answer
 from pard_train.targets.cases import (
     Case,
-    ScoredCase,
     Turn,
     answer_prompt,
     case_identity,
     longest_text,
-    score_case,
     write_case,
 )
 from pard_train.targets.conversation import answer_text
@@ -145,28 +142,6 @@ def test_a_case_is_read_from_the_cache_and_anything_that_decides_the_text_gives_
         other = with_settings(config, "evaluate", **changes)
         written(open_target(base_folder, other), benchmark, other, tmp_path)
     assert len(list((tmp_path / "target_text").iterdir())) == 5
-
-
-def test_two_programs_may_score_the_same_texts_at_the_same_time(
-    base_folder: Path, benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, savez, cases = settings(base_folder), np.savez, []
-
-    def score() -> ScoredCase:
-        target = open_target(base_folder, config)
-        sampling = Sampling(temperature=0.7)
-        return score_case(target, written(target, benchmark, config, tmp_path, sampling), sampling, tmp_path)
-
-    def slow(*args: Any, **arrays: Any) -> None:
-        savez(*args, **arrays)
-        monkeypatch.setattr(np, "savez", savez)
-        cases.append(score())  # the other program is done before this one goes on
-
-    monkeypatch.setattr(np, "savez", slow)
-    cases.append(score())
-    for one, other in zip(*(case.texts for case in cases), strict=True):
-        assert np.array_equal(one.top_logprobs, other.top_logprobs)
-    assert len(list((tmp_path / "target_text").iterdir())) == 2  # texts and scores, and nothing unfinished
 
 
 def test_a_target_needs_no_server_but_its_own_and_none_at_all_where_its_text_is_there(

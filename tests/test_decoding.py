@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VOCABULARY, build_model, conversations, prefer_mask_token
+from tiny import VOCABULARY, build_model, conversations, prefer_mask_token, replay
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.acceptance.counting import count_as_vllm, walk
-from pard_train.acceptance.replay import replay
 from pard_train.core.cpu.products import PackedLinear, can_pack
 from pard_train.data.chat import ChatEncoder
 from pard_train.generation.decoding import Limits, Step, decode, decode_batch, end_ids_of
 from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter, Task
 from pard_train.generation.runner import Runner
-from pard_train.generation.sampling import GREEDY, Sampling, SequenceRandom, probabilities
+from pard_train.generation.sampling import Sampling, probabilities
 from pard_train.mask_token import set_draft_keys
 from pard_train.model import add_mask_token
 
@@ -130,25 +129,22 @@ def test_a_drafter_never_proposes_its_mask_token_or_a_padded_row(tokenizer: PreT
     assert drafter.choose(logits).tolist() == [10, 11, 12, 13, 14]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, seed=1)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("is_sequential", [False, True])
 def test_a_mask_token_among_the_tokenizers_entries_is_never_drafted(
-    is_sequential: bool, sampling: Sampling, tokenizer: PreTrainedTokenizerBase
+    is_sequential: bool, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """As Llama's, which is a reserved special token. The draft's logits prefer it everywhere."""
     model, mask_token_id = prefer_mask_token(build_model("llama", seed=0))
-    drafter = Drafter(model, tokenizer, is_sampled=not sampling.is_greedy)
+    drafter = Drafter(model, tokenizer)
     assert drafter.mask_token_id == mask_token_id < len(tokenizer)
     proposer = SequentialDrafter(drafter) if is_sequential else drafter
     asked = prompts(tokenizer, 3)
-    random = None if sampling.is_greedy else SequenceRandom(asked, sampling)
-    drafted = proposer.start(Task(3, 200, MAX_K, sampling, random)).propose([0, 1, 2], asked).tokens
+    drafted = proposer.start(Task(3, 200, MAX_K)).propose(asked)
     assert [len(tokens) for tokens in drafted] == [MAX_K] * 3
     assert not any(mask_token_id in tokens for tokens in drafted)
-    target = build_model("llama", seed=0)  # the same weights, so that at K 1 a greedy draft is always accepted
-    if sampling.is_greedy:
-        steps = list(decode(target, asked[0], Limits(21, frozenset()), drafter=proposer, num_draft_tokens=1))
-        assert all(step.num_accepted == 1 for step in steps[:-1])
+    target = build_model("llama", seed=0)  # the same weights, so that at K 1 a draft is always accepted
+    steps = list(decode(target, asked[0], Limits(21, frozenset()), drafter=proposer, num_draft_tokens=1))
+    assert all(step.num_accepted == 1 for step in steps[:-1])
 
 
 def test_a_model_without_a_mask_token_is_no_drafter(base_folder: Path) -> None:
@@ -210,13 +206,12 @@ def test_prompt_look_up_follows_the_longest_recent_match() -> None:
     assert look_up([1, 2, 3, 1, 2, 4, 1, 2], 2) == [4, 1]
     draw = random.Random(0)
     for _ in range(50):
-        streams = PromptLookup().start(Task(2, 99, 4, GREEDY, None))
+        streams = PromptLookup().start(Task(2, 99, 4))
         growing: list[list[int]] = [[], []]
         for _ in range(8):
             for text in growing:
                 text += draw.choices(range(4), k=draw.randint(1, 5))
-            proposal = streams.propose([0, 1], [list(text) for text in growing])
-            assert proposal.tokens == [look_up(text, 4) for text in growing]
+            assert streams.propose([list(text) for text in growing]) == [look_up(text, 4) for text in growing]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,21 +275,18 @@ def exact_pairs(target: PreTrainedModel, prompt: list[int], sampling: Sampling) 
 
 
 def kept_share(way: str, target: PreTrainedModel, drafter: Drafter, prompt: list[int], sampling: Sampling) -> float:
-    """How often the first draft token is kept: min(p, q) summed, or p of the one token that is proposed."""
+    """How often the first draft token is kept: the target's probability of it."""
     p = next_probs(target, prompt, sampling)
     with torch.inference_mode():
-        logits = drafter.mask_non_tokens(drafter.model(torch.tensor([prompt]), use_cache=False).logits[0, -1])
-    if drafter.is_sampled:
-        return sum(min(p.get(token, 0.0), q) for token, q in enumerate(probabilities(logits, sampling).tolist()))
-    return p.get(prompt[1] if way == "look-up" else logits.argmax().item(), 0.0)
+        likely = drafter.choose(drafter.model(torch.tensor([prompt]), use_cache=False).logits[0, -1]).item()
+    return p.get(prompt[1] if way == "look-up" else likely, 0.0)
 
 
-@pytest.mark.parametrize("way", ["plain", "most likely", "sampled", "sequential", "look-up"])
+@pytest.mark.parametrize("way", ["plain", "parallel", "sequential", "look-up"])
 def test_sampled_text_has_the_targets_distribution_whoever_drafts(way: str, tokenizer: PreTrainedTokenizerBase) -> None:
     sampling, number = Sampling(1.3, 0.6, seed=5), 2000
     target = build_model("llama", seed=0)
     drafter = build_drafter(perturbed(target, "llama", noise=0.05), tokenizer)
-    drafter.is_sampled = way in ("sampled", "sequential")
     ways = {"plain": None, "sequential": SequentialDrafter(drafter), "look-up": PromptLookup()}
     repeating = [[a, token, a] for a in range(5, 15) for token in range(20, 50)]  # look-up proposes the token again
     prompt = max(repeating, key=lambda text: next_probs(target, text, sampling).get(text[1], 0.0))
@@ -328,32 +320,11 @@ def test_sampled_answers_are_the_same_alone_and_in_company(tokenizer: PreTrained
     drafter = build_drafter(perturbed(target, "qwen3", noise=0.05), tokenizer)
     sampling, limits, asked = Sampling(0.8, 0.9, seed=1), Limits(15, frozenset(range(40, 50))), prompts(tokenizer, 4)
     for proposer in proposers(drafter):
-        for drafter.is_sampled in (False, True):
-            together = decode_batch(target, asked, limits, drafter=proposer, num_draft_tokens=3, sampling=sampling)
-            for prompt, answer in zip(asked, together, strict=True):
-                alone = list(decode(target, prompt, limits, drafter=proposer, num_draft_tokens=3, sampling=sampling))
-                assert alone == answer.steps
+        together = decode_batch(target, asked, limits, drafter=proposer, num_draft_tokens=3, sampling=sampling)
+        for prompt, answer in zip(asked, together, strict=True):
+            alone = list(decode(target, prompt, limits, drafter=proposer, num_draft_tokens=3, sampling=sampling))
+            assert alone == answer.steps
     assert together != decode_batch(target, asked, limits, sampling=Sampling(0.8, 0.9, seed=2))
-
-
-@pytest.mark.parametrize("sampling", [Sampling(0.3, 1.0, seed=1), Sampling(2.0, 1.0, seed=1), Sampling(1.0, 0.5, 1)])
-def test_a_sampled_draft_is_drawn_as_the_answers_are_and_a_likely_one_is_not_drawn(
-    tokenizer: PreTrainedTokenizerBase, sampling: Sampling
-) -> None:
-    drafter, asked = build_drafter(build_model("llama", seed=0), tokenizer), prompts(tokenizer, 2)
-    logits = torch.randn(2, 3, 320, generator=torch.Generator().manual_seed(0))
-    task = Task(2, 100, 3, sampling, SequenceRandom(asked, sampling))
-    likely = logits[..., :300].argmax(-1)  # the 300 tokens of the tokenizer; its mask token lies behind
-    assert torch.equal(drafter.pick(logits, [0, 1], task)[0], likely)
-    drafter.is_sampled = True
-    tokens, probs = drafter.pick(logits, [0, 1], task)
-    expected = (logits[..., :300] / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        ranked, order = expected.sort(descending=True)
-        is_kept = (ranked.cumsum(-1) - ranked < sampling.top_p).gather(-1, order.argsort(-1))
-        expected = expected * is_kept / (expected * is_kept).sum(-1, keepdim=True)
-    torch.testing.assert_close(probs, expected, check_dtype=False)
-    assert (expected.gather(-1, tokens[..., None]) > 0).all()
 
 
 @pytest.mark.parametrize("configured, found", [(7, {2, 7}), ([5, 7], {2, 5, 7}), (None, {2}), (2, {2})])

@@ -31,7 +31,6 @@ from pard_train.errors import UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.model import add_mask_token, inspect_base, load_config, write_initial_draft
 from pard_train.publishing.export import export, family_end_ids, older_keys, pad_vocabulary, plan_export
-from pard_train.publishing.hub import check_upload, public_address
 from pard_train.reports.records import REQUIRED
 from pard_train.training.trainer import train
 from pard_train.validation import validate_export
@@ -318,14 +317,6 @@ def test_what_cannot_work_is_said_before_weights_are_read_and_leaves_nothing(
         "has 304 vocabulary rows, the draft 320": exporting(str(draft), str(output), targets=[str(targets[304])]),
         "different tokenizers: 1 entries differ": exporting(str(draft), str(output), targets=[str(other)]),
         "is not a parallel draft model": exporting(str(base_folder), str(output)),
-        "not logged in": exporting(str(draft), str(output), push_to_hub="me/draft"),
-        "push_to_hub=me/a..b: Cannot have -- or ..": exporting(str(draft), str(output), push_to_hub="me/a..b"),
-        "vocab-320: Repo id must .* maximum length is 96": exporting(
-            str(draft),
-            str(output),
-            targets=[str(targets[320]), str(targets[352])],
-            push_to_hub=f"me/{'x' * 90}",  # with its size it is too long
-        ),
         r"none\.json does not exist": exporting(str(draft), str(output), acceptance=str(tmp_path / "none.json")),
         "the model cannot be loaded": exporting(str(draft), str(output)),  # all else is fine: now the weights
     }
@@ -357,15 +348,10 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(run: Path,
     assert not (tmp_path / "deep").exists()
 
 
-def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
-    run: Path, base_folder: Path, chats_file: Path, tmp_path: Path
+def test_figures_of_another_draft_are_refused_and_of_other_files_noted(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "other"
-    train(experiment(base_folder, chats_file, other, max_steps=4, learning_rate=1e-3))
-    unknown = tmp_path / "unknown"
-    export(exporting(str(run / "init"), str(unknown)))
     file = tmp_path / "acceptance.json"
-    (tmp_path / "config.json").write_text(json.dumps({"draft": None, "drafts": {"mine": str(other / "draft")}}))
 
     def plan(measured: Path, **others: Path) -> None:
         """Plan the export of the trained draft with figures of the folder."""
@@ -374,7 +360,7 @@ def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
             | {"draft": name, "mode": "replay", "method": "pard", "draft_fingerprint": model_fingerprint(str(folder))}
             for name, folder in {"mine": measured, **others}.items()
         ]
-        file.write_text(json.dumps({"schema_version": 2, "records": records, "failures": []}))
+        file.write_text(json.dumps({"schema_version": 3, "records": records, "failures": []}))
         plan_export(
             exporting(
                 str(run / "draft"),
@@ -384,20 +370,20 @@ def test_figures_of_another_draft_are_refused_where_anybody_can_tell(
             )
         )
 
-    for same in (run / "draft", run / "checkpoint-4", unknown):  # of an export nobody knows what it was made from
+    for same in (run / "draft", run / "checkpoint-4"):
         plan(same)
-    for wrong in (run / "init", other / "draft"):
-        with pytest.raises(UserError, match=f"the figures of mine belong to {wrong}, not to .*evaluate"):
-            plan(wrong)
+        assert "other files" not in capsys.readouterr().out
+    plan(run / "init")
+    assert f"note: mine in {file} has other files than {run / 'draft'}" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"export.acceptance_draft=mine: .* as after"):
-        plan(unknown, after=run / "draft")
+        plan(run / "init", after=run / "draft")
 
 
 @pytest.mark.parametrize(
     "settings, reason",
     [
         ({"max_shard_size": "5 gigabytes"}, "max_shard_size=5 gigabytes: must be a size such as 5GB"),
-        ({"push_to_hub": "draft"}, "must be NAMESPACE/NAME"),
+        ({"repository": "draft"}, "repository=draft: must be NAMESPACE/NAME"),
         ({"dtype": "int8"}, r"export\.dtype=int8: .*bfloat16"),
         ({"acceptance_draft": "after"}, r"export\.acceptance_draft=after .*export\.acceptance"),
     ],
@@ -407,16 +393,14 @@ def test_wrong_settings_are_refused(settings: dict[str, str], reason: str) -> No
         validate_export(exporting("draft", "export", **settings))
 
 
-def test_each_vocabulary_size_has_a_repository_of_its_own() -> None:
-    root = Path("out/export")
-    assert public_address("me/draft", root, root) == "me/draft"
-    assert public_address("me/draft", root / "vocab-352", root) == "me/draft-vocab-352"
-    assert public_address(None, root / "vocab-352", root) == "out/export/vocab-352"
-
-
-def test_who_is_not_logged_in_is_told_how() -> None:
-    with pytest.raises(UserError, match=r"push_to_hub=me/draft: .* run `hf auth login`"):
-        check_upload("me/draft", [Path("out")], Path("out"))
+def test_each_vocabulary_size_has_a_repository_of_its_own(run: Path, targets: dict[int, Path], tmp_path: Path) -> None:
+    names = [str(targets[rows]) for rows in (320, 352)]
+    one, both = (
+        export(exporting(str(run / "draft"), str(tmp_path / name), targets=chosen, repository="me/draft"))
+        for name, chosen in (("one", names[:1]), ("both", names))
+    )
+    for folder, name in ((one[0], "me/draft"), (both[1], "me/draft-vocab-352")):
+        assert f'"model": "{name}"' in (folder / "README.md").read_text()
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -452,34 +436,20 @@ class Hub(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def test_an_upload_asks_who_we_are_first_and_then_sends_the_whole_folder(run: Path, tmp_path: Path) -> None:
+def test_the_command_of_the_guide_uploads_the_whole_folder(run: Path, tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
     folder = tmp_path / "export"
-    code = f"""
-from pathlib import Path
-from pard_train.config import Config, ExportConfig
-from pard_train.errors import UserError
-from recipes.export import run
-settings = dict(checkpoint={str(run / "draft")!r})
-try:
-    run(Config(export=ExportConfig(**settings, push_to_hub="others/draft"), output_dir={str(folder)!r}))
-except UserError as error:
-    print(error)
-run(Config(export=ExportConfig(**settings, push_to_hub="us/draft"), output_dir={str(folder)!r}))
-"""
-    command = [sys.executable, "-c", code]
+    export(exporting(str(run / "draft"), str(folder), repository="us/draft"))
+    command = [str(Path(sys.executable).with_name("hf")), "upload", "us/draft", str(folder), "--private"]
+    guide = Path(__file__).parent.parent / "docs" / "guides" / "export.md"
+    assert "\nhf upload NAMESPACE/NAME outputs/my-draft/export --private\n" in guide.read_text()
     try:
         done = subprocess.run(command, env={**os.environ, **hub}, capture_output=True, text=True, timeout=120)
     finally:
         server.shutdown()
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "push_to_hub=others/draft: the namespaces you may write to are me, us\n" in done.stdout
-    assert f"uploaded: {hub['HF_ENDPOINT']}/us/draft\n" in done.stdout
-    assert "hf_secret" not in done.stdout + done.stderr
-    paths = [path for path, _ in Hub.asked if not path.endswith("agent-harnesses")]
-    assert paths[:3] == ["/api/whoami-v2", "/api/whoami-v2", "/api/repos/create"]
     created = json.loads(next(body for path, body in Hub.asked if path == "/api/repos/create"))
     assert (created["organization"], created["name"]) == ("us", "draft")
     assert created.get("private") is True or created.get("visibility") == "private"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -226,11 +227,11 @@ def test_a_schedule_of_k_ends_vllm_with_parallel_drafts_so_none_is_written(
     arguments = ["--enforce-eager", "--speculative-config", json.dumps(config)]
     settings = ServerSettings(str(target), None, 4, max_model_len=256, max_num_seqs=4, arguments=arguments)
     with VllmServer(settings, python=vllm_python(), log=tmp_path / "log.txt", timeout=300) as server:
-        _ask(server, [[1, 50, 2]], 1, 120, 24, {"ignore_eos": True})
+        asyncio.run(_ask(server, [[1, 50, 2]], 1, 24, {"ignore_eos": True}))
         alone = server.counters()
         assert alone.num_draft_tokens == 4 * alone.num_drafts > 0
         with pytest.raises(UserError, match="the vLLM server failed: EngineCore"):
-            _ask(server, [[1, 50 + c, 2] for c in range(4)], 4, 120, 24, {"ignore_eos": True})
+            asyncio.run(_ask(server, [[1, 50 + c, 2] for c in range(4)], 4, 24, {"ignore_eos": True}))
 
 
 def test_a_server_that_does_not_start_is_one_error_with_its_log(

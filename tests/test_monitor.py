@@ -16,11 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_training import InterruptAfter, log_lines, weights
-from tiny import build_model, conversations, experiment
+from tiny import build_model, conversations, experiment, replay
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.acceptance.counting import pool, walk
-from pard_train.acceptance.replay import replay
 from pard_train.config import Config, MonitorConfig
 from pard_train.errors import UserError
 from pard_train.evaluation.monitor import AcceptanceMonitor, BestDraft, Measurement, build_monitor, copy_model

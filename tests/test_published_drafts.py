@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CHATML, FAMILIES, build_tokenizer, conversations, experiment, exporting
+from tiny import CHATML, FAMILIES, build_tokenizer, conversations, experiment, exporting, replay
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 from pard_train.acceptance.counting import walk
-from pard_train.acceptance.replay import replay
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import pytest
 from fake_server import FakeServer, Reply, scripted
 from tiny import build_model, config_for, conversations, free_port
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from vllm_server import VllmServer
+from vllm_server import vllm_server
 
 from pard_train.config import SourceConfig
 from pard_train.data.chat import ChatEncoder
@@ -458,10 +459,10 @@ def test_when_a_real_server_dies_another_writes_what_generation_in_this_process_
     assert here.manifest["counts"]["answers"] > len(topics)  # some conversations have several turns
     prompts = write_rows(tmp_path / "prompts.jsonl", [*rows, too_long])
     with (
-        VllmServer(model, tmp_path / "first.log", max_model_len=256) as first,
-        VllmServer(model, tmp_path / "second.log", max_model_len=256) as second,
+        vllm_server(model, tmp_path / "first.log", max_model_len=256) as first,
+        vllm_server(model, tmp_path / "second.log", max_model_len=256) as second,
     ):
-        threading.Timer(3, second.kill).start()
+        threading.Timer(3, os.killpg, (second.process.pid, signal.SIGKILL)).start()
         capsys.readouterr()
         write(prompts, tmp_path / "served", [model], servers=[first.url, second.url], concurrency=2, **settings)
     assert f"{second.url} is set aside: " in capsys.readouterr().out

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from tiny import VOCABULARY, build_model, build_tokenizer
+from tiny import VOCABULARY, build_model, build_tokenizer, replay
 from transformers import PreTrainedTokenizerBase
 
 from pard_train.acceptance.chains import PromptAnswer, pack_texts
 from pard_train.acceptance.counting import accepted_by_step, count_as_vllm, walk
-from pard_train.acceptance.replay import replay, replay_all
+from pard_train.acceptance.replay import replay_all
 from pard_train.core.attention import IMPLEMENTATIONS
 from pard_train.generation.decoding import Limits, decode
 from pard_train.generation.proposers import Drafter

@@ -10,7 +10,7 @@ import torch
 
 from pard_train.generation.sampling import GREEDY, NO_TOKEN, Sampling, SequenceRandom, draw, probabilities, verify
 
-# Probabilities are quarters, so that every bound on a uniform number (p / q, and the shares of max(p - q, 0)) is a
+# Probabilities are quarters, so that every bound on a uniform number (p, and the shares of what is left of it) is a
 # multiple of a 12th. The mean over the middles of 12 cells is then the integral over all uniform numbers: an exact
 # distribution, not a sample.
 PARTS, CELLS = 4, 12
@@ -25,15 +25,12 @@ def random_probs(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(throws, VOCABULARY).sum(-2).float() / PARTS
 
 
-def every_outcome(
-    draft: tuple[int, ...], draft_probs: torch.Tensor | None, target_probs: torch.Tensor
-) -> dict[tuple[int, ...], Fraction]:
+def every_outcome(draft: tuple[int, ...], target_probs: torch.Tensor) -> dict[tuple[int, ...], Fraction]:
     """Exact probability of everything that one step may emit after this draft."""
     uniforms = torch.tensor(list(itertools.product(MIDDLES.tolist(), repeat=len(draft) + 1)), dtype=torch.float64)
     number = len(uniforms)
     kept, own = verify(
         torch.tensor([draft]).expand(number, -1),
-        None if draft_probs is None else draft_probs[None].expand(number, -1, -1),
         target_probs[None].expand(number, -1, -1),
         uniforms,
     )
@@ -50,19 +47,18 @@ def exact(value: torch.Tensor) -> Fraction:
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("is_sampled", [True, False])
-def test_every_emitted_token_has_exactly_the_targets_distribution(is_sampled: bool, seed: int) -> None:
+def test_every_emitted_token_has_exactly_the_targets_distribution(seed: int) -> None:
     first = random_probs((), seed)  # the target's after the text
     after = random_probs((VOCABULARY,), seed + 100)  # after each first token
     last = random_probs((VOCABULARY, VOCABULARY), seed + 200)  # after each pair
-    draft_probs = random_probs((2,), seed + 300)  # a parallel draft: the second token does not depend on the first
+    draft_probs = random_probs((2,), seed + 300)  # how often each draft is proposed
     emitted: dict[tuple[int, ...], Fraction] = {}
     for draft in itertools.product(range(VOCABULARY), repeat=2):
         chance = exact(draft_probs[0, draft[0]]) * exact(draft_probs[1, draft[1]])
         target_probs = torch.stack([first, after[draft[0]], last[draft]])
         if chance == 0:
             continue
-        outcomes = every_outcome(draft, draft_probs if is_sampled else None, target_probs)
+        outcomes = every_outcome(draft, target_probs)
         for tokens, probability in outcomes.items():
             emitted[tokens] = emitted.get(tokens, Fraction(0)) + chance * probability
     assert sum(emitted.values()) == 1
@@ -78,17 +74,9 @@ def test_every_emitted_token_has_exactly_the_targets_distribution(is_sampled: bo
                 assert mass(x, y, z) == mass(x, y, longer_than=2) * exact(last[x, y, z])
 
 
-def test_a_draft_with_the_targets_own_distribution_is_always_kept() -> None:
-    probs = random_probs((3,), seed=1)
-    for draft in itertools.product(range(VOCABULARY), repeat=2):
-        if all(probs[i, token] > 0 for i, token in enumerate(draft)):
-            outcomes = every_outcome(draft, probs[:2], probs)
-            assert all(len(tokens) == 3 for tokens in outcomes)
-
-
 def test_a_most_likely_draft_is_kept_as_often_as_the_target_would_say_it() -> None:
     target_probs = torch.tensor([[1 / 4, 2 / 4, 1 / 4], [0, 0, 1]])
-    outcomes = every_outcome((1,), None, target_probs)
+    outcomes = every_outcome((1,), target_probs)
     assert outcomes == {(1, 2): Fraction(2, 4), (0,): Fraction(1, 4), (2,): Fraction(1, 4)}
 
 
@@ -101,34 +89,25 @@ def test_at_temperature_zero_the_rule_is_the_greedy_one() -> None:
         if draft == [wrong] and wrong == best[0]:
             continue
         uniforms = torch.rand(1, len(draft) + 1, dtype=torch.float64)
-        kept, own = verify(torch.tensor([draft]), None, probs[:, : len(draft) + 1], uniforms)
+        kept, own = verify(torch.tensor([draft]), probs[:, : len(draft) + 1], uniforms)
         assert kept.item() == num_kept
         assert own.item() == best[num_kept]
 
 
-@pytest.mark.parametrize("is_sampled", [True, False])
-def test_rows_with_fewer_draft_tokens_fare_as_they_would_alone(is_sampled: bool) -> None:
+def test_rows_with_fewer_draft_tokens_fare_as_they_would_alone() -> None:
     torch.manual_seed(3)
-    target_probs, draft_probs = random_probs((200, 4), 1), random_probs((200, 3), 2)
+    target_probs = random_probs((200, 4), 1)
     drafts, uniforms = torch.randint(VOCABULARY, (200, 3)), torch.rand(200, 4, dtype=torch.float64)
     lengths = torch.randint(4, (200,))
     padded = drafts.masked_fill(torch.arange(3) >= lengths[:, None], NO_TOKEN)
-    kept, own = verify(padded, draft_probs if is_sampled else None, target_probs, uniforms)
+    kept, own = verify(padded, target_probs, uniforms)
     for row, length in enumerate(lengths.tolist()):
         alone_kept, alone_own = verify(
             drafts[row : row + 1, :length],
-            draft_probs[row : row + 1, :length] if is_sampled else None,
             target_probs[row : row + 1, : length + 1],
             torch.cat([uniforms[row, :length], uniforms[row, -1:]])[None],
         )
         assert (kept[row], own[row]) == (alone_kept[0], alone_own[0])
-
-
-def test_a_draft_may_speak_fewer_tokens_than_the_target() -> None:
-    target_probs = torch.tensor([[[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]])
-    draft_probs = torch.tensor([[[0.5, 0.5]]])
-    kept, own = verify(torch.tensor([[0]]), draft_probs, target_probs, torch.tensor([[0.1, 0.3]], dtype=torch.float64))
-    assert (kept.item(), own.item()) == (0, 2)
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from test_decoding import build_drafter, perturbed, prompts
-from tiny import build_model
+from tiny import build_model, replay
 from transformers import PreTrainedTokenizerBase
 
 import pard_train.evaluation.speed
 from pard_train.acceptance.counting import Trace, walk
-from pard_train.acceptance.replay import replay
 from pard_train.device import device_name
 from pard_train.evaluation.speed import (
     Latencies,

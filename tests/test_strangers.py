@@ -71,7 +71,7 @@ ROW = (
     | st.fixed_dictionaries({"instruction": JSON, "output": JSON})
     | st.fixed_dictionaries({"turns": JSON}, optional={"id": JSON, "category": JSON})
 )
-RESULT = JSON | st.fixed_dictionaries({"schema_version": st.sampled_from([1, 2]), "records": JSON, "failures": JSON})
+RESULT = JSON | st.fixed_dictionaries({"schema_version": st.sampled_from([1, 3]), "records": JSON, "failures": JSON})
 SETTING = st.sampled_from(["trainer.learning_rate", "experiment", "targets", "deepspeed", "+a", "~trainer", "runs.x"])
 LINE = st.text(max_size=30) | st.tuples(SETTING, st.text(max_size=12)).map("=".join)
 NUM_CASES = 400  # of each parser; 10,000 were tried

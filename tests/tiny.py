@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -23,7 +24,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from pard_train.acceptance.replay import replay_all
 from pard_train.config import Config, DataConfig, DraftConfig, LoggerConfig, ModelConfig, TrainerConfig
+from pard_train.generation.proposers import Drafter
 from pard_train.mask_token import set_draft_keys
 from pard_train.model import inspect_base, write_initial_draft
 
@@ -176,6 +179,13 @@ def config_for(program: str, **values: Any) -> Config:
 def exporting(checkpoint: str, output_dir: str, **values: Any) -> Config:
     """Settings of an export."""
     return config_for("export", checkpoint=checkpoint, output_dir=output_dir, **values)
+
+
+def replay(
+    drafter: Drafter, prompt: list[int], answer: list[int], max_draft_tokens: int, *, extra_ids: Sequence[int] = ()
+) -> np.ndarray:
+    """`replay_all` of one answer."""
+    return replay_all(drafter, [(prompt, answer)], max_draft_tokens, extra_ids=[extra_ids])[0]
 
 
 def with_settings(config: Config, program: str, **values: Any) -> Config:

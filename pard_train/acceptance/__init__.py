@@ -1,4 +1,4 @@
-"""Acceptance from texts and a draft: counting, exact replay of greedy text, and estimates above temperature 0.
+"""Acceptance from texts and a draft: counting, replay, and what it predicts under load.
 
-In the order of imports: counting, load, chain_attention, chains, replay, estimate.
+In the order of imports: counting, load, chain_attention, chains, replay.
 """

@@ -95,10 +95,10 @@ class Acceptance:
     Attributes:
         num_prompts: P.
         num_turns: answers; one prompt may have several.
-        histogram: number of steps that accepted 0..K draft tokens, [K + 1]; expected numbers in an estimate.
+        histogram: number of steps that accepted 0..K draft tokens, [K + 1].
         num_tokens: tokens emitted.
         tau_low, tau_high: bootstrap 95% interval over prompts.
-        mean_prompt_tau: mean of tokens / steps over prompts that have a step; None in an estimate.
+        mean_prompt_tau: mean of tokens / steps over prompts that have a step.
         prompt_counts: tokens and steps of every prompt, [P, 2].
     """
 
@@ -106,14 +106,14 @@ class Acceptance:
     num_prompts: int
     num_turns: int
     num_tokens: int
-    histogram: Sequence[float]
+    histogram: Sequence[int]
     tau_low: float
     tau_high: float
-    mean_prompt_tau: float | None
-    prompt_counts: Sequence[Sequence[float]]
+    mean_prompt_tau: float
+    prompt_counts: Sequence[Sequence[int]]
 
     @property
-    def num_steps(self) -> float:
+    def num_steps(self) -> int:
         """Target forward passes."""
         return sum(self.histogram)
 

@@ -97,21 +97,12 @@ def simulate(requests: Sequence[Request], times: StepTimes, num_draft_tokens: in
     return seconds
 
 
-def predict_load(
-    requests: Sequence[Request], times: StepTimes, concurrency: int, *, values_of_k: Sequence[int] = ()
-) -> list[dict[str, Any]]:
-    """Predicted speed of the target alone and of every K at one concurrency.
-
-    Args:
-        requests: of the load.
-        times: of the engine.
-        concurrency: clients.
-        values_of_k: K to predict; every K between the measured ones if empty.
-    """
+def predict_load(requests: Sequence[Request], times: StepTimes, concurrency: int) -> list[dict[str, Any]]:
+    """Predicted speed of the target alone and of every K between the measured ones, for so many clients."""
     num_tokens = sum(len(request.matches) for request in requests)
     plain = num_tokens / simulate(requests, times, 0, concurrency)
     rows = []
-    for k in (0, *(values_of_k or times.values_of_k)):
+    for k in (0, *times.values_of_k):
         steps = sum(request.steps(k) for request in requests)
         speed = num_tokens / simulate(requests, times, k, concurrency)
         rows.append(

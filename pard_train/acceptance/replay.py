@@ -1,9 +1,12 @@
-"""Replay: exact acceptance for every K at once, from the target's cached greedy answers, without the target.
+"""Replay: acceptance for every K at once, from the target's cached answers, without the target.
 
 Under greedy decoding, what a step accepts depends only on the text before it and on the target's greedy continuation.
 So the drafts at every anchor, compared with that text, give the acceptance of any decoding of it. A chain matters only
 as long as it matches: depth 0 runs for all anchors at once, each further depth only for the chains that still match,
 over cached keys and values. That is about n * tau slots instead of n * K, exact for every K.
+
+The same holds for a text that the target sampled: speculative sampling kept a draft token exactly where it equals the
+text's. There the mean over texts is an estimate without bias.
 """
 
 from __future__ import annotations
@@ -24,18 +27,6 @@ SLOT_BUDGET = 8192  # text slots of a pack: large matrices, and 0.4 GB of keys a
 LOGIT_CHUNK = 512  # slots whose logits are in memory at once: 0.3 GB at a vocabulary of 152k in float32
 
 
-def replay(
-    drafter: Drafter,
-    prompt_ids: list[int],
-    answer_ids: list[int],
-    max_draft_tokens: int,
-    *,
-    extra_ids: Sequence[int] = (),
-) -> np.ndarray:
-    """`replay_all` of one answer."""
-    return replay_all(drafter, [(prompt_ids, answer_ids)], max_draft_tokens, extra_ids=[extra_ids])[0]
-
-
 @torch.inference_mode()
 def replay_all(
     drafter: Drafter,
@@ -50,7 +41,7 @@ def replay_all(
 
     Args:
         drafter: draft model, loaded with any attention.
-        pairs: (prompt ids, at least one; ids of the target's greedy answer, N tokens) of each turn.
+        pairs: (prompt ids, at least one; ids of the target's answer, N tokens) of each turn.
         max_draft_tokens: largest K of interest.
         slot_budget: text slots of a pack at most; a longer text has its own pack.
         extra_ids: per pair, E tokens that the target writes after the answer; matches may extend into them.

@@ -161,8 +161,7 @@ class ExportConfig:
     acceptance: Optional[str] = setting(None, "acceptance.json of an evaluation, for the model card.")
     acceptance_draft: Optional[str] = setting(None, "Name of this draft in acceptance.json, if that holds several.")
     license: Optional[str] = setting(None, "License of the weights, for the model card; null takes the base model's.")
-    push_to_hub: Optional[str] = setting(None, "Upload to NAMESPACE/NAME; log in with `hf auth login`.")
-    private: bool = setting(True, "Make an uploaded repository private.")
+    repository: Optional[str] = setting(None, "Hub repository (NAMESPACE/NAME) that the model card's commands load.")
 
 
 @dataclass

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from pard_train.config import ObjectiveConfig
 from pard_train.core.cpu.products import add_outer, linear
@@ -247,26 +246,6 @@ def gives_plain_logits(model: PreTrainedModel) -> bool:
     """Whether the model's logits are exactly the output of a linear head."""
     is_plain = all(getattr(model.config, name, None) in (None, 1.0) for name in AFTER_THE_HEAD)
     return is_plain and isinstance(model.get_output_embeddings(), nn.Linear)
-
-
-def logits_after_norm(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits of a model from its last hidden states, scaled and capped as its own forward pass does.
-
-    Args:
-        model: causal LM; its forward pass runs with its layers left out.
-        hidden: output of `model.base_model`, [S, D].
-
-    Returns:
-        [S, V].
-    """
-    if gives_plain_logits(model):
-        return model.get_output_embeddings()(hidden)
-    base = model.base_model
-    base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
-    try:
-        return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long), use_cache=False).logits[0]
-    finally:
-        del base.forward  # that of its class again
 
 
 class SlotHead:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ ENVIRONMENT = {
 }
 
 NOT_PASSED = ("PYTHONPATH", "PYTHONHOME")  # variables of our environment, not the engine's
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 ERROR = re.compile(r"\b\w+(?:Error|Exception): .*")  # of Python, after the prefixes of an engine's log
 
@@ -70,7 +72,7 @@ def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: fl
     request_path.write_text(json.dumps(asdict(request)))
     command = [python or sys.executable, worker.__file__, str(request_path.resolve()), str(result_path.resolve())]
     try:
-        with log_path.open("w") as log, _process(command, log) as process:
+        with log_path.open("w") as log, engine_process(command, log) as process:
             process.wait(timeout)
     except subprocess.TimeoutExpired as error:
         raise fail(f"timeout={timeout:g} s exceeded: raise it, or reduce the prompts") from error
@@ -86,21 +88,31 @@ def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: fl
 
 
 @contextlib.contextmanager
-def _process(command: list[str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
+def engine_process(command: Sequence[str], log: Any, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process in its own session that is killed, with its children, at the end of the block.
 
-    It also ends when its standard input closes, so it does not outlive us if we are killed.
+    On Linux it also ends when the process that started it is killed.
+
+    Args:
+        command: whose output goes to `log`.
+        variables: of its environment, unless the user has set them.
     """
-    environment = {**ENVIRONMENT, **os.environ}
+    environment = {**ENVIRONMENT, **variables, **os.environ}
     for name in NOT_PASSED:
         environment.pop(name, None)
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
-    with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as process:
+    settings: dict[str, Any] = {"env": environment, "start_new_session": True, "preexec_fn": _end_with_parent}
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **settings) as process:
         try:
             yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    """In the engine's process: on Linux, end when the process that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def last_words(log_path: Path, exit_status: int) -> str:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pard_train.engines.process import ENVIRONMENT, NOT_PASSED, failure, last_words
-from pard_train.engines.worker import Counters
+from pard_train.engines.process import engine_process, failure, last_words
+from pard_train.engines.worker import Counters, speculative_config
 
 METRIC = re.compile(r"^vllm:spec_decode_(\w+?)_total\{(.*)\} (\S+)$", re.MULTILINE)
 POSITION = re.compile(r'position="(\d+)"')
 POLL_SECONDS = 0.5
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -61,14 +56,8 @@ class ServerSettings:
             "generation-config": "vllm",  # ignores the model's sampling settings
         }
         if self.draft is not None:
-            speculative_config = {
-                "method": "draft_model",
-                "model": self.draft,
-                "num_speculative_tokens": self.num_draft_tokens,
-                "parallel_drafting": True,
-                "max_model_len": self.max_model_len,
-            }
-            options["speculative-config"] = json.dumps(speculative_config)
+            drafting = speculative_config(self.draft, self.num_draft_tokens, self.max_model_len)
+            options["speculative-config"] = json.dumps(drafting)
         named = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         flags = ["--no-enable-prefix-caching"]  # speeds do not depend on earlier prompts
         return [python, "-m", "vllm.entrypoints.openai.api_server", *named, *flags, *self.arguments]
@@ -81,7 +70,7 @@ class VllmServer:
         settings: what it serves.
         python: interpreter of vLLM's environment; None is the current one.
         log: file of its output.
-        timeout: seconds that it may take to start.
+        timeout: seconds that its start, or a request, may take.
     """
 
     def __init__(self, settings: ServerSettings, *, python: str | None, log: Path, timeout: float):
@@ -89,7 +78,6 @@ class VllmServer:
         self.settings, self.log, self.timeout = settings, log, timeout
         self.address = f"http://127.0.0.1:{port}"
         self.command = settings.command(python or sys.executable, port)
-        self.environment = {**ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
     @property
     def url(self) -> str:
@@ -98,25 +86,16 @@ class VllmServer:
 
     def __enter__(self) -> VllmServer:
         """Start, and wait until it answers. Raises UserError naming the log if it ends or takes too long."""
-        environment = {name: value for name, value in self.environment.items() if name not in NOT_PASSED}
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with self.log.open("w") as log:
-                self.process = subprocess.Popen(
-                    self.command,
-                    env=environment,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    preexec_fn=_end_with_parent,
-                )
-        except OSError as error:
-            raise failure(f"engine_python={self.command[0]} cannot be started: {error.strerror}", self.log) from error
-        try:
+        with ExitStack() as stack:
+            log = stack.enter_context(self.log.open("w"))
+            try:
+                self.process = stack.enter_context(engine_process(self.command, log, OMP_WAIT_POLICY="PASSIVE"))
+            except OSError as error:
+                python = self.command[0]
+                raise failure(f"engine_python={python} cannot be started: {error.strerror}", self.log) from error
             self._wait()
-        except BaseException:  # also an interrupt: nobody else ends the server
-            self.kill()
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def _wait(self) -> None:
@@ -130,7 +109,7 @@ class VllmServer:
             time.sleep(POLL_SECONDS)
 
     def __exit__(self, *error: object) -> None:
-        self.kill()
+        self._stack.close()
 
     def read(self, page: str, *, default: str | None = "") -> str | None:
         """A page of the server; the default while it does not answer. An empty page reads as `ok`."""
@@ -143,19 +122,6 @@ class VllmServer:
     def counters(self) -> Counters:
         """The counters of speculative decoding since the start; all 0 without a draft."""
         return counters_in(self.read("metrics") or "", self.settings.num_draft_tokens)
-
-    def kill(self) -> None:
-        """Kill the server and its workers."""
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-def _end_with_parent() -> None:
-    """In the server's process: on Linux, end when the process that started it ends, also if it is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def counters_in(metrics: str, num_draft_tokens: int) -> Counters:

@@ -10,9 +10,7 @@ Prompts run one at a time and step by step, so that a difference can be traced t
 from __future__ import annotations
 
 import json
-import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -169,14 +167,15 @@ def engine_arguments(request: EngineRequest) -> dict[str, Any]:
         "trust_remote_code": request.trust_remote_code,
     }
     if request.draft is not None:
-        arguments["speculative_config"] = {
-            "method": "draft_model",
-            "model": request.draft,
-            "num_speculative_tokens": request.num_draft_tokens,
-            "parallel_drafting": True,
-            "max_model_len": request.num_positions,
-        }
+        drafting = speculative_config(request.draft, request.num_draft_tokens, request.num_positions)
+        arguments["speculative_config"] = drafting
     return arguments
+
+
+def speculative_config(draft: str, num_draft_tokens: int, max_model_len: int) -> dict[str, Any]:
+    """vLLM's settings of a parallel draft."""
+    how = {"method": "draft_model", "parallel_drafting": True}
+    return {**how, "model": draft, "num_speculative_tokens": num_draft_tokens, "max_model_len": max_model_len}
 
 
 def _answer(llm: Any, sampling: Any, name: str, prompt_ids: list[int], is_speculative: bool) -> EngineAnswer:
@@ -281,7 +280,6 @@ WORK = {"vllm": _work_in_vllm, "pace": _work_in_pace}
 
 def main(request_path: str, result_path: str) -> int:
     """Read a request and write its result. An error goes into the result, its traceback into the log."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     request = EngineRequest(**json.loads(Path(request_path).read_text()))
     result: dict[str, Any]
     try:
@@ -293,11 +291,6 @@ def main(request_path: str, result_path: str) -> int:
     partial.write_text(json.dumps(result))
     partial.replace(result_path)
     return int("error" in result)
-
-
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # until the parent closes it, or ends
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,12 @@ from pard_train.evaluation.engine_records import engine_records
 from pard_train.evaluation.live import live_records, measure_steps, predict_speedup
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.measurement import (
-    NO_DRAFT,
     Draft,
-    estimate_records,
     replay_case,
     replay_records,
     sample_outputs,
 )
 from pard_train.evaluation.speed import Latencies
-from pard_train.fingerprints import model_fingerprint
 from pard_train.reports.records import (
     ACCEPTANCE_FILE,
     KINDS,
@@ -39,15 +36,14 @@ from pard_train.reports.records import (
     Record,
     Result,
     distinct,
-    read_result,
     scalars,
 )
 from pard_train.reports.report import PAGE_FILE, SAMPLES_PAGE, write_report
 from pard_train.runs import check_run, claim_run, locked, write_json
-from pard_train.targets.cases import Case, ScoredCase, longest_text, score_case, write_case
+from pard_train.targets.cases import Case, longest_text, write_case
 from pard_train.targets.compatibility import OK, Model, check_pair, require
 from pard_train.targets.serving import check_engine
-from pard_train.targets.target import Target, load_targets, short_name
+from pard_train.targets.target import Target, load_targets
 from pard_train.training.checkpoints import find_checkpoint, resolve_draft
 from pard_train.training.trackers import Outcome, check_trackers, log_outcome
 from pard_train.training.trainer import BEST_FOLDER, INITIAL_FOLDER
@@ -135,13 +131,13 @@ class TargetAnswers:
 
     Attributes:
         cases: its greedy answers to every benchmark.
-        scored: its answers drawn at temperatures above 0, with its log-probabilities.
+        sampled: its answers drawn at temperatures above 0.
         records: of live decoding and of an engine.
         latencies: by the names of draft and target.
     """
 
     cases: list[Case] = field(default_factory=list)
-    scored: list[ScoredCase] = field(default_factory=list)
+    sampled: list[Case] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     latencies: list[tuple[dict[str, str], Latencies]] = field(default_factory=list)
 
@@ -153,13 +149,11 @@ def _measure_target(
     answers, settings, folder = TargetAnswers(), matrix.settings, matrix.folder
     limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "system_prompt": settings.system_prompt}
     write: Callable[..., Case] = partial(write_case, target, folder=folder, **limits)
-    temperatures = [] if target.inference.servers else settings.temperatures  # scores need the target's weights
     for benchmark in benchmarks:
         with matrix.keep_going(target=target.label, benchmark=benchmark.name):
             answers.cases.append(write(benchmark))
-            for sampling in map(matrix.sampling, filter(None, temperatures)):
-                case = write(benchmark, sampling=sampling)
-                answers.scored.append(score_case(target, case, sampling, folder))
+            for sampling in map(matrix.sampling, filter(None, settings.temperatures)):
+                answers.sampled.append(write(benchmark, sampling=sampling))
     if settings.live_prompts:
         for case in answers.cases:
             answers.records += live_records(matrix, drafts, target, case)
@@ -176,14 +170,12 @@ def _measure_draft(
     matrix: Matrix, draft: Draft, answers: TargetAnswers, records: list[Record], samples: list[dict[str, Any]]
 ) -> None:
     """Append the acceptance of one draft on the answers of one target, and sample outputs."""
-    for case in answers.cases:
+    for case in (*answers.cases, *answers.sampled):
         with matrix.keep_going(draft=draft.name, target=case.target, benchmark=case.benchmark.name):
             matches, provenance = replay_case(matrix, draft, case)
             records += replay_records(matrix, draft, case, matches, provenance)
-            samples += sample_outputs(matrix, draft, case, matches)
-    for scored in answers.scored:
-        with matrix.keep_going(draft=draft.name, target=scored.case.target, benchmark=scored.case.benchmark.name):
-            records += estimate_records(matrix, draft, scored)
+            if case.sampling.is_greedy:
+                samples += sample_outputs(matrix, draft, case, matches)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,11 +214,6 @@ def draft_paths(config: Config) -> dict[str, str]:
     path = config.draft.path
     named = dict(config.evaluate.drafts) if path is None else {Path(path).name: path}
     return {name: resolve_draft(path) for name, path in named.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finished evaluations
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _settings(config: Config, drafts: dict[str, str]) -> dict[str, Any]:
@@ -277,36 +264,3 @@ def on_stand_in(config: Config, draft: str, folder: Path) -> Config:
         inference=replace(config.inference, dtype="float32"),
         output_dir=str(folder),
     )
-
-
-def find_result(config: Config) -> Result | None:
-    """The result of this evaluation with the present weights and prompts; None if there is none or it has failures.
-
-    Raises:
-        UserError: if the folder holds another evaluation, or a benchmark cannot be read.
-    """
-    folder, drafts = Path(config.output_dir), draft_paths(config)
-    if not (folder / ACCEPTANCE_FILE).exists():
-        return None
-    check_run(folder, _settings(config, drafts), resume=True)
-    result = read_result(folder)
-    return None if result["failures"] or _named_in(result) != _named_now(config, drafts) else result
-
-
-def evaluate_once(config: Config) -> Result:
-    """The result of this evaluation: the finished one if there is one, else measured now. Raises as both do."""
-    return find_result(config) or evaluate(config)
-
-
-def _named_in(result: Result) -> set[tuple[str, str, str]]:
-    """(kind, name, fingerprint) of every draft, target and benchmark of a result."""
-    named = {(kind, r[kind], r[f"{kind}_fingerprint"]) for r in result["records"] for kind in KINDS}
-    return named - {("draft", NO_DRAFT, NO_DRAFT)}
-
-
-def _named_now(config: Config, drafts: dict[str, str]) -> set[tuple[str, str, str]]:
-    """The same of what an evaluation would measure."""
-    named = {("draft", name, model_fingerprint(path)) for name, path in drafts.items()}
-    targets = {("target", short_name(name, config.targets), model_fingerprint(name)) for name in config.targets}
-    benchmarks = load_benchmarks(config.evaluate.benchmarks, config.evaluate.max_prompts)
-    return named | targets | {("benchmark", b.name, b.fingerprint) for b in benchmarks}

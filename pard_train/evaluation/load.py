@@ -26,7 +26,7 @@ from pard_train.data.chat import ChatEncoder
 from pard_train.device import default_device, device_name
 from pard_train.downloads import local_model
 from pard_train.engines.vllm_server import ServerSettings, VllmServer
-from pard_train.errors import UserError
+from pard_train.errors import UserError, first_line
 from pard_train.generation.decoding import end_ids_of
 from pard_train.generation.proposers import Drafter
 from pard_train.model import DTYPES
@@ -104,6 +104,7 @@ def measure_load(config: Config) -> dict[str, Any]:
     require(findings)
     claim_run(folder, decides)
     served = {k: load.server_settings(target.name, draft.name if k else None, k) for k in load.values_of_k}
+    quiet_http()
     version, runs, times = _measure(load, served, folder)
     texts = _compare_texts(runs)
     drafter = Drafter.load(draft.name, dtype=DTYPES[settings.dtype], device=default_device(), trust_remote_code=trust)
@@ -212,7 +213,7 @@ def _run(load: Load, server: VllmServer, concurrency: int) -> dict[str, Any]:
     indexes = load.indexes(concurrency)
     before, start = server.counters(), time.perf_counter()
     prompts, body = [load.prompts[index] for index in indexes], {"stop_token_ids": list(load.end_ids)}
-    replies = _ask(server, prompts, concurrency, load.settings.timeout, load.settings.max_new_tokens, body)
+    replies = asyncio.run(_ask(server, prompts, concurrency, load.settings.max_new_tokens, body))
     seconds, counters = time.perf_counter() - start, server.counters() - before
     num_tokens = sum(len(reply.token_ids) for reply in replies)
     return {
@@ -250,7 +251,7 @@ def _calibrate(load: Load, server: VllmServer) -> tuple[float, dict[int, float]]
 
     def ask(number: int, length: int) -> list[Reply]:
         prompts = draws.choice(vocabulary, (number, length)).tolist()
-        return _ask(server, prompts, number, load.settings.timeout, CALIBRATION_TOKENS, {"ignore_eos": True})
+        return asyncio.run(_ask(server, prompts, number, CALIBRATION_TOKENS, {"ignore_eos": True}))
 
     length = min(_median_length(load.prompts), load.max_model_len - CALIBRATION_TOKENS - 2 * load.values_of_k[-1] - 1)
     ask(1, SHORT_PROMPT)  # warm-up
@@ -271,36 +272,15 @@ def _median_length(prompts: Sequence[Ids]) -> int:
     return int(np.median([len(prompt) for prompt in prompts]))
 
 
-def _ask(
-    server: VllmServer,
-    prompts: Sequence[Ids],
-    concurrency: int,
-    timeout: float,
-    max_tokens: int,
-    body: Mapping[str, Any],
+async def _ask(
+    server: VllmServer, prompts: Sequence[Ids], concurrency: int, max_tokens: int, body: Mapping[str, Any]
 ) -> list[Reply]:
     """Replies in the order of the prompts, with so many in flight. Raises UserError if the server fails."""
-    quiet_http()
-    try:
-        return asyncio.run(_ask_all(server, prompts, concurrency, timeout, max_tokens, body))
-    except openai.APIError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise UserError(f"the vLLM server failed: {reason} (log: {server.log})") from error
-
-
-async def _ask_all(
-    server: VllmServer,
-    prompts: Sequence[Ids],
-    concurrency: int,
-    timeout: float,
-    max_tokens: int,
-    body: Mapping[str, Any],
-) -> list[Reply]:
     body = {"return_token_ids": True, "repetition_penalty": 1.0, "skip_special_tokens": False, **body}
     key = os.environ.get("OPENAI_API_KEY") or "none"
     numbered = iter(enumerate(prompts))
     replies: dict[int, Reply] = {}
-    async with AsyncOpenAI(base_url=server.url, api_key=key, timeout=timeout, max_retries=2) as client:
+    async with AsyncOpenAI(base_url=server.url, api_key=key, timeout=server.timeout, max_retries=2) as client:
 
         async def _ask_in_turn() -> None:
             for number, prompt in numbered:
@@ -318,7 +298,10 @@ async def _ask_all(
                         reply.token_ids.extend(ids)
                         reply.arrivals.append(time.perf_counter())
 
-        await asyncio.gather(*(_ask_in_turn() for _ in range(concurrency)))
+        try:
+            await asyncio.gather(*(_ask_in_turn() for _ in range(concurrency)))
+        except openai.APIError as error:
+            raise UserError(f"the vLLM server failed: {first_line(error)[:300]} (log: {server.log})") from error
     return [replies[number] for number in range(len(prompts))]
 
 

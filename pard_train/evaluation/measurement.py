@@ -1,6 +1,7 @@
 """Acceptance of one draft on the answers of one target to one benchmark, as records of acceptance.json.
 
-Greedy answers give it exactly, by replay; answers drawn at a temperature give an estimate. Each measurement is stored,
+Replay of greedy answers gives it exactly. Replay of answers drawn at a temperature gives an estimate: a draft proposes
+its most likely tokens, so the answer itself says which of them speculative sampling kept. Each measurement is stored,
 and never computed again for the same models and settings.
 """
 
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from pard_train.acceptance.counting import Trace, count_as_vllm, group_traces, length_bucket, pool, walk
-from pard_train.acceptance.estimate import estimate_acceptance
 from pard_train.acceptance.replay import replay_all
 from pard_train.device import default_device
 from pard_train.evaluation.matrix import Matrix
@@ -21,7 +21,7 @@ from pard_train.generation.proposers import Drafter
 from pard_train.generation.runner import Runner
 from pard_train.model import DTYPES
 from pard_train.reports.records import Record
-from pard_train.targets.cases import Case, ScoredCase, Turn
+from pard_train.targets.cases import Case, Turn
 from pard_train.targets.compatibility import Model
 
 NO_DRAFT = "-"  # name and fingerprint where prompt look-up drafts, which has no model
@@ -60,7 +60,7 @@ def make_record(matrix: Matrix, draft: Draft | None, case: Case, **measured: Any
         matrix: the evaluation.
         draft: None where prompt look-up drafts.
         case: the answers.
-        measured: the other fields, and those that differ from greedy replay of a PARD draft.
+        measured: the other fields, and those that differ from replay of a PARD draft.
     """
     return {
         "draft": draft.name if draft else NO_DRAFT,
@@ -68,8 +68,8 @@ def make_record(matrix: Matrix, draft: Draft | None, case: Case, **measured: Any
         "benchmark": case.benchmark.name,
         "mode": "replay",
         "method": "pard",
-        "temperature": 0.0,
-        "top_p": 1.0,
+        "temperature": case.sampling.temperature,
+        "top_p": case.sampling.top_p,
         "batch_size": None,
         "max_new_tokens": matrix.settings.max_new_tokens,
         "dtype": matrix.dtype,
@@ -120,25 +120,11 @@ def replay_case(matrix: Matrix, draft: Draft, case: Case) -> tuple[list[list[int
 def replay_records(
     matrix: Matrix, draft: Draft, case: Case, matches: list[list[int]], provenance: dict[str, Any]
 ) -> Iterator[Record]:
-    """One record per K, all from one replay."""
+    """One record per K, all from one replay; of sampled answers they are estimates."""
+    how = {} if case.sampling.is_greedy else {"mode": "estimate", "estimator": "sampled_text"}
     for k in sorted(set(matrix.settings.num_draft_tokens)):
         counts = np.sum([count_as_vllm(m, k) for m in matches], axis=0).tolist()
         numbers = pooled_numbers([walk(m, k) for m in matches], case.turns, k) | vllm_numbers(*counts)
-        yield make_record(matrix, draft, case, **numbers, provenance=provenance)
-
-
-def estimate_records(matrix: Matrix, draft: Draft, scored: ScoredCase) -> Iterator[Record]:
-    """One record per K: expected acceptance on answers that the target drew at a temperature."""
-    sampling, case = scored.sampling, scored.case
-    for k in sorted(set(matrix.settings.num_draft_tokens)):
-        identity = {**case.identity, "draft_fingerprint": draft.fingerprint, "num_draft_tokens": k}
-
-        def _compute(k: int = k) -> Record:
-            return estimate_acceptance(draft.drafter(), scored.texts, k, sampling).record()
-
-        estimated, provenance = matrix.result("estimate", identity, _compute)
-        numbers = {"mean_prompt_tau": None, **estimated, "groups": []}
-        how = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         yield make_record(matrix, draft, case, **how, **numbers, provenance=provenance)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.downloads import local_model
-from pard_train.generation.proposers import DraftStream, Proposal, Proposer, Task
+from pard_train.generation.proposers import Proposer, Task
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, NO_TOKEN, Sampling, SequenceRandom, probabilities, verify
 from pard_train.model import load_config
@@ -145,17 +145,16 @@ def _decode(
     max_length = max(map(len, prompts)) + limits.max_new_tokens + num_draft_tokens
     width = 1 + num_draft_tokens if drafter is not None else 1
     batch = runner.start(len(prompts), max_length, width=width, num_logits=width)
-    task = Task(len(prompts), max_length, num_draft_tokens, sampling, random)
-    stream: DraftStream = drafter.start(task) if drafter is not None else _NoDraft()
+    stream = drafter.start(Task(len(prompts), max_length, num_draft_tokens)) if drafter is not None else None
     texts = [list(prompt) for prompt in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
     rows = [row for row, output in enumerate(outputs) if not limits.is_over(output)]
     while rows:
         running = [texts[row] for row in rows]
-        proposal = stream.propose(rows, running)
-        logits = batch.extend(running, proposal.tokens)
+        drafts = stream.propose(running) if stream else [[] for _ in rows]
+        logits = batch.extend(running, drafts)
         uniforms = None if random is None else random.uniform(rows, 1 + num_draft_tokens)
-        emitted = _verify(logits, proposal, sampling, uniforms)
+        emitted = _verify(logits, drafts, sampling, uniforms)
         steps = {}
         for row, (num_accepted, tokens) in zip(rows, emitted, strict=True):
             tokens = limits.cut(tokens, len(outputs[row]))
@@ -166,33 +165,22 @@ def _decode(
         unfinished = [i for i, row in enumerate(rows) if not limits.is_over(outputs[row])]
         if unfinished and len(unfinished) < len(rows):
             batch.keep(unfinished)
-            stream.keep(unfinished)
+            if stream:
+                stream.keep(unfinished)
         rows = [rows[i] for i in unfinished]
 
 
-class _NoDraft:
-    """Plain decoding: an empty draft."""
-
-    def propose(self, rows: list[int], texts: list[list[int]]) -> Proposal:
-        """No tokens."""
-        return Proposal([[] for _ in rows])
-
-    def keep(self, which: list[int]) -> None:
-        """Nothing to drop."""
-
-
 def _verify(
-    logits: Tensor, proposal: Proposal, sampling: Sampling, uniforms: Tensor | None
+    logits: Tensor, drafts: list[list[int]], sampling: Sampling, uniforms: Tensor | None
 ) -> list[tuple[int, list[int]]]:
     """For every answer, the number of accepted draft tokens, and these followed by the target's own token.
 
     Args:
         logits: [B, M + 1, V], aligned at the end, where M <= K is the most draft tokens of any answer.
-        proposal: draft tokens.
+        drafts: tokens of each answer.
         sampling: how tokens are chosen.
         uniforms: float64 [B, K + 1], also if fewer tokens are proposed; None if greedy.
     """
-    drafts = proposal.tokens
     if uniforms is None:
         chosen = logits.argmax(dim=-1).tolist()  # after the text, and after each draft token
         owns = [row[len(row) - len(draft) - 1 :] for row, draft in zip(chosen, drafts, strict=True)]
@@ -204,9 +192,8 @@ def _verify(
     places = (torch.arange(most + 1, device=device) + (most - lengths)[:, None]).clamp(max=most)  # aligned at the start
     probs = probabilities(logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), sampling)
     padded = torch.tensor([draft + [NO_TOKEN] * (most - len(draft)) for draft in drafts], device=device)
-    draft_probs = None if proposal.probs is None else proposal.probs.to(device)
     used = torch.cat([uniforms[:, :most], uniforms[:, -1:]], dim=1).to(device)
-    num_accepted, own_tokens = verify(padded.long(), draft_probs, probs, used)
+    num_accepted, own_tokens = verify(padded.long(), probs, used)
     numbered = zip(num_accepted.tolist(), drafts, own_tokens.tolist(), strict=True)
     return [(n, [*draft[:n], own]) for n, draft, own in numbered]
 

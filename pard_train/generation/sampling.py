@@ -1,10 +1,9 @@
 """Sampling, and the verification rule that makes speculative sampling lossless.
 
-A draft token d with draft probability q(d) is accepted with probability min(1, p(d) / q(d)), where p is the target's
-distribution. The first rejected token is resampled from max(p - q, 0), normalized; if all are accepted, one more token
-is sampled from p. Every token then has exactly the target's distribution, for any draft (Leviathan et al., arXiv
-2211.17192; Chen et al., arXiv 2302.01318). A draft that proposes its most likely token, as engines do with parallel
-drafting, is the case q = 1: d is accepted with probability p(d) and excluded from resampling.
+A draft proposes its most likely tokens at any temperature, as engines do with parallel drafting. A draft token d is
+accepted with probability p(d), where p is the target's distribution. The first rejected token is resampled from the
+rest of p; if all are accepted, one more token is sampled from p. Every token then has exactly the target's
+distribution, for any draft (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318: the case q(d) = 1).
 
 All functions here are pure: random numbers are arguments. Each answer has its own generator, so the answer to a prompt
 depends neither on the batch nor on the order of prompts.
@@ -18,10 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Legend: B rows, K draft tokens, V vocabulary of the target, W <= V tokens that a draft can propose.
+# Legend: B rows, K draft tokens, V vocabulary of the target.
 
 NO_TOKEN = -1  # pads the rows that have fewer draft tokens than others
 
@@ -107,14 +105,11 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(total, (uniforms[..., None] * total[..., -1:]), right=True).squeeze(-1)
 
 
-def verify(
-    draft_tokens: Tensor, draft_probs: Tensor | None, target_probs: Tensor, uniforms: Tensor
-) -> tuple[Tensor, Tensor]:
+def verify(draft_tokens: Tensor, target_probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Accept a prefix of the draft and add one token, so that every token has the target's distribution.
 
     Args:
         draft_tokens: int64 [B, K]; NO_TOKEN at the end of rows that have fewer.
-        draft_probs: distributions they were sampled from, float32 [B, K, W]; None for most likely tokens.
         target_probs: the target's probabilities after the text and after each draft token, float32 [B, K + 1, V].
         uniforms: float64 [B, K + 1].
 
@@ -124,28 +119,17 @@ def verify(
     Example: p gives token 0 a quarter, the draft is token 0. A uniform number of 0.2 accepts it, 0.3 does not:
 
         >>> p = torch.tensor([[[0.25, 0.75], [0.25, 0.75]]])
-        >>> [verify(torch.tensor([[0]]), None, p, torch.tensor([[u, 0.1]])) for u in (0.2, 0.3)]
+        >>> [verify(torch.tensor([[0]]), p, torch.tensor([[u, 0.1]])) for u in (0.2, 0.3)]
         [(tensor([1]), tensor([0])), (tensor([0]), tensor([1]))]
     """
     rows, num_draft_tokens = torch.arange(len(draft_tokens), device=target_probs.device), draft_tokens.shape[1]
     named = draft_tokens.clamp(min=0)[..., None]
     p = target_probs[:, :num_draft_tokens].gather(-1, named).squeeze(-1)  # [B, K]
-    q = torch.ones_like(p) if draft_probs is None else draft_probs.gather(-1, named).squeeze(-1)
-    is_accepted = (uniforms[:, :-1] * q < p) & (draft_tokens != NO_TOKEN)
+    is_accepted = (uniforms[:, :-1] < p) & (draft_tokens != NO_TOKEN)
     num_accepted = is_accepted.long().cumprod(-1).sum(-1)  # [B]
     own = target_probs[rows, num_accepted]  # [B, V]
     end = draft_tokens.new_full((len(draft_tokens), 1), NO_TOKEN)
     rejected = torch.cat([draft_tokens, end], dim=1)[rows, num_accepted]  # [B]; NO_TOKEN after the last
-    rest = _residual(own, rejected.clamp(min=0), draft_probs, num_accepted)
+    rest = own.scatter(-1, rejected.clamp(min=0)[:, None], 0.0)
     is_resampled = (rejected != NO_TOKEN) & (rest.sum(-1) > 0)  # all zero only where rounding rejected a token
     return num_accepted, draw(torch.where(is_resampled[:, None], rest, own), uniforms[:, -1])
-
-
-def _residual(own: Tensor, rejected: Tensor, draft_probs: Tensor | None, num_accepted: Tensor) -> Tensor:
-    """max(p - q, 0) at the rejected token of each row: [B, V] from p [B, V]."""
-    if draft_probs is None:
-        return own.scatter(-1, rejected[:, None], 0.0)
-    rows = torch.arange(len(own), device=own.device)
-    rest = own.clone()
-    rest[:, : draft_probs.shape[-1]] -= F.pad(draft_probs, (0, 0, 0, 1))[rows, num_accepted]
-    return rest.clamp(min=0.0)

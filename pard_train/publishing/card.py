@@ -30,7 +30,6 @@ class Card:
 
     Attributes:
         name: the draft in the commands: the folder as the user gave it, or its hub repository.
-        title: heading; empty: the public form of the name.
         config: of the exported model.
         base: folder or hub name of the model it was made from, None if unknown.
         license: keys of the card's head: license, and license_name and license_link if known.
@@ -46,7 +45,6 @@ class Card:
     license: dict[str, str] = field(default_factory=dict)
     training: Training | None = None
     records: Sequence[dict[str, Any]] = ()
-    title: str = ""
 
 
 def write_card(card: Card, folder: Path) -> None:
@@ -60,7 +58,7 @@ def write_card(card: Card, folder: Path) -> None:
         _head(card),
         template_path=str(TEMPLATE),
         card=card,
-        title=card.title or public_name(card.name),
+        title=Path(card.name).name,
         version=__version__,
         config=card.config,
         training=training,
@@ -88,7 +86,7 @@ def _head(card: Card) -> ModelCardData:
         base_model=card.base if is_hub_name(card.base) else None,
         datasets=sorted({s["path"] for s in sources.values() if is_hub_name(s["path"])}) or None,
         tags=["speculative-decoding", "parallel-draft-model", "pard", "pard_train"],
-        model_name=card.title or public_name(card.name),
+        model_name=Path(card.name).name,
         eval_results=[_eval_result(record) for record in _best_records(card.records).values()] or None,
         license=card.license.get("license"),
         license_name=card.license.get("license_name"),

@@ -40,7 +40,7 @@ from pard_train.model import (
     vocabulary_tensors,
 )
 from pard_train.publishing.card import Card, write_card
-from pard_train.publishing.hub import check_upload, public_address, public_name
+from pard_train.publishing.hub import public_name
 from pard_train.publishing.origin import find_base, read_acceptance, read_license, read_training
 from pard_train.runs import new_folder, read_json, run_of, write_json
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint
@@ -70,6 +70,13 @@ class Plan:
         """Folder of one size: the root itself if there is only one."""
         return root if len(self.sizes) == 1 else root / f"vocab-{num_rows}"
 
+    def address(self, root: Path, num_rows: int, repository: str | None) -> str:
+        """What the commands on the card of one size load: its folder, or its repository on the hub."""
+        folder = self.folder(root, num_rows)
+        if repository is None:
+            return str(folder)
+        return repository if folder == root else f"{repository}-{folder.name}"
+
 
 def export(config: Config) -> list[Path]:
     """Write the exported folders, reload each, and compare its logits with those of the checkpoint.
@@ -81,8 +88,8 @@ def export(config: Config) -> list[Path]:
         The folders, one per vocabulary size: `output_dir`, or `output_dir/vocab-N` if there are several.
 
     Raises:
-        UserError: if the checkpoint is damaged or no draft model, a target does not fit, the folder is taken, the disk
-            is too full, or the hub refuses the upload.
+        UserError: if the checkpoint is damaged or no draft model, a target does not fit, the folder is taken, or the
+            disk is too full.
     """
     root, settings = Path(config.output_dir), config.export
     check_trackers(config.logger)
@@ -102,10 +109,9 @@ def export(config: Config) -> list[Path]:
             folder = plan.folder(partial, num_rows)
             write_folder(model, plan, folder, max_shard_size=settings.max_shard_size)
             check_reload(folder, model, plan)
-            name = public_address(settings.push_to_hub, plan.folder(root, num_rows), root)
-            title = "" if settings.push_to_hub else Path(name).name  # the folder is not in its place yet
             write_custom_generate(folder)
-            write_card(replace(plan.card, name=name, title=title, config=model.config, targets=targets), folder)
+            name = plan.address(root, num_rows, settings.repository)
+            write_card(replace(plan.card, name=name, config=model.config, targets=targets), folder)
     folders = [plan.folder(root, num_rows) for num_rows in plan.sizes]
     _log_export(config, plan, folders)
     return folders
@@ -144,10 +150,7 @@ def plan_export(config: Config) -> Plan:
     sizes = find_sizes(config.targets, checkpoint.path, model_config.vocab_size, tokenizer)
     _check_disk(root, model_config, sizes, DTYPES[settings.dtype].itemsize)
     card = _card(settings, checkpoint, model_config)
-    plan = Plan(checkpoint, model_config, tokenizer, mask_token_id, sizes, card)
-    if settings.push_to_hub is not None:
-        check_upload(settings.push_to_hub, [plan.folder(root, num_rows) for num_rows in sizes], root)
-    return plan
+    return Plan(checkpoint, model_config, tokenizer, mask_token_id, sizes, card)
 
 
 def _card(settings: ExportConfig, checkpoint: Checkpoint, model_config: PretrainedConfig) -> Card:

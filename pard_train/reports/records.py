@@ -15,7 +15,8 @@ from pard_train.errors import UserError
 ACCEPTANCE_FILE = "acceptance.json"
 PREDICTIONS_FILE = "predictions.json"
 PICTURE_FILE = "acceptance.png"
-SCHEMA_VERSION = 2  # of acceptance.json; adding a field keeps the version, renaming or removing one raises it
+SCHEMA_VERSION = 3  # of acceptance.json; adding a field keeps the version, renaming or removing one raises it
+READABLE = (2, SCHEMA_VERSION)
 REQUIRED = (  # fields without which a record cannot be shown
     *("draft", "target", "benchmark", "mode", "method", "temperature", "num_draft_tokens"),
     *("tau", "tau_low", "tau_high", "num_turns", "num_tokens", "num_steps"),
@@ -40,8 +41,7 @@ TERMS = {
     "K": "Draft tokens per step, proposed in one forward pass of the draft model.",
     "survival": "Share of steps that accept the draft tokens at this position and at all positions before it.",
     "replay": "Exact acceptance under greedy decoding, computed from the target's cached answers.",
-    "estimate": "Expected acceptance under sampling, computed from the target's sampled answers and their "
-    "probabilities.",
+    "estimate": "Expected acceptance under sampling, computed from the target's sampled answers.",
     "live": "Draft and target decode together with KV caches. This measures speed and checks that the output is "
     "unchanged.",
     "speed-up": "Tokens per second with the draft, divided by those of the target alone. Both decode the same prompts "
@@ -67,7 +67,7 @@ def read_result(path: Path) -> Result:
     except (ValueError, OSError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): evaluate again") from None
     found = result.get("schema_version") if isinstance(result, dict) else None
-    if found != SCHEMA_VERSION:
+    if found not in READABLE:
         raise UserError(f"{file} has schema_version={found}, but must have {SCHEMA_VERSION}: evaluate again")
     for name in ("records", "failures"):
         rows = result.get(name)
@@ -128,7 +128,7 @@ def timed_records(result: Result) -> list[Record]:
 
 
 def groups_of(record: Record, by: str | None = None) -> list[dict[str, Any]]:
-    """The breakdown of a record, or its groups of one kind; an estimate has none."""
+    """The breakdown of a record, or its groups of one kind."""
     return [g for g in record.get("groups", ()) if by in (None, g["by"])]
 
 

@@ -10,26 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tqdm.auto import tqdm
-
-from pard_train.acceptance.estimate import ScoredText
 from pard_train.data.benchmarks import Benchmark, Prompt
-from pard_train.data.chat import ChatEncoder, Document
+from pard_train.data.chat import ChatEncoder
 from pard_train.data.encoding import encoder_identity
-from pard_train.data.scores import score_documents
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Sampling
-from pard_train.runs import fingerprint, new_file
+from pard_train.runs import fingerprint
 from pard_train.targets.answers import Answer, AnswerCache
 from pard_train.targets.conversation import Conversation, Conversations, Refusal, ask_in_turn
 from pard_train.targets.target import Target
 from pard_train.targets.writing import write_missing
 
 ANSWERS_FOLDER = "target_text"  # the cache of answers
-TOP_K = 64  # most likely tokens kept per position of a scored case; the rest counts as refused
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,7 @@ class Case:
         benchmark: the prompts.
         turns: every answer, conversation by conversation.
         limits: when an answer ends.
+        sampling: how the target chose its tokens.
         identity: everything that decides the answers, for records and names of cached results.
     """
 
@@ -69,6 +63,7 @@ class Case:
     benchmark: Benchmark
     turns: list[Turn]
     limits: Limits
+    sampling: Sampling
     identity: dict[str, Any]
 
 
@@ -89,7 +84,7 @@ def write_case(
         folder: of the cache, whose file names hold a fingerprint of everything that decides the answers.
         max_new_tokens: of each answer.
         system_prompt: put before every conversation that has none.
-        sampling: how the target chooses its tokens; greedy if servers answer.
+        sampling: how the target chooses its tokens.
 
     Raises:
         UserError: if the chat template or a server refuses a prompt.
@@ -115,7 +110,7 @@ def write_case(
     if found is None:
         write_missing([answers])
         found = answers.results()
-    return Case(target.label, benchmark, [turn for turns in found or [] for turn in turns], limits, identity)
+    return Case(target.label, benchmark, [turn for turns in found or [] for turn in turns], limits, sampling, identity)
 
 
 def case_identity(
@@ -182,55 +177,3 @@ def longest_text(
         messages = [message for turn in _asked(prompt, system_prompt) for message in (*turn, placeholder)][:-1]
         longest = max(longest, len(encoder.encode_prompt(messages)) + max_new_tokens * len(prompt.turns))
     return longest
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scored cases: sampled answers with the target's log-probabilities, for estimates above temperature 0
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ScoredCase:
-    """A case sampled at a temperature, and its answers with the target's scores, in the order of its turns."""
-
-    case: Case
-    sampling: Sampling
-    texts: list[ScoredText]
-
-
-def score_case(target: Target, case: Case, sampling: Sampling, folder: Path) -> ScoredCase:
-    """The target's scores of a case that it sampled, cached or computed now.
-
-    Args:
-        target: of the case.
-        case: from `write_case`.
-        sampling: of the case.
-        folder: of the cache.
-    """
-    path = folder / ANSWERS_FOLDER / f"scores-{fingerprint([case.identity, TOP_K])}.npz"
-    if not path.exists():
-        _write_scores(target, case, path)
-    with np.load(path, allow_pickle=False) as scores:
-        parts = [scores[name] for name in ("label_logprobs", "top_logprobs")]
-    stops = np.cumsum([len(turn.answer.ids) for turn in case.turns])[:-1]
-    texts = [
-        ScoredText(turn.prompt_ids, turn.answer.ids, label_logprobs, top_logprobs, turn.prompt_id)
-        for turn, label_logprobs, top_logprobs in zip(
-            case.turns, *(np.split(part, stops) for part in parts), strict=True
-        )
-    ]
-    return ScoredCase(case, sampling, texts)
-
-
-def _write_scores(target: Target, case: Case, path: Path) -> None:
-    """Write the scores of all answer tokens of a case, turn by turn."""
-    turns = tqdm(case.turns, desc=f"{case.target} scores {case.benchmark.name}", unit="answer")
-    parts = [score_documents(target.weights, [_document(turn)], TOP_K) for turn in turns]
-    label_logprobs, _, top_logprobs = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    with new_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, label_logprobs=label_logprobs, top_logprobs=top_logprobs)
-
-
-def _document(turn: Turn) -> Document:
-    ids = np.array(turn.prompt_ids + turn.answer.ids, dtype=np.int32)
-    return Document(ids, np.arange(len(ids)) >= len(turn.prompt_ids), turn.prompt_id)
