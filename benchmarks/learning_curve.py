@@ -4,8 +4,9 @@
     python benchmarks/learning_curve.py RUN
 
 Reads the measurements of the monitor in RUN/metrics.jsonl. Writes benchmarks/results/DATE-learning-curve-NAME.md, .png
-and .json (the measurements). The law tau(D) = T - c D^-a, with D supervised tokens, is fitted to the
-measurements after the warm-up at the full learning rate: those at the end gain from the decay, too.
+and .json (the measurements). The law tau(D) = u + v log10 D, with D supervised tokens, is fitted to the measurements
+at the full learning rate: those before are of few steps, and those after gain from the decay, too. A curve
+that bends gives less than its v.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages import RESULTS, command, markdown, origin, write_page
+from pages import command, markdown, origin, write_page
 
 from pard_train.reports.charts import Chart, Point, write_png
 from pard_train.runs import read_json, write_json
 
 VALUES_OF_K = (1, 2, 4, 8)
-POWERS = np.linspace(0.05, 2.0, 196)  # candidates for a
-FACTOR = 10  # more tokens
 
 
 def main() -> None:
@@ -35,10 +34,7 @@ def main() -> None:
     name = f"learning-curve-{arguments.name}"
     measured = measurements(arguments.run)
     curves = {by: curve(measured, by) for by in measured[0]["tau"]}
-    page = render(arguments.run, measured, curves)
-    RESULTS.mkdir(exist_ok=True)
-    write_page(name, page)
-    path = max(RESULTS.glob(f"*-{name}.md"))
+    path = write_page(name, render(arguments.run, measured, curves))
     write_png([[chart(by, points) for by, points in curves.items()]], path.with_suffix(".png"))
     write_json(path.with_suffix(".json"), measured)
 
@@ -64,17 +60,13 @@ def curve(measured: list[dict[str, Any]], benchmark: str) -> dict[int, list[tupl
     return {k: [(m["tokens"], m["tau"][benchmark][str(k)]) for m in measured] for k in VALUES_OF_K}
 
 
-def fit(points: list[tuple[float, float]]) -> tuple[float, float, float, float]:
-    """T, c and a of tau = T - c D^-a by least squares, a on a grid; and the largest error."""
+def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """v of tau = u + v log10 D by least squares, and its standard error."""
     tokens, tau = np.array(points).T
-    best: tuple[float, ...] = (np.inf,)
-    for a in POWERS:
-        columns = np.stack([np.ones_like(tokens), -(tokens**-a)], axis=1)
-        solution, *_ = np.linalg.lstsq(columns, tau, rcond=None)
-        errors = np.abs(columns @ solution - tau)
-        if (squares := float((errors**2).sum())) < best[0]:
-            best = (squares, *solution.tolist(), float(a), float(errors.max()))
-    return best[1], best[2], best[3], best[4]
+    columns = np.stack([np.ones_like(tokens), np.log10(tokens)], axis=1)
+    solution, *_ = np.linalg.lstsq(columns, tau, rcond=None)
+    variance = ((columns @ solution - tau) ** 2).sum() / max(1, len(points) - 2)
+    return float(solution[1]), float(np.sqrt(variance * np.linalg.inv(columns.T @ columns)[1, 1]))
 
 
 def chart(benchmark: str, points: dict[int, list[tuple[float, float]]]) -> Chart:
@@ -95,13 +87,11 @@ def render(run: Path, measured: list[dict[str, Any]], curves: dict[str, dict[int
         table.append([f"{m['tokens']:,}", str(m["step"]), f"{m['learning_rate']:.2g}", *taus])
     full = max(m["learning_rate"] for m in measured)
     steady = [number for number, m in enumerate(measured) if m["step"] and m["learning_rate"] == full]
-    law = [["prompts", "K", "T", "c", "a", "largest error", "at the end", f"law at {FACTOR} times more tokens"]]
+    law = [["prompts", "K", "v: tau for ten times more tokens (± standard error)", "tau at the end"]]
     for by, points in curves.items():
         for k in VALUES_OF_K:
-            limit, scale, power, error = fit([points[k][number] for number in steady])
-            tokens, tau = points[k][-1]
-            law.append([by, str(k), f"{limit:.2f}", f"{scale:.3g}", f"{power:.2f}", f"{error:.3f}", f"{tau:.3f}"])
-            law[-1].append(f"{limit - scale * (FACTOR * tokens) ** -power:.2f}")
+            slope, error = fit([points[k][number] for number in steady])
+            law.append([by, str(k), f"{slope:.2f} ± {error:.2f}", f"{points[k][-1][1]:.3f}"])
     return "\n".join(
         [
             f"# Learning curve: {trained['command'][0]}",
@@ -115,7 +105,7 @@ def render(run: Path, measured: list[dict[str, Any]], curves: dict[str, dict[int
             "",
             markdown(table),
             "",
-            f"The law tau(D) = T - c D^-a, fitted to {len(steady)} measurements at the full learning rate:",
+            f"The law tau(D) = u + v log10 D, fitted to {len(steady)} measurements at the full learning rate:",
             "",
             markdown(law),
             "",

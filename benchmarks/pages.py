@@ -40,8 +40,12 @@ def command() -> str:
     return f"python {' '.join(provenance()['command'])}"
 
 
-def write_page(name: str, page: str, figures: dict[str, Any] | None = None) -> None:
-    """Write benchmarks/results/DATE-NAME.md, or the same and NAME.json into the folder of $BENCHMARK_RESULTS."""
+def write_page(name: str, page: str, figures: dict[str, Any] | None = None) -> Path:
+    """Write benchmarks/results/DATE-NAME.md, or the same and NAME.json into the folder of $BENCHMARK_RESULTS.
+
+    Returns:
+        The page.
+    """
     folder = Path(os.environ.get(RESULTS_VARIABLE) or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{time.strftime('%Y-%m-%d')}-{name}.md"
@@ -49,3 +53,4 @@ def write_page(name: str, page: str, figures: dict[str, Any] | None = None) -> N
     if figures is not None and folder != RESULTS:
         (folder / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(f"written to {path}")
+    return path
