@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_server import FakeServer, scripted
 from tiny import CHATML, build_model, config_for, conversations, experiment, with_settings
 from transformers import PreTrainedTokenizerBase
 
@@ -282,6 +283,22 @@ def test_above_temperature_0_acceptance_is_estimated_from_drawn_texts_and_sample
     before, after = ([r["tau"] for r in estimates if r["draft"] == draft] for draft in ("before", "after"))
     assert before[0] != after[0] and before[1] != after[1]  # though the texts are the same
     assert without_origin(evaluate(config)) == without_origin(document)
+
+
+def test_servers_draw_the_texts_of_an_estimate(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with FakeServer(scripted(tokenizer), models=({"id": base_folder.name},)) as server:
+        changes = {"temperatures": [0.0, 0.8], "top_p": 0.9, "servers": [server.url]}
+        config = settings(drafts, base_folder, prompts_file, tmp_path / "out", **changes)
+        validate_evaluate(config)
+        document = evaluate(config)
+    warm = [request for request in server.requests if request["temperature"] == 0.8]
+    assert len(warm) == len(server.requests) / 2
+    assert {request["top_p"] for request in warm} == {0.9}
+    replayed, estimated = ([r for r in document["records"] if r["mode"] == mode] for mode in ("replay", "estimate"))
+    assert [r["histogram"] for r in replayed] == [r["histogram"] for r in estimated]  # the server's text is the same
+    assert {r["temperature"] for r in estimated} == {0.8}
 
 
 def test_every_way_to_decode_live_is_a_measurement_of_its_own_and_of_this_machine(
