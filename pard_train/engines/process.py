@@ -110,9 +110,9 @@ def engine_process(command: Sequence[str], log: Any, **variables: str) -> Iterat
 
 
 def _end_with_parent() -> None:
-    """In the engine's process: on Linux, end when the process that started it ends."""
+    """In the engine's process: on Linux, end when the process that started it ends. vLLM may swallow a SIGTERM."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def last_words(log_path: Path, exit_status: int) -> str:
