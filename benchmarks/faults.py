@@ -1,7 +1,7 @@
 """Injects faults into programs with tiny models, runs them again, and counts how they end.
 
     python benchmarks/faults.py trials=4 page=docs/explanation/faults.md
-    python benchmarks/faults.py only="train DDP,train ZeRO-1" trials=3 seed=1
+    python benchmarks/faults.py only="train DDP,train ZeRO-1" trials=3 seed=1 fault=kill
 
 Every trial is a fresh folder and processes that are forked from this one, where everything is imported already. Faults:
 
@@ -264,8 +264,8 @@ def damages(job: Job, whole: Path, draw: random.Random, number: int) -> list[tup
     return chosen
 
 
-def try_job(job: Job, made: Path, trials: int, draw: random.Random) -> dict[str, Counter[str]]:
-    """All faults of one program, by kind."""
+def try_job(job: Job, made: Path, trials: int, draw: random.Random, only: str = "") -> dict[str, Counter[str]]:
+    """All faults of one program, or those whose kind begins with `only`, by kind."""
     whole, needed = made / job.name.replace(" ", "-"), made / job.needs.replace(" ", "-") / "out"
 
     def start(folder: Path) -> Path:
@@ -283,6 +283,8 @@ def try_job(job: Job, made: Path, trials: int, draw: random.Random) -> dict[str,
     table: dict[str, Counter[str]] = {}
 
     def trial(kind: str, what: str, setups: dict[int, Setup], damage: Setup | None = None, grace: float = 20) -> None:
+        if not kind.startswith(only):
+            return
         folder = Path(tempfile.mkdtemp(dir=made))
         if damage:
             for top in KEPT:
@@ -297,8 +299,9 @@ def try_job(job: Job, made: Path, trials: int, draw: random.Random) -> dict[str,
         table.setdefault(kind, Counter()).update(words | {"trials"})
         print(f"{job.name}: {kind} {what}: {', '.join(sorted(words))} ({first[0]}, {again[0]})", flush=True)
         if words & {*BAD, "one line"}:
-            lines = [line for line in (first[1] + again[1]).splitlines() if line.strip()][-4:]
-            print("    " + "\n    ".join([*left_behind(folder, whole), *lines]), flush=True)
+            for _, text in (first, again):
+                print("    " + "\n    ".join([line for line in text.splitlines() if line.strip()][-6:]), flush=True)
+            print("    left: ", *left_behind(folder, whole), flush=True)
         shutil.rmtree(folder, ignore_errors=True)
 
     kill, everyone = f"kill ({number} operations)", range(job.ranks)
@@ -322,7 +325,6 @@ def try_job(job: Job, made: Path, trials: int, draw: random.Random) -> dict[str,
 
 BAD = ("traceback", "left behind", "failed", "wrong")
 COLUMNS = ("trials", "equal", "one line", *BAD)
-# "trials", "equal", "one line", "traceback", "left behind", "failed", "wrong")
 
 
 def main() -> None:
@@ -354,7 +356,8 @@ def main() -> None:
         if job.name not in {*chosen, *needed}:
             continue
         trials = int(given.get("trials", 4)) if job.name in chosen else 0
-        for kind, counts in try_job(job, made, trials, random.Random(int(given.get("seed", 0)))).items():
+        draw = random.Random(int(given.get("seed", 0)))
+        for kind, counts in try_job(job, made, trials, draw, given.get("fault", "")).items():
             rows.append(f"| {job.name} | {kind} | " + " | ".join(str(counts[name]) for name in COLUMNS) + " |")
     print("\n".join(rows))
     if page := given.get("page"):
