@@ -207,11 +207,10 @@ def memory_by_part(
     """
     trainer, zero = config.trainer, config.deepspeed.get("zero_optimization", {})
     stage = 3 if trainer.extra.get("fsdp") else zero.get("stage", 0)
-    of_states, of_gradients, of_weights = (num_devices if stage >= first else 1 for first in (1, 2, 3))
+    of_states, of_gradients, of_weights = (num_devices if stage >= first else 1.0 for first in (1, 2, 3))
+    of_states = math.inf if zero.get("offload_optimizer") else of_states
     own = 2.0 if config.deepspeed and trainer.bf16 else 4.0  # bytes of a weight in the model
     has_copy = bool(config.deepspeed) and (trainer.bf16 or stage > 0)  # of weights, and in a step of gradients
-    if zero.get("offload_optimizer"):
-        of_states = math.inf
     on_cpu = config.plan.chip is None and default_device().type == "cpu"
     width = 2 if trainer.bf16 else 4
     head = shape.head_weights
