@@ -236,7 +236,7 @@ check_peak(pickle.loads(Path(sys.argv[1]).read_bytes()), 0.15)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1])
 def test_the_planned_memory_of_zero_in_bfloat16_is_within_15_percent_of_what_two_processes_take(
     chats_file: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, stage: int
 ) -> None:
