@@ -58,7 +58,8 @@ def _explained(path: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        raise UserError(f"{path}: the {what} cannot be loaded: {first_line(cause)}") from error
+        missing = "" if path.startswith("pypi:") or Path(path).exists() else "no such folder, and as a name of the hub "
+        raise UserError(f"{path}: {missing}the {what} cannot be loaded: {first_line(cause)}") from error
 
 
 def load_tokenizer(

@@ -31,7 +31,8 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"  # of a training run: every line of its log
 PLAN_FILE = "plan.json"  # of a training run: what it was expected to take
 MANIFEST_FILE = "manifest.json"  # of a data set: what it was made of, and how much of it is where
-SEAL_FILE = "files.json"  # in every checkpoint: its files and their sizes in bytes
+SEAL_FILE = "files.json"  # of checkpoints, tokens and scores: size in bytes and checksum of every file
+RESUME_BEFORE = "delete {} to resume from the checkpoint before"
 CHECKSUM_BLOCK = 2**24  # bytes
 LOCK_FILE = ".lock"  # of an output folder, held while a program works in it
 LOCK_SECONDS = 10.0  # to wait for it: data workers of a killed run hold it until they end, some seconds later
@@ -294,23 +295,26 @@ def _git_state() -> dict[str, Any] | None:
     return {"commit": commit.strip(), "is_dirty": bool(status.strip())}
 
 
-def seal_checkpoint(folder: Path) -> None:
-    """Record size and checksum of every file of a checkpoint. Written last: without it a checkpoint is incomplete."""
+def seal_folder(folder: Path) -> None:
+    """Record size and checksum of every file of a folder. Written last: a checkpoint without it is incomplete."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL_FILE]
     write_json(folder / SEAL_FILE, {str(p.relative_to(folder)): [p.stat().st_size, _checksum(p)] for p in paths})
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Check size and checksum of every file of a checkpoint. Raises UserError naming a missing or damaged file."""
-    for name, seal in read_json(folder / SEAL_FILE).items():
-        size, checksum = seal if isinstance(seal, list) else (seal, None)  # a number in version 0.1
+def check_sealed(folder: Path, fix: str = "delete {} and run the command that wrote it") -> None:
+    """Check size and checksum of every sealed file of a folder; one without a seal passes.
+
+    Raises:
+        UserError: naming a missing or damaged file, and what to do, `fix`, about the folder.
+    """
+    sealed = read_json(folder / SEAL_FILE) if (folder / SEAL_FILE).exists() else {}
+    for name, (size, checksum) in sealed.items():
         path = folder / name
         found = path.stat().st_size if path.exists() else 0
-        fix = f"delete {folder} to resume from the checkpoint before"
         if found != size:
-            raise UserError(f"{path} is truncated: {found} bytes of {size}; {fix}")
-        if checksum is not None and _checksum(path) != checksum:
-            raise UserError(f"{path} has changed since it was written: {fix}")
+            raise UserError(f"{path} is truncated: {found} bytes of {size}; {fix.format(folder)}")
+        if _checksum(path) != checksum:
+            raise UserError(f"{path} has changed since it was written: {fix.format(folder)}")
 
 
 def _checksum(path: Path) -> int:
@@ -326,15 +330,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run, None if it has none. Raises UserError if it is damaged."""
     for checkpoint in _checkpoints(folder):
         if (checkpoint / SEAL_FILE).exists():
-            check_checkpoint(checkpoint)
+            check_sealed(checkpoint, RESUME_BEFORE)
             return checkpoint
         logger.warning("%s is incomplete: skipped", checkpoint)
     return None
 
 
 def prune_checkpoints(folder: Path, limit: int) -> None:
-    """Delete the oldest checkpoints of a run above a number. The newest must be sealed."""
-    for checkpoint in _checkpoints(folder)[limit:]:
+    """Keep so many of a run's newest complete checkpoints. Delete the others, and what a killed save or delete left."""
+    checkpoints = _checkpoints(folder)
+    kept = [checkpoint for checkpoint in checkpoints if (checkpoint / SEAL_FILE).exists()][:limit]
+    for checkpoint in set(checkpoints) - set(kept):
+        (checkpoint / SEAL_FILE).unlink(missing_ok=True)  # first: what a kill leaves is incomplete
         shutil.rmtree(checkpoint)
 
 

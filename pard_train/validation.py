@@ -246,6 +246,8 @@ def _check_deepspeed(config: Config) -> None:
             "deepspeed=... needs a launcher: torchrun --nproc_per_node N recipes/train.py ..., or "
             "deepspeed --no_local_rank --num_gpus N recipes/train.py ...; for one process, deepspeed=none"
         )
+    if config.trainer.extra.get("fsdp") and (config.deepspeed or not ("RANK" in os.environ or config.plan_only)):
+        raise UserError("trainer.extra.fsdp needs deepspeed=none and a launcher: launch/torchrun.sh ...")
     if config.deepspeed.get("fp16", {}).get("enabled") is True:
         raise UserError(
             "deepspeed.fp16.enabled=true rounds small gradients of the head to 0: set it to false and trainer.bf16=true"
@@ -263,11 +265,6 @@ def _check_monitor(config: Config) -> None:
         return
     _check_targets(config)
     _check_benchmarks(config)
-    if config.trainer.extra.get("fsdp"):
-        raise UserError(
-            f"monitor.every_steps={config.monitor.every_steps} copies the draft, which trainer.extra.fsdp shards: use "
-            "deepspeed=zero3 instead, or set monitor.every_steps=0"
-        )
 
 
 def _check_sources(config: PrepareConfig) -> None:

@@ -211,7 +211,7 @@ MISTAKES = [
     ("train", [*GOOD, "trainer.lr_scheduler_type=wavy"], ["trainer.lr_scheduler_type=wavy", "cosine"]),
     ("train", [*GOOD, "seed=-1"], ["seed=-1"]),
     ("train", [*GOOD, "draft=outputs/d"], ["draft=outputs/d", "draft.path="]),
-    ("train", [*GOOD, *MEASURED, "trainer.extra={fsdp: full_shard}"], ["monitor.every_steps=5", "deepspeed=zero3"]),
+    ("train", [*GOOD, "trainer=fsdp2"], ["trainer.extra.fsdp", "launch/torchrun.sh"]),
     ("evaluate", ["targets=base"], ["targets=[base]"]),
     ("evaluate", ["targets=[t]", "output_dir=out"], ["draft.path=DIR"]),
     ("export", ["draft.path=c"], ["not set: output_dir"]),

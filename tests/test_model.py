@@ -225,6 +225,13 @@ def test_a_config_that_cannot_be_read_is_one_line_with_its_folder(tmp_path: Path
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_that_does_not_exist_is_named_before_the_hub() -> None:
+    with pytest.raises(
+        UserError, match=r"^outputs/typo: no such folder, and as a name of the hub the config cannot be"
+    ):
+        load_config("outputs/typo")
+
+
 def test_a_model_with_damaged_weights_is_named(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((base_folder / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((base_folder / "model.safetensors").read_bytes()[:5000])

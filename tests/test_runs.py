@@ -16,13 +16,14 @@ from pard_train.config import Config, DataConfig, ModelConfig, decisive
 from pard_train.errors import UserError
 from pard_train.runs import (
     SEAL_FILE,
-    check_checkpoint,
     check_run,
+    check_sealed,
     claim_run,
     new_file,
     new_folder,
     newest_checkpoint,
-    seal_checkpoint,
+    prune_checkpoints,
+    seal_folder,
     unfinished,
     write_json,
 )
@@ -57,7 +58,7 @@ def build_checkpoint(folder: Path, step: int, *, is_sealed: bool = True) -> Path
     (checkpoint / "model.safetensors").write_bytes(bytes(1000))
     (checkpoint / "global_step" / "states.pt").write_bytes(bytes(50))
     if is_sealed:
-        seal_checkpoint(checkpoint)
+        seal_folder(checkpoint)
     return checkpoint
 
 
@@ -176,7 +177,7 @@ def test_the_newest_whole_checkpoint_is_taken_by_its_step(tmp_path: Path) -> Non
     for step in (9, 100, 20):
         build_checkpoint(tmp_path, step)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
-    check_checkpoint(tmp_path / "checkpoint-100")
+    check_sealed(tmp_path / "checkpoint-100")
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
@@ -194,11 +195,11 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
 def test_sealing_again_covers_what_came_since(tmp_path: Path) -> None:
     checkpoint = build_checkpoint(tmp_path, 10)
     (checkpoint / "late.pt").write_bytes(bytes(7))
-    seal_checkpoint(checkpoint)
-    check_checkpoint(checkpoint)
+    seal_folder(checkpoint)
+    check_sealed(checkpoint)
     (checkpoint / "late.pt").write_bytes(bytes(6))
     with pytest.raises(UserError, match=r"late\.pt is truncated: 6 bytes of 7"):
-        check_checkpoint(checkpoint)
+        check_sealed(checkpoint)
 
 
 @pytest.mark.parametrize("byte", [0, -1])
@@ -211,11 +212,14 @@ def test_one_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path, byte: int) -> 
         newest_checkpoint(tmp_path)
 
 
-def test_a_seal_of_an_earlier_version_has_sizes_only(tmp_path: Path) -> None:
-    checkpoint = build_checkpoint(tmp_path, 10)
-    seal = json.loads((checkpoint / SEAL_FILE).read_text())
-    (checkpoint / SEAL_FILE).write_text(json.dumps({name: size for name, (size, _) in seal.items()}))
-    check_checkpoint(checkpoint)
+def test_pruning_keeps_the_newest_complete_checkpoints_and_nothing_else(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        build_checkpoint(tmp_path, step)
+    build_checkpoint(tmp_path, 40, is_sealed=False)  # a save that was killed
+    (build_checkpoint(tmp_path, 5) / "model.safetensors").unlink()  # a delete that was killed
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-30"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-30"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff"])

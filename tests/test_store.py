@@ -26,6 +26,7 @@ from pard_train.data.encoding import encode_corpus
 from pard_train.data.store import TokenStore, new_array, open_store
 from pard_train.errors import UserError
 from pard_train.layout import slot_bounds, supervised_runs
+from pard_train.runs import SEAL_FILE
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat runs"}]}
 
@@ -306,19 +307,26 @@ def test_an_array_takes_its_room_on_the_disk_at_once_or_leaves_nothing(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
-@pytest.mark.parametrize("kind", ["empty", "half", "gone"])
+@pytest.mark.parametrize("kind", ["empty", "half", "gone", "flip"])
+@pytest.mark.parametrize("is_sealed", [True, False])  # False: as versions before 0.3 wrote them
 def test_damaged_tokens_end_with_one_line_that_names_the_folder(
-    encoder: ChatEncoder, tmp_path: Path, name: str, kind: str
+    encoder: ChatEncoder, tmp_path: Path, name: str, kind: str, is_sealed: bool
 ) -> None:
     store = encode(write(tmp_path / "chats.jsonl", [GOOD] * 5), encoder)
     file = store.folder / "documents" / name
-    data = file.read_bytes()
-    file.write_bytes(data[: len(data) // 2] if kind == "half" else b"")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes({"empty": b"", "half": data[: len(data) // 2], "flip": data, "gone": b""}[kind])
     if kind == "gone":
         file.unlink()
+    if is_sealed:
+        with pytest.raises(UserError, match=rf"{name} (is truncated|has changed).* delete {store.folder} and run"):
+            TokenStore.open(store.folder)
+        return
+    (store.folder / SEAL_FILE).unlink()
     try:
         opened = TokenStore.open(store.folder)
     except UserError as error:
         assert f"{store.folder} cannot be read" in str(error)
-    else:  # a file with facts that nobody needs
-        assert name == "dataset_info.json" and len(opened) == 5
+    else:  # a file with facts that nobody needs, or tokens whose change only a seal shows
+        assert (name == "dataset_info.json" or kind == "flip") and len(opened) == 5

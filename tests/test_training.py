@@ -31,7 +31,7 @@ from pard_train.data.store import open_store
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout, is_visible
 from pard_train.model import inspect_base, write_initial_draft
-from pard_train.runs import SEAL_FILE, newest_checkpoint, seal_checkpoint
+from pard_train.runs import SEAL_FILE, newest_checkpoint, seal_folder
 from pard_train.training.arguments import training_settings
 from pard_train.training.throughput import ModelShape, Work, step_flops
 from pard_train.training.trainer import build_trainer, train
@@ -344,10 +344,10 @@ def test_the_checkpoint_before_stays_until_the_new_one_is_whole(
     def killed(folder: Path) -> None:
         if folder.name == "checkpoint-4":
             raise KeyboardInterrupt
-        seal_checkpoint(folder)
+        seal_folder(folder)
 
     config = experiment(base_folder, chats_file, tmp_path / "run", save_steps=2, save_total_limit=1)
-    monkeypatch.setattr("pard_train.training.callbacks.seal_checkpoint", killed)
+    monkeypatch.setattr("pard_train.training.callbacks.seal_folder", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()

@@ -22,7 +22,7 @@ from pard_train.data.rows import OnBadRow, Rejects, Row, read_rows, source_versi
 from pard_train.data.schemas import Chat, to_chat
 from pard_train.errors import RowError, UserError
 from pard_train.layout import supervised_runs
-from pard_train.runs import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, write_json
+from pard_train.runs import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, seal_folder, write_json
 
 ENCODING_VERSION = 3  # raise it when the same rows would become other tokens
 REJECTS_FILE = "rejects.jsonl"
@@ -74,6 +74,7 @@ def encode_corpus(config: DataConfig, encoder: ChatEncoder, folder: Path) -> Non
         speed = manifest["counts"]["tokens"] / (time.time() - started)
         speeds = {"tokens_per_second": round(speed), "tokens_per_second_per_worker": round(speed / num_workers)}
         write_json(partial / MANIFEST_FILE, manifest | {"speed": {"workers": num_workers, **speeds}})
+        seal_folder(partial)
 
 
 def _write_rows(source: SourceConfig, path: Path, on_bad_row: OnBadRow) -> datasets.Dataset:

@@ -30,7 +30,7 @@ from pard_train.core.head import gives_plain_logits
 from pard_train.data.chat import Document
 from pard_train.data.store import TokenStore, new_array
 from pard_train.errors import UserError
-from pard_train.runs import MANIFEST_FILE, new_file, read_json, require_same
+from pard_train.runs import MANIFEST_FILE, check_sealed, new_file, read_json, require_same
 
 # Legend: D documents, B of a batch, L tokens of the longest, S supervised tokens, C of a chunk, H hidden size,
 # V vocabulary, k top_k.
@@ -120,7 +120,7 @@ class Scores:
 def open_teacher(folder: Path, store: TokenStore) -> Scores:
     """Open the scores of the training data, from data_scripts/score.py.
 
-    Raises UserError if the folder holds no scores, unfinished ones, or those of other tokens.
+    Raises UserError if the folder holds no scores, unfinished or damaged ones, or those of other tokens.
     """
     if not (folder / MANIFEST_FILE).is_file():
         choices = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_FILE}")))
@@ -135,6 +135,7 @@ def open_teacher(folder: Path, store: TokenStore) -> Scores:
         what=f"data.scores={folder} belongs to other tokens than those of this training",
         fix=f"score these with data_scripts/score.py score.tokens={store.folder}",
     )
+    check_sealed(folder)
     scores = Scores.open(folder, store, top_k=manifest["identity"]["top_k"])
     if not scores.done.all():
         missing = f"{int((~scores.done).sum()):,} of {len(scores):,} documents are not scored"

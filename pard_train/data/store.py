@@ -20,7 +20,7 @@ from pard_train.data.encoding import DOCUMENTS_FOLDER, corpus_identity, encode_c
 from pard_train.downloads import cache_folder
 from pard_train.errors import UserError
 from pard_train.layout import slot_bounds
-from pard_train.runs import MANIFEST_FILE, fingerprint, read_json, require_same
+from pard_train.runs import MANIFEST_FILE, check_sealed, fingerprint, read_json, require_same
 
 TOKENS_FOLDER = "tokens"  # of an output folder, where data_scripts/encode.py writes
 
@@ -40,9 +40,10 @@ class TokenStore(Sequence[Document]):
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
-        """Open the store of a folder. Raises UserError if it is none."""
+        """Open the store of a folder. Raises UserError if it is none, or if a file has changed since it was written."""
         if not is_store(folder):
             raise UserError(f"{folder}: no {MANIFEST_FILE}, so not a folder of {command('encode')}")
+        check_sealed(folder)
         return cls(folder)
 
     def __reduce__(self) -> tuple[Any, ...]:

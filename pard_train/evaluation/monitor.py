@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
@@ -206,7 +207,7 @@ def copy_model(model: PreTrainedModel, dtype: torch.dtype, device: torch.device)
     for name, parameter in copy.named_parameters():
         theirs = model.get_parameter(name)
         with _gathered(theirs):
-            parameter.copy_(theirs)
+            parameter.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)  # FSDP2 shards it
     for name, buffer in copy.named_buffers():
         buffer.copy_(model.get_buffer(name))
     return copy.eval()

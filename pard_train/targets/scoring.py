@@ -16,7 +16,7 @@ from pard_train.data.store import TOKENS_FOLDER, TokenStore
 from pard_train.device import this_process
 from pard_train.errors import UserError
 from pard_train.model import check_same_tokenizer, load_base_tokenizer
-from pard_train.runs import MANIFEST_FILE, fingerprint, provenance, write_json
+from pard_train.runs import MANIFEST_FILE, SEAL_FILE, check_sealed, fingerprint, provenance, seal_folder, write_json
 from pard_train.targets.target import first_target, load_targets
 
 
@@ -27,8 +27,8 @@ def score(config: Config) -> Path:
         Folder of the scores.
 
     Raises:
-        UserError: if the tokens or the target cannot be read, their tokenizers differ or have fewer than top_k tokens,
-            or the number of processes does not fit.
+        UserError: if the tokens, the target or finished scores cannot be read, their tokenizers differ or have fewer
+            than top_k tokens, or the number of processes does not fit.
     """
     settings, process = config.score, this_process()
     _check_processes(process, config.inference.device_map)
@@ -42,6 +42,9 @@ def score(config: Config) -> Path:
         raise UserError(f"score.top_k={settings.top_k}: the tokenizer has {num_tokens} tokens; give at most as many")
     identity = {"target": target.fingerprint, "dtype": target.dtype, "top_k": settings.top_k, "num_tokens": num_tokens}
     folder = tokens / "scores" / fingerprint(identity)
+    if (folder / SEAL_FILE).exists():  # finished
+        check_sealed(folder)
+        return folder
     with process.main_process_first():
         scores = Scores.open(folder, store, top_k=settings.top_k, create=True)
     write_scores(
@@ -57,6 +60,7 @@ def score(config: Config) -> Path:
         made_of = {"identity": identity, "target": name, "tokens": store.manifest["identity"]}
         outside = {"mass_outside_top_k": round(scores.mass_outside(), 6)}
         write_json(folder / MANIFEST_FILE, {**made_of, "counts": counts, **outside, "made_by": provenance()})
+        seal_folder(folder)
     return folder
 
 

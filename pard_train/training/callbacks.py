@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from pard_train.errors import UserError
-from pard_train.runs import METRICS_FILE, new_file, prune_checkpoints, read_metrics, seal_checkpoint
+from pard_train.runs import METRICS_FILE, new_file, prune_checkpoints, read_metrics, seal_folder
 
 logger = logging.getLogger(__name__)
 
@@ -168,12 +168,17 @@ class SealCheckpoint(TrainerCallback):
     def __init__(self, limit: int):
         self.limit = limit
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Delete what a kill while checkpoints were written or deleted has left."""
+        if state.is_world_process_zero:
+            prune_checkpoints(Path(args.output_dir), self.limit)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Wait for all ranks, write the list of files, and delete the oldest checkpoints above the limit."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
-            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            seal_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             prune_checkpoints(Path(args.output_dir), self.limit)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pard_train.errors import UserError
-from pard_train.runs import CONFIG_FILE, RUN_FILE, SEAL_FILE, check_checkpoint, read_json, read_metrics
+from pard_train.runs import CONFIG_FILE, RUN_FILE, SEAL_FILE, check_sealed, read_json, read_metrics
 from pard_train.training.trainer import BEST_FILE, BEST_FOLDER, DRAFT_FOLDER, INITIAL_FOLDER
 
 
@@ -61,8 +61,7 @@ def find_checkpoint(path: str) -> Checkpoint:
     is_numbered = folder.name.removeprefix("checkpoint-").isdecimal()
     if run is not None and is_numbered and not (folder / SEAL_FILE).exists():
         raise UserError(f"{path} is incomplete: use an earlier checkpoint")
-    if (folder / SEAL_FILE).exists():
-        check_checkpoint(folder)
+    check_sealed(folder, "use another checkpoint")
     home = run / INITIAL_FOLDER if run is not None and is_numbered else folder
     return Checkpoint(path, str(home if home.is_dir() else folder), run)
 

@@ -6,6 +6,7 @@ layer keeps for the backward pass was read from PyTorch's saved tensors, and a t
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -200,27 +201,35 @@ def memory_by_part(
 ) -> dict[str, float]:
     """GB of tensors on one device by part, and the peak.
 
-    With AdamW in float32: 16 bytes per weight, of which ZeRO shards states (1), gradients (2) and weights (3).
-    Activations and the head's chunk of logits are gone when the last gradients are written.
+    With AdamW in float32: 16 bytes per weight, of which ZeRO shards states (1), gradients (2) and weights (3), and FSDP
+    all. DeepSpeed in bfloat16 has weights and gradients of 2 bytes, and its optimizer 4 more for weights in float32.
+    Activations, the head's chunk of logits and DeepSpeed's bucket are gone when the last gradients are written.
     """
-    trainer, stage = config.trainer, config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    trainer, zero = config.trainer, config.deepspeed.get("zero_optimization", {})
+    stage = 3 if trainer.extra.get("fsdp") else zero.get("stage", 0)
+    of_states, of_gradients, of_weights = (num_devices if stage >= first else 1.0 for first in (1, 2, 3))
+    of_states = math.inf if zero.get("offload_optimizer") else of_states
+    own = 2.0 if config.deepspeed and trainer.bf16 else 4.0  # bytes of a weight in the model
+    has_copy = bool(config.deepspeed) and (trainer.bf16 or stage > 0)  # of weights, and in a step of gradients
     on_cpu = config.plan.chip is None and default_device().type == "cpu"
     width = 2 if trainer.bf16 else 4
     head = shape.head_weights
     weights = shape.layer_weights + head * (1 if model.tie_word_embeddings else 2)
-    copies = 2 if num_devices > 1 and not config.deepspeed else 1  # DDP keeps gradients in buckets, too
+    copies = 2 if num_devices > 1 and not config.deepspeed and not stage else 1  # DDP keeps gradients in buckets, too
     chunk = min(supervised, CHUNK_SLOTS_CPU if on_cpu else CHUNK_SLOTS)
     kept = config.data.slot_budget * activation_bytes(shape, model, width, trainer.gradient_checkpointing)
     parts = {
-        "weights": 4.0 * weights / (num_devices if stage == 3 else 1),
-        "gradients": 4.0 * weights * copies / (num_devices if stage >= 2 else 1),
-        "optimizer": 8.0 * weights / (num_devices if stage else 1),
-        "activations": kept + (2.0 * shape.layer_weights if trainer.bf16 else 0.0),  # with weights in bfloat16
+        "weights": own * weights / of_weights,
+        "gradients": own * weights * copies / of_gradients,
+        "optimizer": (12.0 if has_copy else 8.0) * weights / of_states,
+        "activations": kept + (2.0 * shape.layer_weights if trainer.bf16 and own == 4 else 0.0),  # weights in bfloat16
         "head": chunk * shape.vocabulary * width * 2.0 + supervised * shape.hidden * (4.0 + width),
     }
-    before = parts["gradients"] if trainer.gradient_accumulation_steps > 1 else 4.0 * head
+    before = parts["gradients"] if trainer.gradient_accumulation_steps > 1 else own * head
+    before += own * zero.get("reduce_bucket_size", 5e8) if stage and config.deepspeed else 0.0
+    in_step = 4.0 * weights / of_states if has_copy else 0.0
     parts["peak"] = parts["weights"] + parts["optimizer"]
-    parts["peak"] += max(before + parts["activations"] + parts["head"], parts["gradients"])
+    parts["peak"] += max(before + parts["activations"] + parts["head"], parts["gradients"] + in_step)
     return {name: size / GB for name, size in parts.items()}
 
 

@@ -1,0 +1,100 @@
+"""One, two and four processes train the same draft at equal global batch, however its parts are sharded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_launchers import STEPS, check_as_alone, log_of, run_all, settings_of
+from tiny import conversations, experiment, exporting
+
+from pard_train.config import MonitorConfig
+from pard_train.evaluation.monitor import build_monitor
+from pard_train.publishing.export import export
+from pard_train.training.trainer import train
+
+PACKS = 4  # of a step
+OFFLOAD = "deepspeed.zero_optimization.offload_optimizer={device: cpu}"  # DeepSpeed compiles its Adam: minutes
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small benchmark."""
+    path = tmp_path_factory.mktemp("benchmark") / "questions.jsonl"
+    prompts = [chat[0]["content"] for chat in conversations(4, seed=21)]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(base_folder: Path, chats_file: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process that accumulates all packs of a step, with a monitor."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    settings = {"num_train_epochs": 4, "max_steps": STEPS, "gradient_accumulation_steps": PACKS}
+    config = experiment(base_folder, chats_file, folder, **settings)
+    evaluate = replace(config.evaluate, benchmarks=[str(questions)])
+    monitor = MonitorConfig(every_steps=2, max_prompts=4, max_new_tokens=12)
+    config = replace(config, targets=[str(base_folder)], evaluate=evaluate, monitor=monitor)
+    train(config, build_monitor(config))
+    return folder
+
+
+def taus_of(run: Path) -> list[dict[str, float]]:
+    """What the monitor logged, without times."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k.startswith("eval/tau")} for row in rows if "eval/tau/mean" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        (4, ["deepspeed=none"]),
+        (2, ["deepspeed=zero1"]),
+        (4, ["deepspeed=zero2"]),
+        (2, ["deepspeed=zero2", OFFLOAD]),
+        (2, ["deepspeed=zero3"]),
+        (2, ["deepspeed=zero3", OFFLOAD]),
+        (4, ["trainer=fsdp2"]),
+    ],
+    ids=lambda value: " ".join(value).split("={")[0] if isinstance(value, list) else str(value),
+)
+def test_processes_and_shards_do_not_change_the_draft(
+    processes: int,
+    overrides: list[str],
+    alone: Path,
+    base_folder: Path,
+    chats_file: Path,
+    questions: Path,
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, run), *overrides]
+    command += [f"trainer.gradient_accumulation_steps={PACKS // processes}", f"targets=[{base_folder}]"]
+    command += [f"evaluate.benchmarks=[{questions}]", "monitor.every_steps=2", "monitor.max_prompts=4"]
+    run_all([[*command, "monitor.max_new_tokens=12"]], [{"NUM_PROCESSES": str(processes)}])
+    check_as_alone(run, alone)
+    assert len(taus_of(run)) == 1 + STEPS // 2
+    for mine, theirs in zip(taus_of(run), taus_of(alone), strict=True):
+        assert mine == pytest.approx(theirs, abs=0.1)  # one token of the answers more or less
+    (exported,) = export(exporting(str(run), str(tmp_path / "export"), targets=[str(base_folder)]))
+    assert (exported / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_under_fsdp2_resumes_bit_for_bit(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["launch/torchrun.sh", *settings_of(base_folder, chats_file, run), "trainer=fsdp2"]
+    run_all([command], [{"NUM_PROCESSES": "2"}])
+    whole, losses = load_file(run / "draft" / "model.safetensors"), [row["loss"] for row in log_of(run)]
+    shutil.rmtree(run / f"checkpoint-{STEPS}")  # as if it had been stopped before
+    shutil.rmtree(run / "draft")
+    run_all([[*command, "resume=true"]], [{"NUM_PROCESSES": "2"}])
+    again = load_file(run / "draft" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert [row["loss"] for row in log_of(run)] == losses
