@@ -241,6 +241,7 @@ TURN = {"from": "human", "value": "x"}
         ({"messages": [{**USER, "content": {"a": 1}}]}, "message 0 (user) must have a text `content`"),
         ({"messages": [{**USER, "content": [{"type": "image_url"}]}]}, "content has a part that is not {type: text"),
         ({"messages": [{**USER, "content": [{"type": "text", "text": 3}]}]}, "content has a part that is not"),
+        ({"messages": [{**USER, "content": [{"type": [], "text": "a"}]}]}, "content has a part that is not"),
         ({"messages": [{"role": "system", "content": "x"}]}, "ends with a system prompt, so nothing is asked"),
         ({"messages": [USER, {**ASSISTANT, "content": " "}]}, "message 1 is an empty answer"),
         ({"messages": [USER, {**ASSISTANT, "content": None}]}, "message 1 (assistant) must have a text `content`"),

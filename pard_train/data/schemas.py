@@ -231,7 +231,7 @@ def _joined_parts(parts: list[Any], origin: str) -> dict[str, Any]:
     found: dict[str, list[str]] = {}
     for part in parts:
         text = _first(part, PART_TEXTS) if isinstance(part, Mapping) else None
-        if not isinstance(text, str) or part.get("type") not in PARTS:
+        if not isinstance(text, str) or part.get("type") not in [*PARTS]:  # a list is none, and has no hash
             allowed = f"{{type: {', '.join(PARTS)}; text: ...}}"
             raise RowError(origin, f"content has a part that is not {allowed}: {part!r:.80}")
         found.setdefault(PARTS[part["type"]], []).append(text)
