@@ -27,6 +27,7 @@ from pard_train.data.store import TokenStore
 from pard_train.errors import UserError
 from pard_train.layout import IGNORE_INDEX, DrawKey
 from pard_train.model import load_causal_lm, load_tokenizer
+from pard_train.runs import seal_folder
 from pard_train.targets.scoring import score as score_program
 from pard_train.training.arguments import training_settings
 from pard_train.training.trainer import build_trainer, teacher_of, train
@@ -286,6 +287,7 @@ def test_scores_that_are_missing_or_unfinished_are_refused(scored: Path, copy_of
         open_teacher(Path("/nowhere"), store)
     with pytest.raises(UserError, match=r"data\.scores=.* of this version"):
         open_teacher(scored.parents[1], store)  # the folder of the tokens has a manifest too
+    (copy_of_scores / "files.json").unlink()  # the seal is written last
     done = np.load(copy_of_scores / "done.npy")
     done[3:5] = False
     np.save(copy_of_scores / "done.npy", done)
@@ -336,5 +338,6 @@ def test_a_run_does_not_go_on_with_another_teacher(
     manifest = json.loads((copy_of_scores / "manifest.json").read_text())
     manifest["identity"]["target"] = "another"
     (copy_of_scores / "manifest.json").write_text(json.dumps(manifest))
+    seal_folder(copy_of_scores)
     with pytest.raises(UserError, match=r"was started with other data.scores"):
         train(replace(config, resume=True))
