@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +29,26 @@ def this_process() -> PartialState:
     machine without an accelerator for the only one.
     """
     return PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=30))
+
+
+def renew_rendezvous() -> None:
+    """Let processes that torchrun has restarted (--max-restarts) meet at a new address.
+
+    torchrun of PyTorch 2.5 to 2.13 keeps its store over restarts, and in it the addresses of the dead processes, which
+    the new ones then call ("Connection refused"). Process 0 opens a new store on a free port; torchrun's own passes the
+    port on. Changes MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE in the environment. All processes call this before
+    `this_process`; without a restart it does nothing.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.PrefixStore(f"attempt {attempt}", torch.distributed.TCPStore(*address, is_master=False))
+    if os.environ["RANK"] == "0":
+        with socket.create_server(("", 0)) as server:
+            store.set("port", str(server.getsockname()[1]))
+    os.environ["MASTER_PORT"] = store.get("port").decode()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def quiet_libraries() -> None:

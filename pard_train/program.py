@@ -127,7 +127,7 @@ def _run(name: str, composed: DictConfig, validate: Callable[[Config], None], ru
             raise UserError(f"WORLD_SIZE={number}: this program runs in one process; start it without a launcher")
         config = to_config(composed)
         validate(config)
-        _quiet_libraries()
+        _prepare_process()
         run(config)
         _leave_process_group()
     except (UserError, OmegaConfBaseException) as error:
@@ -155,9 +155,10 @@ def _run(name: str, composed: DictConfig, validate: Callable[[Config], None], ru
         )
 
 
-def _quiet_libraries() -> None:
-    from pard_train.device import quiet_libraries  # imports torch, which validation does without
+def _prepare_process() -> None:
+    from pard_train.device import quiet_libraries, renew_rendezvous  # import torch, which validation does without
 
+    renew_rendezvous()
     quiet_libraries()
 
 
