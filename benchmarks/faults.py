@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "shutil.rmtree")
 SECONDS = 180.0  # after which a trial counts as hanging
+BUILD_SECONDS = 900.0  # the same for the uninterrupted run, in which DeepSpeed may compile
 KEPT = ("out", "cache")  # folders of a trial that programs write
 Setup = Callable[[], None]
 
@@ -144,7 +145,12 @@ def child(job: Job, folder: Path, rank: int, port: int, arguments: tuple[str, ..
 
 
 def run(
-    job: Job, folder: Path, arguments: tuple[str, ...] = (), setups: dict[int, Setup] | None = None, grace: float = 20
+    job: Job,
+    folder: Path,
+    arguments: tuple[str, ...] = (),
+    setups: dict[int, Setup] | None = None,
+    grace: float = 20,
+    seconds: float = SECONDS,
 ) -> tuple[int, str]:
     """Run all ranks to their end, at most `grace` seconds after the first failure, as launchers do.
 
@@ -160,7 +166,7 @@ def run(
         if not (pid := os.fork()):
             child(job, folder, rank, port, arguments, (setups or {}).get(rank, lambda: None), pipe.stdin.fileno())
         pids.append(pid)
-    end, waiting = time.monotonic() + SECONDS, list(pids)
+    end, waiting = time.monotonic() + seconds, list(pids)
     while waiting:
         for pid in list(waiting):
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -275,7 +281,7 @@ def try_job(job: Job, made: Path, trials: int, draw: random.Random, only: str = 
 
     whole.mkdir()
     began = time.monotonic()
-    status, text = run(job, start(whole), (), {0: kill_at(whole, 0, whole / "count")})
+    status, text = run(job, start(whole), (), {0: kill_at(whole, 0, whole / "count")}, seconds=BUILD_SECONDS)
     seconds = time.monotonic() - began
     assert status == 0, text[-3000:]
     number = int((whole / "count").read_text())
@@ -334,6 +340,7 @@ def main() -> None:
     import tiny
     import torch
     import transformers  # noqa: F401
+    from torch.utils.cpp_extension import get_default_build_root
 
     import pard_train.evaluation.evaluate
     import pard_train.publishing.export
@@ -342,6 +349,7 @@ def main() -> None:
     import pard_train.training.checkpoints  # noqa: F401
 
     torch.set_num_threads(1)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", get_default_build_root())  # else DeepSpeed compiles in every trial
     made = Path(tempfile.mkdtemp(prefix="faults-"))
     base, chats = made / "base", made / "chats.jsonl"
     tiny.build_model("qwen2", seed=0).save_pretrained(base)

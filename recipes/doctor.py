@@ -23,7 +23,10 @@ from pard_train.config import Config, check_ranges
 from pard_train.program import hydra_program
 
 LOCK_SECONDS = 900  # longer than DeepSpeed compiles an extension
-DISKS = {"free space": (None, 10, "free some"), "shared memory": ("/dev/shm", 1, "docker run --ipc=host")}  # GB
+DISKS = {
+    "free space": (None, 10, "free some"),
+    "shared memory": ("/dev/shm", 1, "docker run --ipc=host, or delete deepspeed_* of killed runs"),
+}  # GB
 
 
 def run(config: Config) -> None:

@@ -192,6 +192,20 @@ Trainer.training_step = dying
 sys.argv[0] = train.__file__
 hydra_program("train", validate_train, train.run)
 """
+DYING = """
+import os, signal, torch
+from pard_train.device import renew_rendezvous, this_process
+renew_rendezvous()
+process = this_process()
+ones = torch.ones(1)
+torch.distributed.all_reduce(ones)
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+if (attempt, process.process_index) in (("0", 1), ("1", 0)):
+    os.kill(os.getpid(), signal.SIGKILL)
+process.wait_for_everyone()
+print(f"process {process.process_index} met {ones.item():.0f} in attempt {attempt}", flush=True)
+process.destroy_process_group()
+"""
 SRUN = """#!/usr/bin/env bash
 [ "$1" = --kill-on-bad-exit=1 ] || exit 9
 for node in 0 1; do SLURM_NODEID=$node "${@:2}" & tasks+=($!); done
@@ -252,6 +266,13 @@ def test_a_run_goes_on_with_another_number_of_processes(base_folder: Path, chats
     for step in (1, 2):
         shutil.rmtree(run / f"checkpoint-{step}")
     check_as_alone(run, whole)
+
+
+def test_processes_that_torchrun_restarts_meet_whichever_of_them_died(tmp_path: Path) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    variables = {"NUM_PROCESSES": "2", "MAX_RESTARTS": "2", "PROGRAM": str(tmp_path / "dying.py")}
+    output = run_all([["launch/torchrun.sh"]], [{**variables, "PYTHONPATH": str(ROOT)}])[0]
+    assert all(f"process {rank} met 2 in attempt 2" in output for rank in range(2))
 
 
 @pytest.mark.slow
