@@ -27,6 +27,7 @@ from pard_train.overrides import all_settings, check_overrides, explain_type, op
 
 PRIMARY = "config"  # conf/config.yaml
 DISK_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
+LOST_PEER = "by peer"  # in Gloo's errors: connection closed, or reset
 INTERRUPTED = 130  # exit status of Ctrl-C, as shells have it
 
 
@@ -146,6 +147,10 @@ def _run(name: str, composed: DictConfig, validate: Callable[[Config], None], ru
     except SystemExit:
         _leave_process_group()
         raise
+    except RuntimeError as error:
+        if number == 1 or LOST_PEER not in str(error):
+            raise
+        _exit_with(f"process {os.environ.get('RANK')} waited for a process that has ended; that one says why")
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

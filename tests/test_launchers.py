@@ -289,7 +289,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_resumes(
         "PROGRAM": str(tmp_path / "kill.py"),
     }
     output = run_all([command], [{**variables, "PYTHONPATH": f"{ROOT}:{ROOT / 'recipes'}"}])[0]
-    assert "killed in step 4" in output
+    assert "killed in step 4" in output and "process 0 waited for a process that has ended" in output
     check_as_alone(tmp_path / "run", alone)
 
 
