@@ -321,7 +321,7 @@ def try_job(job: Job, made: Path, trials: int, draw: random.Random, only: str = 
     for size in draw.sample(sizes, min(len(sizes), (trials + 1) // 2)):
         limits = {r: lambda _, size=size: limit(resource.RLIMIT_FSIZE, size - 1) for r in everyone}
         trial("full disk", f"below {size:,} bytes", limits)
-    for files in draw.sample(range(5, 25), (trials + 3) // 4):
+    for files in draw.sample(range(5, 25), min((trials + 3) // 4, 20)):
         limits = {r: lambda _, files=files: limit(resource.RLIMIT_NOFILE, files) for r in everyone}
         trial("handles", f"{files}", limits)
     for what, damage in damages(job, whole, draw, trials):

@@ -71,7 +71,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _has_content(folder: Path) -> bool:
-    return any(path.name != LOCK_FILE for path in folder.iterdir())
+    """Whether a folder holds more than a run leaves that was killed before it wrote config.json."""
+    return any(
+        path.name != LOCK_FILE and not path.name.startswith(f"{CONFIG_FILE}.partial-") for path in folder.iterdir()
+    )
 
 
 def check_run(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:

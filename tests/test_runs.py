@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from functools import reduce
@@ -97,6 +98,14 @@ def test_a_folder_with_files_that_are_not_ours_is_refused_and_left_as_it_was(tmp
     with pytest.raises(UserError, match=f"output_dir={tmp_path} is not empty and holds no run"):
         open_run(tmp_path, settings_of(tmp_path), resume=resume)
     assert contents(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_a_run_that_was_killed_before_its_config_was_named_starts_again(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f"config.json.partial-{platform.node()}-{dead.pid}-12345678").write_text('{"settings_ver')
+    open_run(tmp_path, settings_of(tmp_path), resume=False)
+    assert (tmp_path / "config.json").exists() and not list(tmp_path.glob("*.partial*"))
 
 
 def test_an_output_folder_that_is_a_file_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
