@@ -3,7 +3,8 @@
     pip install -e '.[benchmarks]'
     python benchmarks/dialects.py --to outputs/family
     python recipes/train.py experiment=quickstart draft.num_draft_tokens=1 objective=pard trainer.max_steps=40 \\
-        data.source=outputs/family/essays.jsonl monitor.every_steps=0 output_dir=outputs/family/essays
+        trainer.learning_rate=1e-4 data.source=outputs/family/essays.jsonl monitor.every_steps=0 \\
+        output_dir=outputs/family/essays
 
 With K = 1 a run of recipes/train.py is plain fine-tuning on answers: its draft/ is the target. `essays` holds
 instructions with long answers in full sentences, `sums` word problems with terse steps and "#### 42" at the end.
