@@ -41,13 +41,16 @@ def test_every_run_has_the_studys_settings_then_its_own_and_a_folder_and_seed(tm
     assert plan_runs(study, given, tmp_path)[0].overrides[-1] == "resume=true"
 
 
-def test_a_termination_reaches_the_run_that_saves_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "reason"), [(RESUMABLE, "slow-1 stopped with a checkpoint"), (0, "stopped after slow-1")]
+)
+def test_a_termination_reaches_the_run_and_ends_the_study(tmp_path: Path, status: int, reason: str) -> None:
     stand_in = [
         "bash",
         "-c",
-        f"trap 'exit {RESUMABLE}' TERM; sleep 1; kill -TERM $PPID; for i in {{1..300}}; do sleep 0.1; done",
+        f"trap 'exit {status}' TERM; sleep 1; kill -TERM $PPID; for i in {{1..300}}; do sleep 0.1; done",
     ]
-    with pytest.raises(Interrupted, match="slow-1 stopped with a checkpoint"):
+    with pytest.raises(Interrupted, match=reason):
         train_run(Run("slow", 1, tmp_path, (), ()), stand_in)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -82,13 +82,19 @@ def train_run(run: Run, launcher: Sequence[str]) -> str | None:
         launcher: command before recipes/train.py; empty: this Python.
 
     Raises:
-        Interrupted: if a signal ended the run, which then has a checkpoint.
+        Interrupted: if a signal came. The run has a checkpoint, or ended before it could save one.
     """
     if run.is_finished:
         return None
     program = HOME / PROGRAMS["train"].folder / "train.py"
+    stops: list[int] = []
     with subprocess.Popen([*(launcher or [sys.executable]), str(program), *run.overrides]) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # training then saves a checkpoint
+
+        def stop(number: int, _: object) -> None:
+            stops.append(number)
+            process.terminate()  # training then saves a checkpoint
+
+        before = signal.signal(signal.SIGTERM, stop)
         try:
             status = process.wait()
         except KeyboardInterrupt:
@@ -98,6 +104,8 @@ def train_run(run: Run, launcher: Sequence[str]) -> str | None:
             signal.signal(signal.SIGTERM, before)
     if status == RESUMABLE:
         raise Interrupted(f"{run.draft} stopped with a checkpoint")
+    if stops:
+        raise Interrupted(f"stopped after {run.draft}")
     return f"{run.draft} ended with status {status}" if status else None
 
 
