@@ -34,7 +34,7 @@ def this_process() -> PartialState:
 def renew_rendezvous() -> None:
     """Let processes that torchrun has restarted (--max-restarts) meet at a new address.
 
-    torchrun of PyTorch 2.5 to 2.13 keeps its store over restarts, and in it the addresses of the dead processes, which
+    torchrun (seen with PyTorch 2.13) keeps its store over restarts, and in it the addresses of dead processes, which
     the new ones then call ("Connection refused"). Process 0 opens a new store on a free port; torchrun's own passes the
     port on. Changes MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE in the environment. All processes call this before
     `this_process`; without a restart it does nothing.

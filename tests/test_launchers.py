@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -200,6 +201,7 @@ process = this_process()
 ones = torch.ones(1)
 torch.distributed.all_reduce(ones)
 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+print(f"attempt {attempt} at port {os.environ['MASTER_PORT']}", flush=True)
 if (attempt, process.process_index) in (("0", 1), ("1", 0)):
     os.kill(os.getpid(), signal.SIGKILL)
 process.wait_for_everyone()
@@ -273,6 +275,7 @@ def test_processes_that_torchrun_restarts_meet_whichever_of_them_died(tmp_path: 
     variables = {"NUM_PROCESSES": "2", "MAX_RESTARTS": "2", "PROGRAM": str(tmp_path / "dying.py")}
     output = run_all([["launch/torchrun.sh"]], [{**variables, "PYTHONPATH": str(ROOT)}])[0]
     assert all(f"process {rank} met 2 in attempt 2" in output for rank in range(2))
+    assert len(set(re.findall(r"attempt \d at port (\d+)", output))) == 3, "a store with dead addresses is used again"
 
 
 @pytest.mark.slow
