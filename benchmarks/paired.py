@@ -3,13 +3,15 @@
     python recipes/evaluate.py ... drafts.reference=... drafts.mine=... output_dir=outputs/evaluation
     python benchmarks/paired.py outputs/evaluation reference mine --k 1 8 --record benchmarks/results/NAME.json
 
-Intervals are 95%, by bootstrap over prompts. They say nothing about seeds.
+A name stands for its seeds, too: `slow` is slow-1 and slow-2 together. Intervals are 95%, by bootstrap over prompts.
+They say nothing about seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,14 @@ from pard_train.bootstrap import ratio_interval
 
 
 def counts(records: list[dict[str, Any]], target: str, draft: str, k: int) -> np.ndarray:
-    """Tokens and target passes of every prompt of all benchmarks: [P, 2]."""
-    chosen = [r for r in records if (r["target"], r["draft"], r["num_draft_tokens"]) == (target, draft, k)]
-    return np.concatenate([r["prompt_counts"] for r in sorted(chosen, key=lambda r: r["benchmark"])])
+    """Tokens and target passes of every prompt of all benchmarks, summed over the draft's seeds: [P, 2]."""
+    found: dict[str, list[Any]] = {}
+    for r in records:
+        if (r["target"], r["num_draft_tokens"]) == (target, k) and re.fullmatch(
+            rf"{re.escape(draft)}(-\d+)?", r["draft"]
+        ):
+            found.setdefault(r["benchmark"], []).append(r["prompt_counts"])
+    return np.concatenate([np.sum(found[benchmark], axis=0) for benchmark in sorted(found)])
 
 
 def tau(pairs: np.ndarray) -> float:

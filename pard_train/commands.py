@@ -41,7 +41,7 @@ PROGRAMS = {
     "export": Program("recipes", ("model", "draft", "targets", "logger", "export")),
     "evaluate": Program("recipes", (*_WRITING, "draft", "logger", "evaluate")),
     "compare": Program("recipes", ("logger", "compare")),
-    "study": Program("recipes", (*_TRAINING, "inference", "evaluate", "study")),
+    "study": Program("recipes", (*_TRAINING, "plan_only", "inference", "evaluate", "study")),
     "dashboard": Program("recipes", ("logger", "dashboard")),
     "verify": Program("recipes", ("model", "draft", "targets", "data", "logger", "verify")),
     "load": Program("recipes", ("model", "draft", "targets", "data", "load")),

@@ -26,13 +26,19 @@ def run(config: Config) -> None:
     from pard_train.evaluation.evaluate import evaluate
     from pard_train.evaluation.study import drafts_of, plan_runs, train_run, write_study
     from pard_train.training.inputs import check_output
+    from pard_train.training.plan import plan_run
 
     folder = Path(config.output_dir)
     runs = plan_runs(config.study, task_overrides(), folder)
     trainings = [compose_config(planned.overrides) for planned in runs]
-    for check in (validate_train, check_output):
-        for training in trainings:
-            check(training)
+    for training in trainings:
+        validate_train(training)
+    if config.plan_only:
+        for planned, training in zip(runs, trainings, strict=True):
+            print(f"{planned.draft}: {plan_run(training).render()}")
+        return
+    for training in trainings:
+        check_output(training)
     failures = [reason for planned in runs if (reason := train_run(planned, config.study.launcher))]
     finished = [planned for planned in runs if planned.is_finished]
     if not finished:

@@ -144,18 +144,24 @@ def test_activations_are_the_tensors_that_pytorch_saves_for_the_backward_pass(fa
     assert total / 2048 == pytest.approx(activation_bytes(shape, model.config, width, False), rel=0.02)
 
 
-def test_plan_only_prints_the_plan_and_starts_nothing(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "recipes/train.py", f"model.path={base_folder}", f"data.source={chats_file}"]
+@pytest.mark.parametrize(
+    ("program", "settings", "num_plans"),
+    [("train", [], 1), ("study", ["runs.a=[]", "runs.b=[]", "targets=[any]", "evaluate.benchmarks=[humaneval]"], 2)],
+)
+def test_plan_only_prints_the_plan_and_starts_nothing(
+    program: str, settings: list[str], num_plans: int, base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, f"recipes/{program}.py", f"model.path={base_folder}", f"data.source={chats_file}"]
     command += [
         f"data.cache_dir={tmp_path / 'tokens'}",
         "draft.num_draft_tokens=4",
         "deepspeed=zero1",
         "plan_only=true",
     ]
-    command += ["plan.chip=MI300X", "plan.num_devices=8", f"output_dir={tmp_path / 'run'}"]
+    command += ["plan.chip=MI300X", "plan.num_devices=8", f"output_dir={tmp_path / 'run'}", *settings]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "plan: 40 documents" in result.stdout
+    assert result.stdout.count("plan: 40 documents") == num_plans
     assert "8 x MI300X at 40% of the peak rate" in result.stdout
     assert not (tmp_path / "run").exists()
 
