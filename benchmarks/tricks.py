@@ -138,9 +138,8 @@ def start_weights(documents: Sequence[Document], draft: str, num_draft_tokens: i
     """
     drafter = Drafter.load(draft, dtype=torch.float32, device=default_device())
     spans = [(number, *run) for number, d in enumerate(documents) for run in supervised_runs(d.loss_mask).tolist()]
-    pairs = [
-        (documents[number].input_ids[:start], documents[number].input_ids[start:stop]) for number, start, stop in spans
-    ]
+    texts = [document.input_ids.tolist() for document in documents]
+    pairs = [(texts[number][:start], texts[number][start:stop]) for number, start, stop in spans]
     weights = [np.ones(len(document.input_ids)) for document in documents]
     found = replay_all(drafter, pairs, num_draft_tokens, description="replay of the training answers")
     for (number, start, _), matches in zip(spans, found, strict=True):
