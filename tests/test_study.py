@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import initialize_config_dir
 from records import document
 
 from pard_train.bootstrap import ratio_interval
 from pard_train.config import StudyConfig
 from pard_train.errors import RESUMABLE, Interrupted
 from pard_train.evaluation.study import Run, plan_runs, train_run, write_study
+from pard_train.program import compose_config, register_schema
+from pard_train.validation import validate_train
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +42,17 @@ def test_every_run_has_the_studys_settings_then_its_own_and_a_folder_and_seed(tm
     (tmp_path / "runs" / "slow-1").mkdir(parents=True)
     (tmp_path / "runs" / "slow-1" / "config.json").touch()
     assert plan_runs(study, given, tmp_path)[0].overrides[-1] == "resume=true"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")])
+def test_every_run_of_a_study_that_we_ship_fits_the_quickstart(name: str, tmp_path: Path) -> None:
+    register_schema()
+    given = ["experiment=quickstart", f"study={name}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        runs = plan_runs(compose_config(given).study, given[:1], tmp_path)
+        for run in runs:
+            validate_train(compose_config(run.overrides))
+    assert len(runs) > 1
 
 
 @pytest.mark.parametrize(
