@@ -66,7 +66,7 @@ FULL = Size(
     num_points=12,
     live_k=(8, 4, 2),
     answers="inference.batch_size=256 regenerate.max_new_tokens=256",
-    training="data.max_length=1024 data.overlong=drop data.slot_budget=16384 inference.batch_size=64 "
+    training="cod=pard data.max_length=1024 data.overlong=drop data.slot_budget=16384 inference.batch_size=64 "
     "monitor.max_new_tokens=128 monitor.max_prompts=24 trainer.dataloader_num_workers=2 trainer.logging_steps=10 "
     "trainer.num_train_epochs=4 trainer.save_steps=200 trainer.torch_compile=true trainer.warmup_steps=20",
     evaluation="inference.batch_size=64 evaluate.max_new_tokens=128 evaluate.max_prompts=24 evaluate.live_prompts=4 "
@@ -78,7 +78,7 @@ TINY = Size(
     num_points=2,
     live_k=(2,),
     answers="inference.batch_size=2 regenerate.max_new_tokens=4",
-    training="data.slot_budget=1300 monitor.max_new_tokens=2 monitor.max_prompts=1 trainer.logging_steps=1 "
+    training="cod=pard data.slot_budget=1300 monitor.max_new_tokens=2 monitor.max_prompts=1 trainer.logging_steps=1 "
     "trainer.max_steps=2 trainer.num_train_epochs=2 trainer.save_steps=1",
     evaluation="evaluate.max_new_tokens=2 evaluate.max_prompts=1 evaluate.live_prompts=1",
 )

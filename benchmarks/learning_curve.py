@@ -1,7 +1,7 @@
 """The learning curve of a run: tau on held-out prompts by supervised tokens, and what more tokens would bring.
 
     python recipes/train.py ... monitor.every_steps=100 monitor.max_prompts=0 output_dir=RUN
-    python benchmarks/learning_curve.py RUN
+    python benchmarks/learning_curve.py RUN [RUN-2 ...]     # RUN-2 was trained with model.path=RUN/draft
 
 Reads the measurements of the monitor in RUN/metrics.jsonl. Writes benchmarks/results/DATE-learning-curve-NAME.md, .png
 and .json (the measurements). The law tau(D) = u + v log10 D, with D supervised tokens, is fitted to the measurements
@@ -28,19 +28,26 @@ VALUES_OF_K = (1, 2, 4, 8)
 def main() -> None:
     """Read, fit, draw and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run of recipes/train.py with a monitor")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="runs of recipes/train.py with a monitor; each continues one"
+    )
     parser.add_argument("--name", default="cpu", help="end of the page's name")
     arguments = parser.parse_args()
     name = f"learning-curve-{arguments.name}"
-    measured = measurements(arguments.run)
+    measured: list[dict[str, Any]] = []
+    for run in arguments.runs:
+        measured += measurements(run, after=measured[-1] if measured else None)
     curves = {by: curve(measured, by) for by in measured[0]["tau"]}
-    path = write_page(name, render(arguments.run, measured, curves))
+    path = write_page(name, render(arguments.runs, measured, curves))
     write_png([[chart(by, points) for by, points in curves.items()]], path.with_suffix(".png"))
     write_json(path.with_suffix(".json"), measured)
 
 
-def measurements(run: Path) -> list[dict[str, Any]]:
-    """Steps, supervised tokens, learning rate, and tau by benchmark and K of every measurement of a run."""
+def measurements(run: Path, after: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Steps, supervised tokens, learning rate, and tau by benchmark and K of every measurement of a run.
+
+    A run that continues another begins after its last measurement, which is its own first one.
+    """
     tokens, rate, found = 0, 0.0, {}
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         tokens = line.get("progress/supervised_tokens", tokens)
@@ -52,7 +59,10 @@ def measurements(run: Path) -> list[dict[str, Any]]:
                 tau.setdefault(benchmark, {})[k.removeprefix("k_")] = value
         if tau:
             found[line["step"]] = {"step": line["step"], "tokens": tokens, "learning_rate": rate, "tau": tau}
-    return list(found.values())
+    if after:
+        del found[0]
+    before = {key: after[key] if after else 0 for key in ("step", "tokens")}
+    return [{**m, **{key: m[key] + before[key] for key in before}} for m in found.values()]
 
 
 def curve(measured: list[dict[str, Any]], benchmark: str) -> dict[int, list[tuple[float, float]]]:
@@ -78,9 +88,11 @@ def chart(benchmark: str, points: dict[int, list[tuple[float, float]]]) -> Chart
     return Chart(benchmark, "line", series, limits, "tau", "thousand supervised tokens", [round(t) for t in ticks])
 
 
-def render(run: Path, measured: list[dict[str, Any]], curves: dict[str, dict[int, list[tuple[float, float]]]]) -> str:
+def render(
+    runs: list[Path], measured: list[dict[str, Any]], curves: dict[str, dict[int, list[tuple[float, float]]]]
+) -> str:
     """The page."""
-    trained = read_json(run / "run.json")
+    trained = [" ".join(read_json(run / "run.json")["command"]) for run in runs]
     table = [["supervised tokens", "step", "learning rate", *(f"{by}, K {k}" for by in curves for k in VALUES_OF_K)]]
     for number, m in enumerate(measured):
         taus = [f"{points[k][number][1]:.3f}" for points in curves.values() for k in VALUES_OF_K]
@@ -94,9 +106,9 @@ def render(run: Path, measured: list[dict[str, Any]], curves: dict[str, dict[int
             law.append([by, str(k), f"{slope:.2f} ± {error:.2f}", f"{points[k][-1][1]:.3f}"])
     return "\n".join(
         [
-            f"# Learning curve: {trained['command'][0]}",
+            f"# Learning curve: {runs[-1].name}",
             "",
-            f"    {' '.join(trained['command'])}",
+            *(f"    {line}" for line in trained),
             f"    {command()}",
             "",
             f"{origin()}.",

@@ -2,6 +2,8 @@
 
     python recipes/evaluate.py ... drafts.reference=... drafts.mine=... output_dir=outputs/evaluation
     python benchmarks/paired.py outputs/evaluation reference mine --k 1 8 --record benchmarks/results/NAME.json
+    python benchmarks/paired.py outputs/evaluation default --k 1 8 --picture NAME.png \\
+        --chart "learning rate=half_rate:1.5e-4,double_rate:6e-4"
 
 A name stands for its seeds, too: `slow` is slow-1 and slow-2 together. Intervals are 95%, by bootstrap over prompts.
 They say nothing about seeds.
@@ -15,58 +17,72 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pard_train.bootstrap import ratio_interval
-
-
-def counts(records: list[dict[str, Any]], target: str, draft: str, k: int) -> np.ndarray:
-    """Tokens and target passes of every prompt of all benchmarks, summed over the draft's seeds: [P, 2]."""
-    found: dict[str, list[Any]] = {}
-    for r in records:
-        if (r["target"], r["num_draft_tokens"]) == (target, k) and re.fullmatch(
-            rf"{re.escape(draft)}(-\d+)?", r["draft"]
-        ):
-            found.setdefault(r["benchmark"], []).append(r["prompt_counts"])
-    return np.concatenate([np.sum(found[benchmark], axis=0) for benchmark in sorted(found)])
-
-
-def tau(pairs: np.ndarray) -> float:
-    """Tokens by target passes, pooled over prompts."""
-    tokens, passes = pairs.sum(axis=0)
-    return float(tokens / passes)
+from pard_train.evaluation.study import compared, pooled_counts, tau_of
+from pard_train.reports.charts import write_png
+from pard_train.reports.sections import interval_charts
 
 
 def main() -> None:
-    """Print the table, and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the table; write the record and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("evaluation", type=Path, help="output folder of recipes/evaluate.py")
     parser.add_argument("drafts", nargs="+", help="names of drafts; the others are compared with the first")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--record", type=Path, help="JSON file for the table and the evaluation's settings")
+    parser.add_argument("--chart", nargs="+", default=[], metavar="TITLE=DRAFT:LABEL,...", help="of the picture")
+    parser.add_argument("--picture", type=Path, help="PNG file for the charts: ratios to the first draft")
     arguments = parser.parse_args()
-    result = json.loads((arguments.evaluation / "acceptance.json").read_text())
-    records = [r for r in result["records"] if r["mode"] == "replay" and not r["temperature"]]
-    rows = []
-    for target in dict.fromkeys(r["target"] for r in records):
-        for k in arguments.k:
-            first = counts(records, target, arguments.drafts[0], k)
-            for draft in arguments.drafts:
-                own = counts(records, target, draft, k)
-                low, high = ratio_interval(first, own)
-                row = {"target": target, "k": k, "draft": draft, "prompts": len(own), "tau": round(tau(own), 3)}
-                rows.append(
-                    row | {"ratio": round(tau(own) / tau(first), 3), "interval": [round(low, 3), round(high, 3)]}
-                )
-    print("| target | K | draft | tau | ratio |\n| --- | --- | --- | --- | --- |")
+    charts = {title: labels_of(drawn) for title, drawn in (chart.split("=", 1) for chart in arguments.chart)}
+    drafts = list(dict.fromkeys([*arguments.drafts, *(name for labels in charts.values() for name in labels)]))
+    rows = compare(arguments.evaluation, drafts, arguments.k)
+    print("| target | K | draft | seeds | tau | ratio |\n| --- | --- | --- | --- | --- | --- |")
     for row in rows:
         low, high = row["interval"]
-        ratio = "" if row["draft"] == arguments.drafts[0] else f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
-        print(f"| {row['target']} | {row['k']} | {row['draft']} | {row['tau']:.2f} | {ratio} |")
+        ratio = "" if row["draft"] == drafts[0] else f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+        print(f"| {row['target']} | {row['k']} | {row['draft']} | {row['seeds']} | {row['tau']:.2f} | {ratio} |")
     if arguments.record:
         settings = json.loads((arguments.evaluation / "config.json").read_text())
         kept = {name: settings[name] for name in ("drafts", "targets", "benchmarks", "max_new_tokens", "dtype")}
         arguments.record.write_text(json.dumps({"evaluation": kept, "rows": rows}, indent=1) + "\n")
+    if arguments.picture:
+        cells = {
+            title: [
+                (label, f"K = {row['k']}", [row["ratio"], *row["interval"]])
+                for name, label in labels.items()
+                for row in rows
+                if row["draft"] == name
+            ]
+            for title, labels in charts.items()
+        }
+        write_png([interval_charts(cells, y_label=f"ratio of tau to {drafts[0]}")], arguments.picture)
+
+
+def labels_of(drawn: str) -> dict[str, str]:
+    """Labels by name of draft.
+
+    >>> labels_of("k4:K 4,k3")
+    {'k4': 'K 4', 'k3': 'k3'}
+    """
+    return {name: label or name for name, _, label in (draft.partition(":") for draft in drawn.split(","))}
+
+
+def compare(evaluation: Path, drafts: list[str], ks: list[int]) -> list[dict[str, Any]]:
+    """Rows of the table: tau of every draft, and its ratio to the first one, by target and K."""
+    result = json.loads((evaluation / "acceptance.json").read_text())
+    records = [r for r in result["records"] if r["mode"] == "replay" and not r["temperature"]]
+    evaluated = dict.fromkeys(r["draft"] for r in records)
+    seeds = {name: [d for d in evaluated if re.fullmatch(rf"{re.escape(name)}(-\d+)?", d)] for name in drafts}
+    rows = []
+    for target in dict.fromkeys(r["target"] for r in records):
+        for k in ks:
+            mine = [r for r in records if (r["target"], r["num_draft_tokens"]) == (target, k)]
+            counts = {name: pooled_counts(mine, names) for name, names in seeds.items()}
+            for name, own in counts.items():
+                ratio, low, high = compared(counts[drafts[0]], own)
+                row = {"target": target, "k": k, "draft": name, "seeds": len(seeds[name]), "prompts": len(own)}
+                numbers = {"tau": round(tau_of(own), 3), "ratio": round(ratio, 3)}
+                rows.append(row | numbers | {"interval": [round(low, 3), round(high, 3)]})
+    return rows
 
 
 if __name__ == "__main__":

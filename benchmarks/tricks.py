@@ -1,6 +1,6 @@
 """Trains a draft as recipes/train.py does, with changes to its steps that no recipe has: what are they worth?
 
-    python benchmarks/tricks.py --mask-rate 100 experiment=quickstart output_dir=outputs/tricks/mask-rate \\
+    python benchmarks/tricks.py --mask-rate 100 experiment=quickstart cod=pard output_dir=outputs/tricks/mask-rate \\
         data.source=outputs/quickstart/answers/answers.jsonl trainer.max_steps=60 monitor.every_steps=0
     python recipes/evaluate.py ... drafts.mask_rate=outputs/tricks/mask-rate/draft ...
 

@@ -17,7 +17,7 @@ from records import document
 from pard_train.bootstrap import ratio_interval
 from pard_train.config import StudyConfig
 from pard_train.errors import RESUMABLE, Interrupted
-from pard_train.evaluation.study import Run, plan_runs, train_run, write_study
+from pard_train.evaluation.study import Run, compared, plan_runs, train_run, write_study
 from pard_train.program import compose_config, register_schema
 from pard_train.validation import validate_train
 
@@ -74,7 +74,7 @@ def test_the_interval_of_a_ratio_is_paired_by_prompt() -> None:
     first = np.stack([draw.integers(20, 90, 50), draw.integers(5, 40, 50)], axis=1)  # prompts differ much
     later = first.copy()
     later[:, 1] *= 2  # and the later draft needs twice the steps on each
-    assert ratio_interval(first, later) == pytest.approx((0.5, 0.5))
+    assert compared(first, later) == pytest.approx((0.5, 0.5, 0.5))
     assert ratio_interval(first, first) == (1.0, 1.0)
     low, high = ratio_interval(first, later[::-1])
     assert high - low > 0.05  # without pairs nothing cancels

@@ -129,8 +129,30 @@ def write_study(result: Result, runs: Sequence[Run], folder: Path) -> str:
     text = "\n\n".join(_table(target, records, runs).markdown() for target, records in by_target.items())
     meaning = "tau at the largest K, over all seeds. Ratios are to the first run, with intervals paired by prompt."
     (folder / REPORT_FILE).write_text(f"# Study\n\n{meaning}\n\n{text}\n\n![tau by run]({CHART_FILE})\n")
-    write_png([_charts(by_target, runs)], folder / CHART_FILE)
+    write_png([_charts(by_target, runs), _ratio_charts(by_target, runs)], folder / CHART_FILE)
     return text
+
+
+def pooled_counts(records: Sequence[Record], drafts: Sequence[str]) -> np.ndarray:
+    """Tokens and steps of every prompt of all benchmarks, summed over drafts (one per seed): [P, 2].
+
+    Args:
+        records: of replay, of one target and one K.
+        drafts: names, of which records without a draft are ignored.
+    """
+    mine = grouped([r for r in records if r["draft"] in drafts], itemgetter("benchmark"))
+    return np.concatenate([np.sum([r["prompt_counts"] for r in same], axis=0) for same in mine.values()])
+
+
+def compared(first: np.ndarray, later: np.ndarray) -> tuple[float, float, float]:
+    """Ratio of the tau of later to that of first, and its 95% interval paired by prompt; both [P, 2]."""
+    return tau_of(later) / tau_of(first), *ratio_interval(first, later)
+
+
+def tau_of(counts: np.ndarray) -> float:
+    """Tokens by steps, pooled over prompts: [P, 2] -> tau."""
+    tokens, steps = counts.sum(axis=0)
+    return float(tokens / steps)
 
 
 def _drafts_by_name(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -140,17 +162,6 @@ def _drafts_by_name(runs: Sequence[Run]) -> dict[str, list[str]]:
     }
 
 
-def _counts(records: Sequence[Record], drafts: Sequence[str]) -> np.ndarray:
-    """Tokens and steps of every prompt of all benchmarks, summed over drafts (one per seed): [P, 2]."""
-    mine = grouped([r for r in records if r["draft"] in drafts], itemgetter("benchmark"))
-    return np.concatenate([np.sum([r["prompt_counts"] for r in same], axis=0) for same in mine.values()])
-
-
-def _tau(counts: np.ndarray) -> float:
-    tokens, steps = counts.sum(axis=0)
-    return float(tokens / steps)
-
-
 def _table(target: str, records: list[Record], runs: Sequence[Run]) -> Table:
     """Per run tau by benchmark and over all, by seed, the ratio to the first run, and tau at the smallest K."""
     largest, benchmarks = at_largest_k(records), distinct(r["benchmark"] for r in records)
@@ -158,16 +169,15 @@ def _table(target: str, records: list[Record], runs: Sequence[Run]) -> Table:
     smallest = [r for r in records if r["num_draft_tokens"] == ks[0]]
     settings = {run.name: " ".join(run.settings) or NONE for run in runs} | {BEFORE: "untrained"}
     drafts = _drafts_by_name(runs)
-    first = _counts(largest, drafts[runs[0].name])
+    first = pooled_counts(largest, drafts[runs[0].name])
     rows = []
     for name, mine in drafts.items():
-        counts = _counts(largest, mine)
-        low, high = ratio_interval(first, counts)
-        taus = [_tau(_counts([r for r in largest if r["benchmark"] == b], mine)) for b in benchmarks]
-        by_seed = ", ".join(f"{_tau(_counts(largest, [draft])):.3f}" for draft in mine)
-        ratio = NONE if name == runs[0].name else f"{_tau(counts) / _tau(first):.3f} [{low:.3f}, {high:.3f}]"
-        numbers = [f"{tau:.2f}" for tau in (*taus, _tau(counts))]
-        rows.append([name, settings[name], *numbers, by_seed, ratio, f"{_tau(_counts(smallest, mine)):.3f}"])
+        counts = pooled_counts(largest, mine)
+        taus = [tau_of(pooled_counts([r for r in largest if r["benchmark"] == b], mine)) for b in benchmarks]
+        by_seed = ", ".join(f"{tau_of(pooled_counts(largest, [draft])):.3f}" for draft in mine)
+        ratio = NONE if name == runs[0].name else "{:.3f} [{:.3f}, {:.3f}]".format(*compared(first, counts))
+        numbers = [f"{tau:.2f}" for tau in (*taus, tau_of(counts))]
+        rows.append([name, settings[name], *numbers, by_seed, ratio, f"{tau_of(pooled_counts(smallest, mine)):.3f}"])
     header = ["run", "settings", *benchmarks, "all", "by seed", f"ratio to {runs[0].name}", f"K={ks[0]}"]
     return Table(header, rows, num_names=2, caption=f"tau at K={ks[-1]} on target {target}")
 
@@ -176,11 +186,27 @@ def _charts(by_target: dict[str, list[Record]], runs: Sequence[Run]) -> list[Cha
     """tau with intervals of every run, by benchmark; one chart per target."""
     cells = {
         target: [
-            (benchmark, name, [_tau(counts), *tau_interval(counts)])
+            (benchmark, name, [tau_of(counts), *tau_interval(counts)])
             for benchmark, mine in grouped(at_largest_k(records), itemgetter("benchmark")).items()
             for name, drafts in _drafts_by_name(runs).items()
-            for counts in [_counts(mine, drafts)]
+            for counts in [pooled_counts(mine, drafts)]
         ]
         for target, records in by_target.items()
     }
     return interval_charts(cells)
+
+
+def _ratio_charts(by_target: dict[str, list[Record]], runs: Sequence[Run]) -> list[Chart]:
+    """The ratio of tau to the first run, of every other run at the smallest and largest K; one chart per target."""
+    drafts = _drafts_by_name(runs)
+    first = drafts[runs[0].name]
+    cells = {}
+    for target, records in by_target.items():
+        by_k = dict(sorted(grouped(records, itemgetter("num_draft_tokens")).items()))
+        cells[f"{target}, paired by prompt"] = [
+            (name, f"K = {k}", list(compared(pooled_counts(by_k[k], first), pooled_counts(by_k[k], mine))))
+            for name, mine in drafts.items()
+            if mine != first
+            for k in dict.fromkeys((min(by_k), max(by_k)))
+        ]
+    return interval_charts(cells, y_label=f"ratio of tau to {runs[0].name}")
