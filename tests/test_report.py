@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from records import document, predictions, samples
 
@@ -62,7 +63,13 @@ def test_the_report_fits_a_terminal_and_its_figures_are_those_of_the_records(who
     tokens, steps = (sum(r[name] for r in pooled) for name in ("num_tokens", "num_steps"))
     drafts, accepted = (sum(r[name] for r in pooled) for name in ("vllm_drafts", "vllm_accepted"))
     (row,) = (row for row in rows if row[:2] == ["all", "pard-0.5b"])
-    assert row[7:] == [f"{tokens / steps:.2f}", "", f"{1 + accepted / drafts:.2f}", "72"]
+    assert row[7:] == [f"{tokens / steps:.2f}", row[8], f"{1 + accepted / drafts:.2f}", "72"]
+    low, high = map(float, row[8].strip("[]").split(","))
+    draws = np.random.default_rng(1).integers(72, size=(4000, 72))  # resampled prompts, whatever their benchmark
+    counts = np.concatenate([r["prompt_counts"] for r in pooled])[draws].sum(axis=1)
+    assert (low, high) == pytest.approx(np.quantile(counts[:, 0] / counts[:, 1], [0.025, 0.975]), abs=0.03)
+    older = [{name: value for name, value in r.items() if name != "prompt_counts"} for r in pooled]
+    assert tau_tables(older)[0].rows[-1][-3] == ""  # figures of before counts by prompt were kept
 
 
 def test_what_failed_stands_before_every_figure(whole: dict[str, Any]) -> None:

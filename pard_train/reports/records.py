@@ -9,6 +9,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
+import numpy as np
+
+from pard_train.bootstrap import tau_interval
 from pard_train.commands import command
 from pard_train.errors import UserError
 
@@ -149,6 +152,14 @@ def pooled_by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
 def pooled_tau(records: Sequence[Record]) -> float:
     """tau over several benchmarks: all tokens divided by all target passes."""
     return sum(r["num_tokens"] for r in records) / sum(r["num_steps"] for r in records)
+
+
+def pooled_interval(records: Sequence[Record]) -> tuple[float, float] | tuple[None, None]:
+    """95% interval of the pooled tau, over the prompts of all records; None where one has no counts by prompt."""
+    if len(records) == 1:
+        return records[0]["tau_low"], records[0]["tau_high"]
+    counts = [r["prompt_counts"] for r in records if r.get("prompt_counts")]
+    return tau_interval(np.concatenate(counts)) if records and len(counts) == len(records) else (None, None)
 
 
 def pooled_vllm_tau(records: Sequence[Record]) -> float | None:

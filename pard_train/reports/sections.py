@@ -21,6 +21,7 @@ from pard_train.reports.records import (
     has_slow_baseline,
     label_of,
     pooled_by_label,
+    pooled_interval,
     pooled_tau,
     timed_records,
 )
@@ -114,7 +115,7 @@ def _tau(records: list[Record], largest: list[Record]) -> Section:
         cells[target] = [tau_cell(r["benchmark"], label_of(r), r) for r in mine]
         if len(distinct(r["benchmark"] for r in mine)) > 1:
             pooled = pooled_by_label(mine).items()
-            cells[target] += [("all", label, [pooled_tau(found), None, None]) for label, found in pooled]
+            cells[target] += [("all", label, [pooled_tau(found), *pooled_interval(found)]) for label, found in pooled]
     text = "Mean accepted length at the largest K, with 95% intervals. Without a draft it is 1."
     return Section("drafts", "tau", "tau by draft and benchmark", text, interval_charts(cells), tau_tables(records))
 

@@ -16,6 +16,7 @@ from pard_train.reports.records import (
     grouped,
     label_of,
     pooled_by_label,
+    pooled_interval,
     pooled_tau,
     pooled_vllm_tau,
     speedup_text,
@@ -80,7 +81,8 @@ def _tau_row(benchmark: str, records: list[Record], ks: list[int], label: str) -
     by_k = [pooled_by_label([r for r in records if r["num_draft_tokens"] == k]).get(label, []) for k in ks]
     largest = pooled_by_label(at_largest_k(records)).get(label, [])
     vllm = pooled_vllm_tau(largest)
-    interval = f"[{largest[0]['tau_low']:.2f}, {largest[0]['tau_high']:.2f}]" if len(largest) == 1 else ""
+    low, high = pooled_interval(largest)
+    interval = "" if low is None else f"[{low:.2f}, {high:.2f}]"
     taus = [f"{pooled_tau(found):.2f}" if found else NONE for found in by_k]
     return [
         benchmark,
