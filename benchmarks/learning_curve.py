@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from pages import command, markdown, origin, write_page
 
 from pard_train.reports.charts import Chart, Point, write_png
@@ -83,9 +84,10 @@ def chart(benchmark: str, points: dict[int, list[tuple[float, float]]]) -> Chart
     """tau of one benchmark by thousand supervised tokens."""
     series = {f"K = {k}": [Point(tokens / 1000, tau) for tokens, tau in own] for k, own in points.items()}
     values = [point.y for own in series.values() for point in own]
-    ticks = [point.x for point in series["K = 1"]]
+    last = series["K = 1"][-1].x
+    ticks = [tick for tick in MaxNLocator(6).tick_values(0, last) if tick <= last]
     limits = (np.floor(min(values) * 10) / 10, np.ceil(max(values) * 10) / 10)
-    return Chart(benchmark, "line", series, limits, "tau", "thousand supervised tokens", [round(t) for t in ticks])
+    return Chart(benchmark, "line", series, limits, "tau", "thousand supervised tokens", ticks)
 
 
 def render(
