@@ -2,8 +2,8 @@
 # Train on the nodes of a SLURM job, torchrun on each: topology only, every argument goes to recipes/train.py.
 # Submit it from the project's folder, with the environment active:
 #
-#   sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh experiment=qwen2.5-0.5b deepspeed=zero1 \
-#       data.source=answers.jsonl output_dir=outputs/my-draft
+#   sbatch --nodes 2 --gpus-per-node 8 --cpus-per-task 64 --mem 0 launch/slurm.sh experiment=qwen2.5-0.5b \
+#       deepspeed=zero1 data.source=answers.jsonl output_dir=outputs/my-draft
 #
 # A job that SLURM starts again (preempted, a node lost, `scontrol requeue`) resumes from its newest checkpoint. Ten
 # minutes before the time limit every process saves after its step, and the job goes back into the queue.
@@ -20,6 +20,7 @@ cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
 export NUM_NODES="$SLURM_JOB_NUM_NODES"
 nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 export MASTER="${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))"  # its own port, since jobs may share a node
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not inherit it
 # One task that fails ends the job, which would wait for it otherwise.
 # shellcheck disable=SC2086
 srun --kill-on-bad-exit=1 ${CONTAINER:-} bash -c 'NODE_RANK=$SLURM_NODEID exec launch/torchrun.sh "$@"' bash "$@" &

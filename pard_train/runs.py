@@ -252,6 +252,13 @@ def new_folder(folder: Path, *, is_shared: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def require_space(folder: Path, needed: float, fix: str) -> None:
+    """Raise UserError if the disk of a folder, which need not exist yet, has fewer than `needed` bytes free."""
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise UserError(f"output_dir={folder}: {free / 1e9:.1f} GB are free and {needed / 1e9:.1f} GB needed: {fix}")
+
+
 def fingerprint(value: Any) -> str:
     """Short name of a JSON-like value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

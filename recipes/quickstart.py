@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pard_train.config import Config, ExportConfig, decisive
+from pard_train.config import Config, decisive
 from pard_train.errors import ThresholdError
 from pard_train.program import hydra_program
 from pard_train.validation import validate_quickstart
@@ -75,10 +75,12 @@ def run(config: Config) -> None:
         sys.exit("not exported: a part of the evaluation failed, see the report; the same command retries it")
 
     step(5, "export: write the folder that engines load, with its model card, and reload it")
-    settings = ExportConfig(drafts["after"], acceptance=str(evaluation_dir / ACCEPTANCE_FILE), acceptance_draft="after")
+    from_here = {"checkpoint": drafts["after"], "acceptance": str(evaluation_dir / ACCEPTANCE_FILE)}
+    settings = replace(config.export, **from_here, acceptance_draft="after")
     exported = replace(config, export=settings, output_dir=str(root / "export"))
     evaluated = read_json(evaluation_dir / CONFIG_FILE)
     made_from = {"draft": model_fingerprint(drafts["after"]), "targets": config.targets, "evaluation": evaluated}
+    made_from["export"] = decisive(config.export)
     claim_product(root / "export", made_from)
     for folder in export(exported) if not (root / "export").exists() else ():
         print(f"exported and reloaded: {folder}")

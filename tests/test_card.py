@@ -163,6 +163,13 @@ def test_the_table_has_a_row_per_target_and_benchmark_at_k_8_and_the_largest_k(t
     assert "1.75" not in text
 
 
+def test_a_few_live_prompts_at_another_k_do_not_stand_for_replay_of_all(tmp_path: Path) -> None:
+    records = [record("7B", "humaneval", 4, 3.5), record("7B", "humaneval", 8, 9.0, mode="live")]
+    text = written(Card("me/draft", config(), "bfloat16", records=records), tmp_path).text
+    assert "| 7B | humaneval | 20 | 3.50 [3.38, 3.62] |" in text
+    assert "9.00" not in text
+
+
 def test_estimates_and_other_methods_are_no_acceptance_of_the_draft(tmp_path: Path) -> None:
     records = [
         record("7B", "humaneval", 8, 4.25),

@@ -76,6 +76,19 @@ def test_a_plan_for_some_layers_of_a_model_is_that_of_the_run(config: Config) ->
     assert plan.record() == {**json.loads((Path(config.output_dir) / "plan.json").read_text()), "hours": plan.hours}
 
 
+def test_a_run_that_the_disk_cannot_hold_ends_before_its_first_step(config: Config) -> None:
+    config = replace(config, trainer=replace(config.trainer, save_steps=2, save_total_limit=10**9))
+    with pytest.raises(UserError, match=r"GB are free and .* GB needed: make room, .* trainer\.save_total_limit"):
+        train(config)
+    assert not (Path(config.output_dir) / "metrics.jsonl").exists()
+    kept = replace(config, trainer=replace(config.trainer, save_total_limit=2))
+    train(replace(kept, resume=True))
+    files = [path for path in Path(config.output_dir).rglob("*") if path.is_file()]
+    written = sum(path.stat().st_size for path in files) / 1e9
+    largest = max(path.stat().st_size for path in files if path.parent.name.startswith("checkpoint-")) / 1e9
+    assert plan_run(kept).disk_gb == pytest.approx(written + 1.5 * largest, rel=0.2)  # without the one that went
+
+
 def test_a_named_chip_and_more_devices_change_time_and_steps(config: Config) -> None:
     def plan(**settings: Any) -> Any:
         return plan_run(replace(config, plan=PlanConfig(**settings)))

@@ -108,6 +108,16 @@ def test_what_the_benchmarks_ask_is_left_out_and_counted_by_benchmark(tmp_path: 
     assert counts_of(tmp_path / "prompts")["a"]["contaminated:bench"] == 1
 
 
+def test_a_short_first_turn_of_a_benchmark_is_left_out_and_so_is_its_second(tmp_path: Path) -> None:
+    turns = ["What are some business etiquette norms when doing business in Japan?", "Create a video script of that."]
+    benchmark = tmp_path / "bench.jsonl"
+    benchmark.write_text(json.dumps({"turns": turns}) + "\n")
+    texts = [question(1), *turns]
+    config = config_of(write(tmp_path / "a.jsonl", texts), decontaminate=[str(benchmark)], held_out_fraction=0.0)
+    train, _ = prepare(config, tmp_path / "prompts", seed=1)
+    assert asked(train) == texts[:1]
+
+
 def test_weights_are_shares_of_the_mix(tmp_path: Path) -> None:
     files = [
         write(tmp_path / f"{name}.jsonl", [question(n + start) for n in range(100)])

@@ -32,7 +32,7 @@ from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, decode
 from pard_train.model import load_tokenizer
 from pard_train.targets.answers import prompt_key
-from pard_train.targets.regeneration import Written, write_answers
+from pard_train.targets.regeneration import Written, read_chats, write_answers
 
 SETTINGS = {"max_new_tokens": 24, "batch_size": 3, "dtype": "float32", "concurrency": 4, "max_retries": 0}
 FILES = ("answers.jsonl", "rejects.jsonl")
@@ -164,6 +164,23 @@ def test_what_many_conversations_ask_at_the_same_time_is_asked_once(
     written = write(prompts, tmp_path / "out", [base_folder], servers=[server.url])
     assert written.manifest["counts"]["answers"] == 24
     assert len(server.requests) == 1 + 3
+
+
+def test_answers_that_are_written_anew_leave_nothing_of_the_old_ones_and_what_exceeds_the_context_is_rejected(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    old, answer = {"token_ids": {"tokenizer": "x", "turns": [[[1], [2]]]}}, {"role": "assistant", "content": "old"}
+    rows = [
+        {"messages": [{"role": "user", "content": text}, answer], **old}
+        for text in ("the cat", "why", "the cat " * 4000)
+    ]
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    written = write(prompts, tmp_path / "out", [base_folder])
+    assert all(row["token_ids"]["tokenizer"] != "x" for row in read_rows(written.path))
+    assert next(read_chats(prompts))[0].keys() == {"messages"}  # though a server gives no ids
+    (reject,) = read_rows(tmp_path / "out" / "rejects.jsonl")
+    assert "tokens and an answer of 24 exceed" in reject["reason"]
+    assert json.loads(reject["row"])["messages"] == rows[-1]["messages"]
 
 
 def test_servers_write_what_generation_in_this_process_writes(

@@ -16,7 +16,7 @@ from records import document
 
 from pard_train.bootstrap import ratio_interval
 from pard_train.config import StudyConfig
-from pard_train.errors import RESUMABLE, Interrupted
+from pard_train.errors import RESUMABLE, Interrupted, UserError
 from pard_train.evaluation.study import Run, compared, plan_runs, train_run, write_study
 from pard_train.program import compose_config, register_schema
 from pard_train.validation import validate_train
@@ -98,6 +98,21 @@ def test_the_table_pools_prompts_and_seeds_and_compares_with_the_first_run(tmp_p
     assert rows["dpace"][-2].startswith(f"{tau('dpace-1', 16) / tau('plain-1', 16):.3f} [")
     assert (tmp_path / "study.png").stat().st_size > 0
     assert text in (tmp_path / "study.md").read_text()
+
+
+def test_the_table_leaves_out_samples_and_benchmarks_that_a_draft_was_not_measured_on(tmp_path: Path) -> None:
+    names = {"untrained": "before", "pard-0.5b": "plain-1", "pard-0.5b-dpace": "dpace-1"}
+    result = document(targets=["Qwen2.5-7B-Instruct"])
+    records = [{**r, "draft": names[r["draft"]]} for r in result["records"] if r["mode"] == "replay"]
+    runs = [Run(name, 1, tmp_path / name, (), ()) for name in ("plain", "dpace")]
+    first = records[0]["benchmark"]
+    here = [r for r in records if r["benchmark"] == first]
+    expected = write_study({**result, "records": here}, runs, tmp_path)
+    sampled = [{**r, "mode": "estimate", "temperature": 0.7, "prompt_counts": [[9, 9]]} for r in here]
+    failed = [r for r in records if r["benchmark"] != first and r["draft"] != "dpace-1"]
+    assert write_study({**result, "records": [*here, *sampled, *failed]}, runs, tmp_path) == expected
+    with pytest.raises(UserError, match="no benchmark was measured with every draft"):
+        write_study({**result, "records": failed}, runs, tmp_path)
 
 
 @pytest.mark.slow

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tiny import config_for
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.errors import UserError
-from pard_train.generation.terminal import ChatSession
+from pard_train.generation.decoding import Step
+from pard_train.generation.terminal import ChatSession, TokenPrinter
 from pard_train.model import inspect_base, write_initial_draft
 
 
@@ -25,6 +28,16 @@ def draft_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("drafts") / "draft"
     write_initial_draft(inspect_base(ModelConfig(path=str(base_folder)), DraftConfig()), 4, folder)
     return folder
+
+
+def test_words_whose_space_is_told_by_their_context_are_shown_as_the_whole_answer_is() -> None:
+    words = Tokenizer(WordLevel({"\u2581Hello": 0, "\u2581big": 1, "\u2581world": 2}))
+    words.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer, output = PreTrainedTokenizerFast(tokenizer_object=words), io.StringIO()
+    printer = TokenPrinter(tokenizer, Console(file=output, width=200))
+    printer.show(Step([0, 1], 1))
+    printer.show(Step([2], 0))
+    assert output.getvalue() == tokenizer.decode([0, 1, 2]) == "Hello big world"
 
 
 def chat(draft: Path, target: Path, **settings: object) -> tuple[list[str], str]:

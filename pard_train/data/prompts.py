@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +159,8 @@ def _read_chats(source: SourceConfig, on_bad_row: OnBadRow) -> Iterator[dict[str
 
 
 def contamination_by(benchmarks: Sequence[Benchmark], overlap_words: int) -> Contamination:
-    """Overlap search against all turns of the benchmarks' prompts."""
-    prompts = {b.name: [question_text(list(chain.from_iterable(p.turns))) for p in b.prompts] for b in benchmarks}
+    """Overlap search against the benchmarks' prompts. Each turn is a text of its own: short ones count as a whole."""
+    prompts = {b.name: [question_text(list(turn)) for p in b.prompts for turn in p.turns] for b in benchmarks}
     return Contamination(prompts, overlap_words)
 
 

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -91,7 +92,8 @@ def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: fl
 def engine_process(command: Sequence[str], log: Any, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process in its own session that is killed, with its children, at the end of the block.
 
-    On Linux it also ends when the process that started it is killed.
+    SIGTERM ends the block, too. On Linux the process, but not its children, also ends when that which started it is
+    killed.
 
     Args:
         command: whose output goes to `log`.
@@ -102,11 +104,15 @@ def engine_process(command: Sequence[str], log: Any, **variables: str) -> Iterat
         environment.pop(name, None)
     settings: dict[str, Any] = {"env": environment, "start_new_session": True, "preexec_fn": _end_with_parent}
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **settings) as process:
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if is_main else None
         try:
             yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            if is_main:
+                signal.signal(signal.SIGTERM, before)
 
 
 def _end_with_parent() -> None:

@@ -108,8 +108,10 @@ def time_proposers(
         )
 
     methods = [_method(None), *map(_method, proposers.values())]
+    longest = {len(batch): batch for batch in sorted(batches, key=lambda batch: max(map(len, batch)))}
     for decode in methods:
-        decode(batches[0])  # warm-up: memory, kernels, compiled steps
+        for batch in longest.values():  # of each size
+            decode(batch)  # warm-up: memory, kernels, compiled steps
     answers, seconds = take_turns(methods, batches, num_rounds)
     tokens = [[answer.tokens for answer in found] for found in answers]
     rates = [[sum(map(len, texts)) / s for s in row] for texts, row in zip(tokens, seconds, strict=True)]

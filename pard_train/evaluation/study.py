@@ -15,9 +15,9 @@ import numpy as np
 from pard_train.bootstrap import ratio_interval, tau_interval
 from pard_train.commands import HOME, PROGRAMS
 from pard_train.config import StudyConfig
-from pard_train.errors import RESUMABLE, Interrupted
+from pard_train.errors import RESUMABLE, Interrupted, UserError
 from pard_train.reports.charts import Chart, write_png
-from pard_train.reports.records import Record, Result, acceptance_records, at_largest_k, distinct, grouped
+from pard_train.reports.records import Record, Result, at_largest_k, distinct, grouped
 from pard_train.reports.sections import interval_charts
 from pard_train.reports.tables import NONE, Table
 from pard_train.runs import CONFIG_FILE
@@ -123,9 +123,17 @@ def write_study(result: Result, runs: Sequence[Run], folder: Path) -> str:
         folder: output folder.
 
     Returns:
-        The tables as Markdown.
+        The tables as Markdown, of the benchmarks that were measured with every draft.
+
+    Raises:
+        UserError: if there is none.
     """
-    by_target = grouped(acceptance_records(result), itemgetter("target"))
+    replayed = [record for record in result["records"] if record["mode"] == "replay"]
+    cells, drafts = grouped(replayed, itemgetter("target", "benchmark")), set(drafts_of(runs))
+    complete = [record for cell in cells.values() if drafts <= {r["draft"] for r in cell} for record in cell]
+    if not complete:
+        raise UserError(f"{folder}: no benchmark was measured with every draft: the same command retries what failed")
+    by_target = grouped(complete, itemgetter("target"))
     text = "\n\n".join(_table(target, records, runs).markdown() for target, records in by_target.items())
     meaning = "tau at the largest K, over all seeds. Ratios are to the first run, with intervals paired by prompt."
     (folder / REPORT_FILE).write_text(f"# Study\n\n{meaning}\n\n{text}\n\n![tau by run]({CHART_FILE})\n")

@@ -169,7 +169,7 @@ class Runner:
         self._step = self._forward_all
         if is_compiled:
             self._step = torch.compile(self._forward_all, mode="reduce-overhead", dynamic=False, fullgraph=True)
-        self._cache: KVCache | None = None  # of a compiled runner, whose captured graphs hold its address
+        self._caches: dict[int, KVCache] = {}  # by B, of a compiled runner: captured graphs hold their addresses
 
     def start(self, num_rows: int, max_length: int, *, width: int, num_logits: int) -> DecodingBatch:
         """Start B texts.
@@ -182,9 +182,9 @@ class Runner:
         """
         if not self.is_compiled:
             return DecodingBatch(self, KVCache(num_rows, max_length, is_fixed=False), width, num_logits)
-        cache = self._cache
-        if cache is None or cache.num_rows != num_rows or cache.num_columns < max_length:
-            self._cache = cache = KVCache(num_rows, 1 << (max_length - 1).bit_length(), is_fixed=True)
+        cache = self._caches.get(num_rows)
+        if cache is None or cache.num_columns < max_length:
+            cache = self._caches[num_rows] = KVCache(num_rows, 1 << (max_length - 1).bit_length(), is_fixed=True)
         return DecodingBatch(self, cache, width, num_logits)
 
     def forward(self, ids: Tensor, positions: Tensor, cache_view: CacheView, num_logits: int) -> Tensor:

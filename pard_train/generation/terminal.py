@@ -118,14 +118,15 @@ class TokenPrinter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console):
         self.tokenizer = tokenizer
         self.console = console
-        self.held: list[int] = []
+        self.ids, self.shown = list[int](), ""
 
     def show(self, step: Step) -> None:
         """Print one step."""
         for number, token in enumerate(step.tokens):
-            self.held.append(token)
-            text = self.tokenizer.decode(self.held, skip_special_tokens=True)
+            self.ids.append(token)
+            text = self.tokenizer.decode(self.ids, skip_special_tokens=True)  # some words have their space by context
             if text.endswith("\ufffd"):  # an incomplete character
                 continue
-            self.held = []
-            self.console.print(Text(visible(text), style=ACCEPTED_STYLE if number < step.num_accepted else ""), end="")
+            style = ACCEPTED_STYLE if number < step.num_accepted else ""
+            self.console.print(Text(visible(text[len(self.shown) :]), style=style), end="")
+            self.shown = text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PretrainedConfig
 from pard_train import __version__
 from pard_train.publishing.hub import is_hub_name, public_name
 from pard_train.publishing.origin import MEASURED_MODES, Training
-from pard_train.reports.records import with_interval
+from pard_train.reports.records import acceptance_records, grouped, with_interval
 
 DEFAULT_K = 8  # of the tables, beside the largest K measured, and of the commands if K of training is unknown
 UNKNOWN_LICENSE = "Unknown. The license of the base model applies to a draft made from it."
@@ -140,7 +141,8 @@ def _counts(counts: dict[str, Any]) -> str:
 
 def _best_records(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
     """Greedy records by (target, benchmark, K), each in the most exact mode, at K = 8 and at the largest K."""
-    greedy = [record for record in records if record.get("temperature", 0.0) == 0.0]
+    cells = grouped([r for r in records if r.get("temperature", 0.0) == 0.0], itemgetter("target", "benchmark"))
+    greedy = [record for cell in cells.values() for record in acceptance_records({"records": cell})]
     best: dict[tuple[str, str, int], dict[str, Any]] = {}
     for record in sorted(greedy, key=lambda record: MEASURED_MODES.index(record["mode"])):
         best.setdefault((record["target"], record["benchmark"], record["num_draft_tokens"]), record)

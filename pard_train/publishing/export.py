@@ -6,7 +6,6 @@ Everything is checked before any weights are loaded, and the folders are written
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +41,7 @@ from pard_train.model import (
 from pard_train.publishing.card import Card, write_card
 from pard_train.publishing.hub import public_name
 from pard_train.publishing.origin import find_base, read_acceptance, read_license, read_training
-from pard_train.runs import new_folder, read_json, run_of, write_json
+from pard_train.runs import new_folder, read_json, require_space, run_of, write_json
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint
 from pard_train.training.trackers import Outcome, check_trackers, log_outcome
 from pard_train.training.trainer import BEST_FOLDER
@@ -200,13 +199,7 @@ def _check_disk(root: Path, config: PretrainedConfig, sizes: dict[int, list[str]
         model = AutoModelForCausalLM.from_config(config)
     per_row = sum(tensor[0].numel() for tensor in vocabulary_tensors(model))
     weights = sum(model.num_parameters() + (rows - config.vocab_size) * per_row for rows in sizes)
-    place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < weights * bytes_per_weight:
-        raise UserError(
-            f"output_dir={root}: {free / 1e9:.1f} GB are free and {weights * bytes_per_weight / 1e9:.1f} GB needed: "
-            "make room, or choose another disk"
-        )
+    require_space(root, weights * bytes_per_weight, "make room, or choose another disk")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

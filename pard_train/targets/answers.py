@@ -133,7 +133,7 @@ class AnswerCache(Mapping[str, Answer]):
             file.close()
 
 
-def split_batches(prompts: Mapping[str, list[int]], batch_size: int) -> list[list[str]]:
+def split_batches(prompts: Mapping[str, Sequence[int]], batch_size: int) -> list[list[str]]:
     """Keys of prompts in batches of similar length, longest first, so that running out of memory happens at once.
 
     A batch is cached as a whole, so the prompts left after an interruption form the same batches: answers depend
@@ -145,7 +145,7 @@ def split_batches(prompts: Mapping[str, list[int]], batch_size: int) -> list[lis
 
 def write_batches(
     model: PreTrainedModel,
-    prompts: Mapping[str, list[int]],
+    prompts: Mapping[str, Sequence[int]],
     batches: Sequence[list[str]],
     cache: AnswerCache,
     *,
@@ -166,7 +166,7 @@ def write_batches(
     """
     with tqdm(total=sum(map(len, batches)), desc=description, unit="answer", disable=not description) as bar:
         for keys in batches:
-            answers = _generate(model, [prompts[key] for key in keys], limits, sampling)
+            answers = _generate(model, [list(prompts[key]) for key in keys], limits, sampling)
             cache.add(dict(zip(keys, answers, strict=True)))
             bar.update(len(keys))
 

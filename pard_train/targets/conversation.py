@@ -118,15 +118,18 @@ class AnsweredChat:
     turns: list[tuple[list[int], list[int]]]
 
 
-def answer_chat(row: Mapping[str, Any], encoder: ChatEncoder, limits: Limits) -> Conversation[AnsweredChat]:
+def answer_chat(
+    row: Mapping[str, Any], encoder: ChatEncoder, limits: Limits, context: int | None = None
+) -> Conversation[AnsweredChat]:
     """A conversation in which the target answers a chat of a data set anew.
 
-    It ends early at a refusal, an empty answer, or one that hits the length limit.
+    It ends early at a prompt that is too long, a refusal, an empty answer, or one that hits the length limit.
 
     Args:
         row: `messages`, and `tools` if there are any.
         encoder: of the target's tokenizer.
         limits: when an answer ends.
+        context: positions that prompt and answer may take; None for no limit.
     """
     messages: Messages = []
     ids: list[tuple[list[int], list[int]]] = []
@@ -137,6 +140,9 @@ def answer_chat(row: Mapping[str, Any], encoder: ChatEncoder, limits: Limits) ->
             prompt = chat.send(reply)  # type: ignore[arg-type]  # None starts it
         except UserError as error:
             return AnsweredChat(messages, False, str(error), ids)
+        if context and len(prompt) + limits.max_new_tokens > context:
+            reason = f"{len(prompt)} tokens and an answer of {limits.max_new_tokens} exceed {context} positions"
+            return AnsweredChat(messages, False, reason, ids)
         reply = yield prompt
         if isinstance(reply, Refusal):
             return AnsweredChat(messages, False, f"refused by the server: {reply.reason}", ids)

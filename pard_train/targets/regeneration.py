@@ -118,7 +118,7 @@ def _job(
         """Every conversation of the file that belongs to the target."""
         for row, _ in read_chats(prompts_file):
             if _owner(row, len(target.names)) == number:
-                yield answer_chat(row, target.encoder, limits)
+                yield answer_chat(row, target.encoder, limits, target.context)
 
     return Conversations(
         target=target,
@@ -139,7 +139,7 @@ def read_chats(prompts_file: Path) -> Iterator[tuple[Row, str]]:
     source = SourceConfig(path=str(prompts_file), schema="messages")
     for row, origin in read_jsonl(prompts_file):
         chat = to_chat(row, source, origin)
-        rest = {name: value for name, value in row.items() if name not in (*SYSTEM_PROMPTS, "tools")}
+        rest = {name: value for name, value in row.items() if name not in (*SYSTEM_PROMPTS, "tools", "token_ids")}
         yield {**rest, "messages": chat.messages, **({"tools": chat.tools} if chat.tools else {})}, origin
 
 
@@ -184,7 +184,7 @@ def _assemble(prompts_file: Path, jobs: list[Conversations[AnsweredChat]], folde
         for row, origin in tqdm(read_chats(prompts_file), desc="assemble", unit="row"):
             owner = _owner(row, len(jobs))
             job, cache = jobs[owner], caches[owner]
-            chat = job.follow(answer_chat(row, job.target.encoder, job.limits), cache)
+            chat = job.follow(answer_chat(row, job.target.encoder, job.limits, job.target.context), cache)
             assert isinstance(chat, AnsweredChat), origin
             counts["rows"] += 1
             if not chat.messages:

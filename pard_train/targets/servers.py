@@ -129,13 +129,17 @@ async def _served_targets(url: str, client: AsyncOpenAI, targets: Sequence[str])
 
 def _reason(error: Exception) -> str:
     """One line about an error: the server's message if it sent one."""
+    if isinstance(error, openai.APITimeoutError):
+        return "no answer within inference.timeout"
     body = getattr(error, "body", None)
     words = (body.get("message") if isinstance(body, dict) else None) or str(error) or type(error).__name__
     return str(words).splitlines()[0][:300]
 
 
 class ServerPool:
-    """The servers of one target, each with a limit of concurrent requests. A server that fails is set aside.
+    """The servers of one target, each with a limit of concurrent requests.
+
+    A server that fails is set aside. If it still answers another prompt, the one that it failed at is refused instead.
 
     Args:
         servers: of the target.
@@ -177,10 +181,23 @@ class ServerPool:
             try:
                 reply = await self._complete(server, prompt)
             except (openai.APIError, BrokenOffError) as error:
-                self._set_aside(server, error)
-                continue
+                is_about_prompt = isinstance(error, (openai.APIStatusError, openai.APITimeoutError))
+                if not (is_about_prompt and await self._is_well(server)):
+                    self._set_aside(server, error)
+                    continue
+                reply = Refusal(_reason(error))
             self._permits.put_nowait(server)
             return reply
+
+    async def _is_well(self, server: Server) -> bool:
+        """Whether a server answers a prompt of one token: then an error is that of what it was asked."""
+        prompt = [min(self.limits.end_ids)]
+        client, settings = server.client.with_options(max_retries=0), self._settings(prompt_key(prompt))
+        try:
+            await client.completions.create(model=server.model, prompt=prompt, **settings | {"max_tokens": 1})
+        except openai.APIError:
+            return False
+        return True
 
     async def _complete(self, server: Server, prompt: Sequence[int]) -> Answer | Refusal:
         try:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from pard_train.config import Config, InferenceConfig
@@ -17,7 +18,7 @@ from pard_train.errors import UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.generation.decoding import end_ids_of
 from pard_train.generation.runner import Runner
-from pard_train.model import DTYPES, load_causal_lm, load_tokenizer
+from pard_train.model import DTYPES, load_causal_lm, load_config, load_tokenizer
 
 
 class Target:
@@ -59,6 +60,14 @@ class Target:
         self._runner: Runner | None = None
 
     @cached_property
+    def context(self) -> int | None:
+        """Positions of the model; None if it has no limit, or on servers, which refuse what is too long."""
+        if self.inference.servers:
+            return None
+        config = load_config(self.name, trust_remote_code=self.trust_remote_code)
+        return getattr(config, "max_position_embeddings", None)
+
+    @cached_property
     def weights(self) -> PreTrainedModel:
         """The model on its device or devices."""
         device_map = self.inference.device_map
@@ -77,6 +86,8 @@ class Target:
         self._runner = None
         self.__dict__.pop("weights", None)
         gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()  # else an engine finds the memory taken
 
 
 def load_targets(config: Config, *, dtype: str | None = None) -> list[Target]:

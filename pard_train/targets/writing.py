@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,8 +46,8 @@ def write_missing(jobs: Sequence[Conversations[Any]], process: PartialState | No
 def _generate(job: Conversations[Any], batch_size: int, process: PartialState | None) -> int:
     """Generate this process's share of the missing answers, turn by turn. Returns the number of new tokens."""
     rank, num_ranks = (process.process_index, process.num_processes) if process else (0, 1)
-    num_tokens = 0
-    while missing := _next_prompts(job, rank, process):
+    num_tokens, ended = 0, set[int]()
+    while missing := _next_prompts(job, rank, process, ended):
         batches = split_batches(missing, batch_size)[rank::num_ranks]
         with job.open_cache(rank) as cache:
             write_batches(
@@ -63,17 +64,28 @@ def _generate(job: Conversations[Any], batch_size: int, process: PartialState | 
     return num_tokens
 
 
-def _next_prompts(job: Conversations[Any], rank: int, process: PartialState | None) -> dict[str, list[int]]:
+def _next_prompts(
+    job: Conversations[Any], rank: int, process: PartialState | None, ended: set[int]
+) -> dict[str, Sequence[int]]:
     """Prompts by key of the earliest turn with missing answers; the same in all processes.
 
     Turn by turn, so that an interrupted run forms the same batches again: in bfloat16 an answer may depend on the
-    padding of its batch.
+    padding of its batch. Conversations that have ended are added to `ended`, and not followed again.
     """
+    waiting, number = dict[str, Sequence[int]](), -1
     with job.open_cache(rank) as cache:
-        waiting = [s for s in (job.follow(c, cache) for c in job.start()) if isinstance(s, OpenTurn)]
+        for index, conversation in enumerate(job.start()):
+            if index in ended:
+                continue
+            state = job.follow(conversation, cache)
+            if not isinstance(state, OpenTurn):
+                ended.add(index)
+            elif not waiting or state.number <= number:
+                waiting = waiting if state.number == number else {}
+                number = state.number
+                waiting[prompt_key(state.prompt)] = array("i", state.prompt)  # 4 bytes per token
     _wait(process)  # no process writes while another still reads
-    number = min((turn.number for turn in waiting), default=0)
-    return {prompt_key(turn.prompt): turn.prompt for turn in waiting if turn.number == number}
+    return waiting
 
 
 def _wait(process: PartialState | None) -> None:

@@ -25,7 +25,7 @@ from pard_train.device import default_device, device_name
 from pard_train.errors import UserError
 from pard_train.layout import SlotLayout
 from pard_train.model import inspect_base, load_config
-from pard_train.runs import PLAN_FILE, write_json
+from pard_train.runs import PLAN_FILE, require_space, write_json
 from pard_train.training.inputs import TEACHER_FILE, TOKENS_FILE, build_dataset
 from pard_train.training.processes import num_processes
 from pard_train.training.throughput import CHIPS, ModelShape, Work, chip_of, count_work, step_flops
@@ -43,6 +43,7 @@ class Plan:
         supervised_tokens: of all steps, repetitions included.
         model_flops: None for architectures that are not counted, as `memory_gb`.
         memory_gb: per device by part; `peak` is what they take at once.
+        disk_gb: that the run writes at most, checkpoints included; None as `memory_gb`.
         device, num_devices: on which `hours` are estimated, at `utilization` of the peak rate.
     """
 
@@ -53,6 +54,7 @@ class Plan:
     slots: int
     model_flops: float | None
     memory_gb: dict[str, float] | None
+    disk_gb: float | None
     device: str
     num_devices: int
     utilization: float
@@ -66,7 +68,7 @@ class Plan:
         ]
         if self.model_flops is not None and self.memory_gb is not None:
             parts = ", ".join(f"{name} {size:.2f}" for name, size in self.memory_gb.items())
-            lines.append(f"memory per device in GB: {parts}")
+            lines.append(f"memory per device in GB: {parts}; disk: {self.disk_gb:.2f}")
             at = f"{self.num_devices} x {self.device} at {self.utilization:.0%} of the peak rate"
             lines.append(f"{self.model_flops:.3g} model FLOPs; about {_duration(self.hours or 0)} on {at}")
         return "\n".join(lines)
@@ -119,6 +121,7 @@ def plan_training(
         slots=work.slots,
         model_flops=flops,
         memory_gb=memory_by_part(config, shape, model, supervised, planned) if shape else None,
+        disk_gb=disk_gb(config, num_weights(shape, model)) if shape else None,
         device=device,
         num_devices=planned,
         utilization=config.plan.utilization,
@@ -148,7 +151,11 @@ def plan_run(config: Config) -> Plan:
 def announce(
     config: Config, arguments: TrainingArguments, store: TokenStore, dataset: PackedDataset, model: PretrainedConfig
 ) -> None:
-    """Print and record the plan and what the packs are made of, and limit the steps to them."""
+    """Print and record the plan and what the packs are made of, and limit the steps to them.
+
+    Raises:
+        UserError: if the disk has no room for what the run will write.
+    """
     num_steps = len(dataset) // (arguments.world_size * arguments.gradient_accumulation_steps)
     if too_many := arguments.max_steps > num_steps:  # Trainer would train on the same packs again
         arguments.max_steps = -1
@@ -159,6 +166,9 @@ def announce(
     write_json(output_dir / TOKENS_FILE, store.manifest)
     write_json(output_dir / PLAN_FILE, plan.record())
     print(f"{store.summary()}\n{plan.render()}")
+    written = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
+    fix = "make room, choose another disk, or lower trainer.save_total_limit"
+    require_space(output_dir, (plan.disk_gb or 0.0) * GB - written, fix)
     if dataset.scores is not None:
         write_json(output_dir / TEACHER_FILE, dataset.scores.manifest)
         print(dataset.scores.summary())
@@ -196,6 +206,22 @@ def _rate(config: Config) -> tuple[str, float]:
     return name, 2 * size**3 / min(seconds)
 
 
+def num_weights(shape: ModelShape, model: PretrainedConfig) -> int:
+    """Weights of the layers, and of embedding and head, which may be one."""
+    return shape.layer_weights + shape.head_weights * (1 if model.tie_word_embeddings else 2)
+
+
+def disk_gb(config: Config, weights: int) -> float:
+    """GB that a run writes at most: init, draft and best in float32, and checkpoints with two states of AdamW each.
+
+    The oldest checkpoint is deleted only when the next one is complete.
+    """
+    trainer, monitor = config.trainer, config.monitor
+    num_drafts = 3 if monitor.every_steps and monitor.keep_best != "none" else 2
+    num_checkpoints = trainer.save_total_limit + 1 if trainer.save_steps or trainer.save_minutes else 0
+    return 4 * weights * (num_drafts + 3 * num_checkpoints) / GB
+
+
 def memory_by_part(
     config: Config, shape: ModelShape, model: PretrainedConfig, supervised: int, num_devices: int
 ) -> dict[str, float]:
@@ -213,8 +239,7 @@ def memory_by_part(
     has_copy = bool(config.deepspeed) and (trainer.bf16 or stage > 0)  # of weights, and in a step of gradients
     on_cpu = config.plan.chip is None and default_device().type == "cpu"
     width = 2 if trainer.bf16 else 4
-    head = shape.head_weights
-    weights = shape.layer_weights + head * (1 if model.tie_word_embeddings else 2)
+    head, weights = shape.head_weights, num_weights(shape, model)
     copies = 2 if num_devices > 1 and not config.deepspeed and not stage else 1  # DDP keeps gradients in buckets, too
     chunk = min(supervised, CHUNK_SLOTS_CPU if on_cpu else CHUNK_SLOTS)
     kept = config.data.slot_budget * activation_bytes(shape, model, width, trainer.gradient_checkpointing)
