@@ -79,11 +79,30 @@ def test_processes_and_shards_do_not_change_the_draft(
     command += [f"evaluate.benchmarks=[{questions}]", "monitor.every_steps=2", "monitor.max_prompts=4"]
     run_all([[*command, "monitor.max_new_tokens=12"]], [{"NUM_PROCESSES": str(processes)}])
     check_as_alone(run, alone)
+    is_sharded_by_fsdp = (run / f"checkpoint-{STEPS}" / "optimizer.bin").is_file()  # DDP and DeepSpeed have other names
+    assert is_sharded_by_fsdp == ("trainer=fsdp2" in overrides)
     assert len(taus_of(run)) == 1 + STEPS // 2
     for mine, theirs in zip(taus_of(run), taus_of(alone), strict=True):
         assert mine == pytest.approx(theirs, abs=0.1)  # one token of the answers more or less
     (exported,) = export(exporting(str(run), str(tmp_path / "export"), targets=[str(base_folder)]))
     assert (exported / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_fsdp2_in_bfloat16_computes_what_ddp_computes(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    for trainer in ("default", "fsdp2"):
+        settings = [
+            *settings_of(base_folder, chats_file, tmp_path / trainer),
+            f"trainer={trainer}",
+            "trainer.bf16=true",
+        ]
+        run_all([["launch/torchrun.sh", *settings]], [{"NUM_PROCESSES": "2"}])
+    for mine, theirs in zip(log_of(tmp_path / "fsdp2"), log_of(tmp_path / "default"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    ours, reference = (load_file(tmp_path / t / "draft" / "model.safetensors") for t in ("fsdp2", "default"))
+    worst = max(float((ours[name] - reference[name]).abs().max()) for name in ours)
+    assert worst < 2 * STEPS * 1e-3  # Adam moves a weight by at most the learning rate a step, in each of both runs
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
 
 
 @pytest.mark.slow

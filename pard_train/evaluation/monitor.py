@@ -160,7 +160,9 @@ class AcceptanceMonitor(UsesTrainer):
         """tau by case, and its details; every rank replays its share of the turns."""
         accelerator, most = self.trainer.accelerator, self.num_draft_tokens
         mine = np.array_split(np.arange(len(self.turns)), accelerator.num_processes)[accelerator.process_index]
-        copy = copy_model(accelerator.unwrap_model(self.trainer.model), self.dtype, self.trainer.args.device)
+        copy = copy_model(
+            accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False), self.dtype, self.trainer.args.device
+        )
         drafter = Drafter(copy, self.trainer.processing_class)
         pairs = [(self.turns[i][1].prompt_ids, self.turns[i][1].answer.ids) for i in mine]
         # Of every turn: tokens, steps at K = 1, 2, ..., and the histogram of accepted tokens at the largest K.

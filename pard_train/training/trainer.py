@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -194,6 +198,17 @@ class PardTrainer(Trainer):
         self.seconds_waiting, self.num_skipped, self.num_bad_steps = 0.0, 0, 0  # the last one counts those in a row
         self.num_compiled_before = num_compilations()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's. FSDP2 computes as DDP does: accelerate would cast the loss, and have no FSDP on a CPU."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None:
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast chooses the dtype of products
+            self.accelerator.state.fsdp_plugin = plugin
+            for state in (self.accelerator.state, PartialState()):  # the first copies the second now and then
+                state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
         return SequentialSampler(cast(PackedDataset, self.train_dataset))  # packs are already in training order
 
@@ -267,6 +282,7 @@ class PardTrainer(Trainer):
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, which also notes whether it is finite. DeepSpeed has -1 for a norm that is not."""
         norm = super()._get_grad_norm(*args, **kwargs)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP2
         size = torch.as_tensor(0.0 if norm is None else norm, device=self.args.device)
         self.is_finite &= size.isfinite() & (size >= 0)
         return norm
