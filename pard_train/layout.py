@@ -36,7 +36,8 @@ from pard_train.config import DraftConfig
 # Legend: L tokens of one document, T slots, K draft tokens.
 
 IGNORE_INDEX = -100  # the label of a slot that is not supervised, as in torch's cross entropy
-PADDING_DOCUMENT = -1  # the document of padding slots: one causal text of its own, seen by nobody else
+PADDING_DOCUMENT = -1  # and below: the documents of padding slots, causal texts that nobody else sees
+PADDING_LENGTH = 128  # slots of such a document: models have more positions
 
 Array = Any  # numpy array or torch tensor of integers
 Window = int | None  # tokens of a layer's sliding window; None: full attention

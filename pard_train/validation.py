@@ -241,12 +241,13 @@ def _check_trainer(config: Config) -> None:
 
 
 def _check_deepspeed(config: Config) -> None:
-    if config.deepspeed and "RANK" not in os.environ and not config.plan_only:
+    has_launcher = "RANK" in os.environ or config.plan_only or bool(config.study.launcher)
+    if config.deepspeed and not has_launcher:
         raise UserError(
             "deepspeed=... needs a launcher: torchrun --nproc_per_node N recipes/train.py ..., or "
             "deepspeed --no_local_rank --num_gpus N recipes/train.py ...; for one process, deepspeed=none"
         )
-    if config.trainer.extra.get("fsdp") and (config.deepspeed or not ("RANK" in os.environ or config.plan_only)):
+    if config.trainer.extra.get("fsdp") and (config.deepspeed or not has_launcher):
         raise UserError("trainer.extra.fsdp needs deepspeed=none and a launcher: launch/torchrun.sh ...")
     if config.deepspeed.get("fp16", {}).get("enabled") is True:
         raise UserError(

@@ -32,12 +32,12 @@ def run(config: Config) -> None:
     runs = plan_runs(config.study, task_overrides(), folder)
     trainings = [compose_config(planned.overrides) for planned in runs]
     for training in trainings:
-        validate_train(training)
+        validate_train(replace(training, study=config.study))
     if config.plan_only:
         for planned, training in zip(runs, trainings, strict=True):
             print(f"{planned.draft}: {plan_run(training).render()}")
         return
-    for training in trainings:
+    for training in () if config.study.launcher else trainings:  # its processes check
         check_output(training)
     failures = [reason for planned in runs if (reason := train_run(planned, config.study.launcher))]
     finished = [planned for planned in runs if planned.is_finished]

@@ -174,7 +174,8 @@ def test_every_batch_has_the_same_shape_and_types() -> None:
 def test_padding_teaches_nothing_and_is_seen_by_nobody() -> None:
     for members in ([], [Member(DOCUMENTS[0], DrawKey(0, 0, 0))]):
         batch = {name: tensor[0] for name, tensor in build_collator()([members]).items()}
-        is_padding = batch["document"] == PADDING_DOCUMENT
+        is_padding = batch["document"] <= PADDING_DOCUMENT
+        assert (batch["anchor"] + batch["depth"])[is_padding].max() < 128  # models with few positions have as many
         assert is_padding.any()
         assert (batch["labels"][is_padding] == IGNORE_INDEX).all()
         assert (batch["weight"][is_padding] == 0).all()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,15 @@ def test_every_run_of_a_study_that_we_ship_fits_the_quickstart(name: str, tmp_pa
         for run in runs:
             validate_train(compose_config(run.overrides))
     assert len(runs) > 1
+
+
+def test_runs_of_a_study_with_a_launcher_may_use_deepspeed() -> None:
+    register_schema()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose_config(["experiment=quickstart", "deepspeed=zero1"])
+    with pytest.raises(UserError, match="needs a launcher"):
+        validate_train(config)
+    validate_train(replace(config, study=StudyConfig(launcher=["torchrun", "--nproc_per_node", "8"])))
 
 
 @pytest.mark.parametrize(

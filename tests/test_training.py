@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pard_train.config import Config
+from pard_train.config import Config, TrainerConfig
 from pard_train.core.attention import attention_inputs
 from pard_train.core.objectives import PackLoss
 from pard_train.data.chat import ChatEncoder
@@ -33,6 +33,7 @@ from pard_train.layout import SlotLayout, is_visible
 from pard_train.model import inspect_base, write_initial_draft
 from pard_train.runs import SEAL_FILE, newest_checkpoint, seal_folder
 from pard_train.training.arguments import training_settings
+from pard_train.training.inputs import check_output
 from pard_train.training.throughput import ModelShape, Work, step_flops
 from pard_train.training.trainer import build_trainer, train
 
@@ -252,13 +253,44 @@ def test_a_truncated_checkpoint_is_refused_and_an_unfinished_one_passed_over(
     newest = tmp_path / "run" / "checkpoint-4"
     damaged = newest / "optimizer.pt"
     damaged.write_bytes(damaged.read_bytes()[:1000])
+    (tmp_path / "run" / "draft").rename(tmp_path / "first")
     with pytest.raises(UserError, match=r"optimizer\.pt is truncated: 1000 bytes of \d+"):
         train(replace(config, resume=True))
     (newest / SEAL_FILE).unlink()
-    (tmp_path / "run" / "draft").rename(tmp_path / "first")
     draft = train(replace(config, resume=True))  # from checkpoint-2
     first = weights(tmp_path / "first")
     assert all(torch.equal(value, first[name]) for name, value in weights(draft).items())
+
+
+def test_a_finished_run_that_is_resumed_without_a_checkpoint_keeps_its_draft_and_log(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=2, save_steps=0)
+    draft = train(config)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert train(replace(config, resume=True)) == draft
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_learning_rate_that_cannot_rise_and_fall_within_the_run_is_refused(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    settings = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 2, "max_steps": 4}
+    with pytest.raises(UserError, match=r"warmup_steps=2 and trainer\.decay_steps=3 exceed the 4 steps of this run"):
+        train(experiment(base_folder, chats_file, tmp_path / "long", decay_steps=3, **settings))
+    train(experiment(base_folder, chats_file, tmp_path / "fits", decay_steps=2, **settings))
+
+
+def test_an_optimizer_or_attention_that_a_library_lacks_is_refused_before_anything_is_written(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    config = experiment(base_folder, chats_file, tmp_path / "run", optim="adamw_tourch")
+    with pytest.raises(UserError, match=r"trainer\.optim=adamw_tourch"):
+        check_output(config)
+    if not torch.accelerator.is_available():
+        with pytest.raises(UserError, match=r"model\.attention=flex cannot train on the CPU"):
+            check_output(replace(config, trainer=TrainerConfig(), model=replace(config.model, attention="flex")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_output_folder_with_another_run_is_left_alone(

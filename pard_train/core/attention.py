@@ -189,8 +189,12 @@ def _flex_attention(
     chain_masks: dict[Window, BlockMask],
     **layer: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function of the flex form, registered as `pard_flex`: that of `transformers` with the layer's mask."""
-    return flex_attention_forward(module, query, key, value, chain_masks[layer.get("sliding_window")], **layer)
+    """Attention function of the flex form, registered as `pard_flex`: that of `transformers` with the layer's mask.
+
+    Flex attention has no dropout.
+    """
+    mask, layer["dropout"] = chain_masks[layer.get("sliding_window")], 0.0
+    return flex_attention_forward(module, query, key, value, mask, **layer)
 
 
 @torch.compiler.disable  # the pieces differ in every pack

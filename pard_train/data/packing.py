@@ -22,6 +22,7 @@ from pard_train.errors import UserError
 from pard_train.layout import (
     IGNORE_INDEX,
     PADDING_DOCUMENT,
+    PADDING_LENGTH,
     DrawKey,
     SlotLayout,
     lay_out_document,
@@ -171,11 +172,11 @@ class PardCollator:
 
     def _padding(self, num_slots: int, others: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Slots that no other slot attends to, without labels."""
-        zeros = np.zeros(num_slots, dtype=np.int64)
+        zeros, number = np.zeros(num_slots, dtype=np.int64), np.arange(num_slots)
         part = {
             "input_ids": zeros,
             "labels": np.full_like(zeros, IGNORE_INDEX),
-            **_names(SlotLayout(np.full_like(zeros, PADDING_DOCUMENT), np.arange(num_slots), zeros)),
+            **_names(SlotLayout(PADDING_DOCUMENT - number // PADDING_LENGTH, number % PADDING_LENGTH, zeros)),
         }
         if self.objective.needs_teacher:
             top_k = others[0]["teacher_ids"].shape[1] if others else 1

@@ -180,6 +180,8 @@ class SealCheckpoint(TrainerCallback):
         if state.is_world_process_zero:
             seal_folder(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             prune_checkpoints(Path(args.output_dir), self.limit)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # here the watchdog waits longer than in a step
 
 
 class MetricsFile(TrainerCallback):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pard_train.config import Config
+from pard_train.core.attention import resolve_attention
 from pard_train.data.packing import PackedDataset
 from pard_train.data.scores import Scores, open_teacher
 from pard_train.data.store import TokenStore
+from pard_train.device import default_device
 from pard_train.runs import check_run, locked, require_recorded
+from pard_train.training.arguments import training_settings
 from pard_train.training.processes import for_processes, is_first_process, run_identity
 from pard_train.training.trackers import check_trackers
 
@@ -17,11 +20,14 @@ TOKENS_FILE = "tokens.json"  # manifest of the tokens
 
 
 def check_output(config: Config) -> None:
-    """Check the output folder and the trackers of a run.
+    """Check the output folder and the trackers of a run, and the settings that libraries check.
 
     Raises:
-        UserError: if the folder holds another run or other files, or a tracker has no login.
+        UserError: if the folder holds another run or other files, a tracker has no login, or a library refuses a
+            setting.
     """
+    training_settings(config)
+    resolve_attention(config.model.attention, default_device().type)
     if is_first_process():
         check_trackers(config.logger)
         with locked(Path(config.output_dir)):

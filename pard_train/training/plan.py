@@ -154,11 +154,17 @@ def announce(
     """Print and record the plan and what the packs are made of, and limit the steps to them.
 
     Raises:
-        UserError: if the disk has no room for what the run will write.
+        UserError: if the learning rate has no room to rise and fall, or the disk none for what the run will write.
     """
     num_steps = len(dataset) // (arguments.world_size * arguments.gradient_accumulation_steps)
     if too_many := arguments.max_steps > num_steps:  # Trainer would train on the same packs again
         arguments.max_steps = -1
+    trainer, taken = config.trainer, min(num_steps, arguments.max_steps % (num_steps + 1))
+    if trainer.warmup_steps + trainer.decay_steps > taken:
+        raise UserError(
+            f"trainer.warmup_steps={trainer.warmup_steps} and trainer.decay_steps={trainer.decay_steps} exceed the "
+            f"{taken} steps of this run, which would not reach its learning rate: lower them, or train for longer"
+        )
     if arguments.process_index:
         return
     output_dir = Path(config.output_dir)

@@ -98,6 +98,8 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     check_output(config)
     config = for_processes(config)
     output_dir, settings = Path(config.output_dir), training_settings(config)
+    if config.resume and (output_dir / DRAFT_FOLDER).is_dir():  # which is written at the end
+        return output_dir / DRAFT_FOLDER
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
     require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
@@ -150,6 +152,9 @@ def build_trainer(
     if model.config.tie_word_embeddings:  # a checkpoint has no tied head, and Trainer would warn about it
         model._keys_to_ignore_on_save = list(model._tied_weights_keys)
     announce(config, arguments, store, dataset, model.config)
+    dropouts = [f"{n}={v}" for n, v in model.config.to_dict().items() if "att" in n and "drop" in n and v]
+    if attention == "flex" and dropouts:
+        print(f"{dropouts[0]} of the model is not used: FlexAttention has no dropout")
     mask_token_id = required_mask_token_of(model.config)
     callbacks: list[TrainerCallback] = [DataEpoch(dataset.num_epochs), CurrentIntervals(), SpikeWarning()]
     callbacks += [SealCheckpoint(config.trainer.save_total_limit), MetricsFile(output_dir)]
