@@ -93,14 +93,20 @@ def commands() -> str:
         "Every program takes `--help` (its settings with their comments) and `--version`.",
         "An installed wheel offers each program as a console command with the same arguments.",
         "Exit status: 0 success, 1 a part of an evaluation failed, 2 an error in settings or input,",
-        "3 a missed threshold, 130 Ctrl-C, 75 training stopped by a signal after a step, with a checkpoint:",
+        "3 a missed threshold, 124 a hung process, 130 Ctrl-C,",
+        "75 training stopped by a signal after a step, with a checkpoint:",
         "the same command with `resume=true` resumes it.",
     ]
     for name, program in PROGRAMS.items():
         text = (HOME / program.folder / f"{name}.py").read_text()
         doc = (ast.get_docstring(ast.parse(text)) or "").strip()
         sections = ", ".join(f"[{section}](configuration.md#{_anchor(section)})" for section in program.sections)
-        lines += ["", f"## {name}", "", f"`{program.folder}/{name}.py`, or `pard-{name}`. Settings: {sections}."]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"`{program.folder}/{name}.py`, or `pard-{name}`. Settings: {sections or 'none of its own'}.",
+        ]
         if program.shares_work:
             lines += ["", "Its processes share the work under torchrun."]
         lines += ["", "```text", doc, "```"]

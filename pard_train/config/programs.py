@@ -194,7 +194,7 @@ class LoadConfig:
     keep_servers: bool = setting(
         False, "Run all servers at once, so that rounds interleave; needs the memory of all.", free=True
     )
-    dtype: str = setting("float32", "Weights and activations.", choices=DTYPES)
+    dtype: str = setting("auto", "Weights and activations; auto: bfloat16 on a GPU, else float32.", choices=AUTO_DTYPES)
     server_arguments: list[str] = setting([], "Further arguments of the server, such as --enforce-eager.")
     timeout: float = setting(900.0, "Seconds until a server or a request times out.", above=0, free=True)
 

@@ -49,11 +49,7 @@ class SlotScores:
 
 
 def score_slots(
-    hidden: Tensor,
-    head: nn.Linear,
-    targets: SlotTargets,
-    objective: ObjectiveConfig,
-    reweigh: Reweigh | None = None,
+    hidden: Tensor, head: nn.Linear, targets: SlotTargets, objective: ObjectiveConfig, reweigh: Reweigh | None = None
 ) -> SlotScores:
     """Weighted loss of slots through the output head, holding the logits of one chunk at a time.
 

@@ -92,8 +92,7 @@ def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: fl
 def engine_process(command: Sequence[str], log: Any, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process in its own session that is killed, with its children, at the end of the block.
 
-    SIGTERM ends the block, too. On Linux the process, but not its children, also ends when that which started it is
-    killed.
+    SIGTERM ends the block, too. On Linux the process, not its children, also ends when that which started it is killed.
 
     Args:
         command: whose output goes to `log`.

@@ -20,12 +20,7 @@ from pard_train.errors import UserError
 from pard_train.evaluation.engine_records import engine_records
 from pard_train.evaluation.live import live_records, measure_steps, predict_speedup
 from pard_train.evaluation.matrix import Matrix
-from pard_train.evaluation.measurement import (
-    Draft,
-    replay_case,
-    replay_records,
-    sample_outputs,
-)
+from pard_train.evaluation.measurement import Draft, replay_case, replay_records, sample_outputs
 from pard_train.evaluation.speed import Latencies
 from pard_train.reports.records import (
     ACCEPTANCE_FILE,

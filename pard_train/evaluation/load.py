@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pard_train.acceptance.replay import replay_all
 from pard_train.config import Config, LoadConfig, decisive
 from pard_train.data.benchmarks import load_benchmarks
 from pard_train.data.chat import ChatEncoder
-from pard_train.device import default_device, device_name
+from pard_train.device import default_device, device_name, dtype_name
 from pard_train.downloads import local_model
 from pard_train.engines.vllm_server import ServerSettings, VllmServer
 from pard_train.errors import UserError, first_line
@@ -84,7 +84,8 @@ def measure_load(config: Config) -> dict[str, Any]:
     Raises:
         UserError: if draft, target and engine do not fit, or a server fails.
     """
-    settings, folder, trust = config.load, Path(config.output_dir), config.model.trust_remote_code
+    settings = replace(config.load, dtype=dtype_name(config.load.dtype))
+    folder, trust = Path(config.output_dir), config.model.trust_remote_code
     benchmarks = load_benchmarks(settings.benchmarks, settings.max_prompts)
     names = {"draft": resolve_draft(config.draft.path or ""), "target": first_target(config)}
     decides = {**names, **decisive(settings), "template_kwargs": dict(config.data.template_kwargs)}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pard_train.bootstrap import ratio_interval, tau_interval
+from pard_train.bootstrap import ratio_interval
 from pard_train.commands import HOME, PROGRAMS
 from pard_train.config import StudyConfig
 from pard_train.errors import RESUMABLE, Interrupted, UserError
@@ -123,10 +123,7 @@ def write_study(result: Result, runs: Sequence[Run], folder: Path) -> str:
         folder: output folder.
 
     Returns:
-        The tables as Markdown, of the benchmarks that were measured with every draft.
-
-    Raises:
-        UserError: if there is none.
+        The tables as Markdown, of the benchmarks that were measured with every draft. If there is none: UserError.
     """
     replayed = [record for record in result["records"] if record["mode"] == "replay"]
     cells, drafts = grouped(replayed, itemgetter("target", "benchmark")), set(drafts_of(runs))
@@ -136,8 +133,8 @@ def write_study(result: Result, runs: Sequence[Run], folder: Path) -> str:
     by_target = grouped(complete, itemgetter("target"))
     text = "\n\n".join(_table(target, records, runs).markdown() for target, records in by_target.items())
     meaning = "tau at the largest K, over all seeds. Ratios are to the first run, with intervals paired by prompt."
-    (folder / REPORT_FILE).write_text(f"# Study\n\n{meaning}\n\n{text}\n\n![tau by run]({CHART_FILE})\n")
-    write_png([_charts(by_target, runs), _ratio_charts(by_target, runs)], folder / CHART_FILE)
+    (folder / REPORT_FILE).write_text(f"# Study\n\n{meaning}\n\n{text}\n\n![ratios]({CHART_FILE})\n")
+    write_png([_charts(by_target, runs)], folder / CHART_FILE)
     return text
 
 
@@ -191,20 +188,6 @@ def _table(target: str, records: list[Record], runs: Sequence[Run]) -> Table:
 
 
 def _charts(by_target: dict[str, list[Record]], runs: Sequence[Run]) -> list[Chart]:
-    """tau with intervals of every run, by benchmark; one chart per target."""
-    cells = {
-        target: [
-            (benchmark, name, [tau_of(counts), *tau_interval(counts)])
-            for benchmark, mine in grouped(at_largest_k(records), itemgetter("benchmark")).items()
-            for name, drafts in _drafts_by_name(runs).items()
-            for counts in [pooled_counts(mine, drafts)]
-        ]
-        for target, records in by_target.items()
-    }
-    return interval_charts(cells)
-
-
-def _ratio_charts(by_target: dict[str, list[Record]], runs: Sequence[Run]) -> list[Chart]:
     """The ratio of tau to the first run, of every other run at the smallest and largest K; one chart per target."""
     drafts = _drafts_by_name(runs)
     first = drafts[runs[0].name]

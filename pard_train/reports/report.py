@@ -30,12 +30,7 @@ from pard_train.reports.records import (
     timed_records,
 )
 from pard_train.reports.sections import build_sections
-from pard_train.reports.tables import (
-    Table,
-    as_markdown,
-    speed_tables,
-    tau_tables,
-)
+from pard_train.reports.tables import Table, as_markdown, speed_tables, tau_tables
 from pard_train.reports.webpage import PAGE_FILE, render_page, render_samples
 
 REPORT_FILE = "report.md"
@@ -49,11 +44,7 @@ NAME_FIELDS = ("draft", "target", "benchmark", "mode", "method", "temperature", 
 
 
 def write_report(
-    result: Result,
-    folder: Path,
-    *,
-    predictions: Sequence[dict[str, Any]] = (),
-    samples: Sequence[dict[str, Any]] = (),
+    result: Result, folder: Path, *, predictions: Sequence[dict[str, Any]] = (), samples: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Write report.md, report.html, samples.html, acceptance.png, acceptance.csv and groups.csv.
 

@@ -81,8 +81,7 @@ def _next_prompts(
             if not isinstance(state, OpenTurn):
                 ended.add(index)
             elif not waiting or state.number <= number:
-                waiting = waiting if state.number == number else {}
-                number = state.number
+                waiting, number = waiting if state.number == number else {}, state.number
                 waiting[prompt_key(state.prompt)] = array("i", state.prompt)  # 4 bytes per token
     _wait(process)  # no process writes while another still reads
     return waiting

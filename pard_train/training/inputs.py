@@ -23,8 +23,7 @@ def check_output(config: Config) -> None:
     """Check the output folder and the trackers of a run, and the settings that libraries check.
 
     Raises:
-        UserError: if the folder holds another run or other files, a tracker has no login, or a library refuses a
-            setting.
+        UserError: if the folder holds something else, a tracker has no login, or a library refuses a setting.
     """
     training_settings(config)
     resolve_attention(config.model.attention, default_device().type)

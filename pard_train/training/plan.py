@@ -161,10 +161,8 @@ def announce(
         arguments.max_steps = -1
     trainer, taken = config.trainer, min(num_steps, arguments.max_steps % (num_steps + 1))
     if trainer.warmup_steps + trainer.decay_steps > taken:
-        raise UserError(
-            f"trainer.warmup_steps={trainer.warmup_steps} and trainer.decay_steps={trainer.decay_steps} exceed the "
-            f"{taken} steps of this run, which would not reach its learning rate: lower them, or train for longer"
-        )
+        given = f"trainer.warmup_steps={trainer.warmup_steps} and trainer.decay_steps={trainer.decay_steps}"
+        raise UserError(f"{given} exceed the {taken} steps of this run: lower them, or train for longer")
     if arguments.process_index:
         return
     output_dir = Path(config.output_dir)
