@@ -159,7 +159,7 @@ def announce(
     num_steps = len(dataset) // (arguments.world_size * arguments.gradient_accumulation_steps)
     if too_many := arguments.max_steps > num_steps:  # Trainer would train on the same packs again
         arguments.max_steps = -1
-    trainer, taken = config.trainer, min(num_steps, arguments.max_steps % (num_steps + 1))
+    trainer, taken = config.trainer, arguments.max_steps if arguments.max_steps > 0 else num_steps
     if trainer.warmup_steps + trainer.decay_steps > taken:
         given = f"trainer.warmup_steps={trainer.warmup_steps} and trainer.decay_steps={trainer.decay_steps}"
         raise UserError(f"{given} exceed the {taken} steps of this run: lower them, or train for longer")
