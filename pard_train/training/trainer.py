@@ -98,7 +98,8 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     check_output(config)
     config = for_processes(config)
     output_dir, settings = Path(config.output_dir), training_settings(config)
-    if config.resume and (output_dir / DRAFT_FOLDER).is_dir():  # which is written at the end
+    checkpoint = newest_checkpoint(output_dir) if config.resume else None
+    if config.resume and checkpoint is None and (output_dir / DRAFT_FOLDER).is_dir():  # which is written at the end
         return output_dir / DRAFT_FOLDER
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
@@ -120,7 +121,6 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
         raise UserError(
             f"output_dir={output_dir} exists for the first process only: choose a folder on a disk that all nodes share"
         )
-    checkpoint = newest_checkpoint(output_dir) if config.resume else None
     trainer = build_trainer(config, arguments, store, scores)
     drafts = {"last": output_dir / DRAFT_FOLDER, "best": output_dir / BEST_FOLDER}
     watchdog, is_first = Watchdog(output_dir, config.trainer.hang_minutes), is_first_process()
