@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +257,23 @@ def test_a_server_that_does_not_start_is_one_error_with_its_log(
     with pytest.raises(UserError):
         measure_load(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_ends_an_engine_with_its_children(tmp_path: Path) -> None:
+    program = f"""
+import time
+from pard_train.engines.process import engine_process
+with open({str(tmp_path / "log")!r}, "w") as log, engine_process(["bash", "-c", "sleep 300 & echo $!; wait"], log):
+    print("started", flush=True)
+    time.sleep(300)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None and process.stdout.readline() == b"started\n"
+    while not (child := (tmp_path / "log").read_text().strip()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        assert time.monotonic() < end, "a child of the engine lives on"
+        time.sleep(0.05)
