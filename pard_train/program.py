@@ -151,13 +151,12 @@ def _run(name: str, composed: DictConfig, validate: Callable[[Config], None], ru
         if number == 1 or LOST_PEER not in str(error):
             raise
         _exit_with(f"process {os.environ.get('RANK')} waited for a process that has ended; that one says why")
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except Exception as error:  # safetensors has the number in its text alone
+        full = [t for n, t in DISK_FULL.items() if getattr(error, "errno", 0) == n or f"(os error {n})" in str(error)]
+        if not full:
             raise
-        _exit_with(
-            f"{error.filename or 'a file'} cannot be written ({DISK_FULL[error.errno]}): free some space and run the "
-            "same command again; finished parts are kept"
-        )
+        what, fix = f"{getattr(error, 'filename', None) or 'a file'} cannot be written", "run the same command again"
+        _exit_with(f"{what} ({full[0]}): free some space and {fix}; finished parts are kept")
 
 
 def _prepare_process() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -318,3 +319,15 @@ def test_the_job_script_of_slurm_is_valid_bash_and_says_when_to_signal() -> None
     script = ROOT / "launch" / "slurm.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert "#SBATCH --signal=B:USR1@600" in script.read_text()
+
+
+def test_weights_that_do_not_fit_on_the_disk_cost_one_line(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+    command = [sys.executable, "recipes/train.py", *settings_of(base_folder, chats_file, tmp_path / "run")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, preexec_fn=limit_file_size)
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("train.py: error: ") and "cannot be written (file too large): free some space" in last
+    assert not list((tmp_path / "run").glob("*.partial-*"))
