@@ -77,8 +77,7 @@ def checks(folder: Path, process: Any) -> Iterator[tuple[str, bool, str, str]]:
     for name, (path, least, fix) in DISKS.items():
         is_fine = shutil.disk_usage(path or folder).free > least * 1e9
         yield name, is_fine, f"{path or folder} has {'' if is_fine else 'less than '}{least} GB", fix
-    cores = num_cores()
-    yield "cores", cores >= local, f"{cores} for {local} processes of this node", "sbatch --cpus-per-task N"
+    yield "cores", num_cores() >= local, f"{num_cores()} for {local} processes", "sbatch --cpus-per-task N"
     built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
     old = [str(lock) for lock in built.rglob("lock") if time.time() - lock.stat().st_mtime > LOCK_SECONDS]
     fix = "delete it: a killed process left it, and DeepSpeed waits for it without a word"

@@ -189,10 +189,7 @@ def _flex_attention(
     chain_masks: dict[Window, BlockMask],
     **layer: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function of the flex form, registered as `pard_flex`: that of `transformers` with the layer's mask.
-
-    Flex attention has no dropout.
-    """
+    """Attention function of the flex form, registered as `pard_flex`: that of `transformers`, which has no dropout."""
     mask, layer["dropout"] = chain_masks[layer.get("sliding_window")], 0.0
     return flex_attention_forward(module, query, key, value, mask, **layer)
 

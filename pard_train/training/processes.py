@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from pard_train.config import Config, decisive
 from pard_train.errors import UserError
@@ -77,6 +80,15 @@ def require_equal_processes(facts: dict[str, Any]) -> None:
     for rank, theirs in enumerate(everyone):
         what = f"process {rank} differs from process 0"
         require_same(everyone[0], theirs, what=what, fix="start all with the same command, code, packages and data")
+
+
+def use_fsdp(accelerator: Accelerator, settings: dict[str, Any]) -> None:
+    """Compute as DDP does: accelerate would cast the loss, and knows FSDP on accelerators only."""
+    plugin = FullyShardedDataParallelPlugin(**settings)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast chooses the dtype of products
+    accelerator.state.fsdp_plugin = plugin
+    for state in (accelerator.state, PartialState()):  # the first copies the second now and then
+        state.distributed_type = DistributedType.FSDP
 
 
 def _started(config: Config) -> dict[str, int] | None:

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -54,6 +51,7 @@ from pard_train.training.processes import (
     num_processes,
     require_equal_processes,
     run_identity,
+    use_fsdp,
 )
 from pard_train.training.signals import ignore_stop_signals, stop_signals
 from pard_train.training.throughput import (
@@ -204,14 +202,10 @@ class PardTrainer(Trainer):
         self.num_compiled_before = num_compilations()
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Trainer's. FSDP2 computes as DDP does: accelerate would cast the loss, and have no FSDP on a CPU."""
+        """Trainer's, and FSDP2 on any device."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp_plugin_args is not None:
-            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast chooses the dtype of products
-            self.accelerator.state.fsdp_plugin = plugin
-            for state in (self.accelerator.state, PartialState()):  # the first copies the second now and then
-                state.distributed_type = DistributedType.FSDP
+            use_fsdp(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
     def _get_train_sampler(self, *args: Any) -> Sampler[int]:
