@@ -173,9 +173,7 @@ def _measure_draft(
                 samples += sample_outputs(matrix, draft, case, matches)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks before anything expensive
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checks before anything expensive -------------------------------------------------------------------------------
 
 
 def _check_thresholds(settings: EvaluateConfig) -> None:
