@@ -57,7 +57,7 @@ def engine_records(matrix: Matrix, draft: Draft, target: Target, case: Case) -> 
     plain, own = stored["plain"], stored["own"]
     traces = [engine_trace(answer) for answer in own]
     num_identical = sum(a["token_ids"] == b["token_ids"] for a, b in zip(own, plain, strict=True))
-    timing = Timing("pard", 1, k, traces, [_tokens_per_second(own)], [_tokens_per_second(plain)], num_identical)
+    timing = Timing(traces, [_tokens_per_second(own)], [_tokens_per_second(plain)], num_identical)
     counts = (sum(answer["counters"][name] for answer in own) for name in ("num_drafts", "num_accepted_tokens"))
     numbers = pooled_numbers(traces, turns, k) | vllm_numbers(*counts)
     provenance = {**made_by, "versions": {**made_by["versions"], "vllm": stored["version"]}}

@@ -62,7 +62,7 @@ def _time_methods(
             num_rounds=settings.live_rounds,
             sampling=sampling,
         )
-        return [{"traces": [asdict(trace) for trace in t.traces], "speed": t.record()} for t in timings]
+        return [{"traces": [asdict(trace) for trace in t.traces], "speed": t.record()} for t in timings.values()]
 
     if not matrix.has_result("live", identity | _fingerprints(methods)):
         methods = _loadable(matrix, methods, case)

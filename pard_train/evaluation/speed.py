@@ -36,18 +36,12 @@ class Timing:
     """One method and the target alone, on the same prompts.
 
     Attributes:
-        method: name of the proposer.
-        batch_size: answers decoded together.
-        num_draft_tokens: K.
         traces: of every prompt.
         tokens_per_second: of all prompts, prefill included, in each round.
         ar_tokens_per_second: the same of the target alone.
         num_identical_answers: answers equal to those of the target alone; None if sampled.
     """
 
-    method: str
-    batch_size: int
-    num_draft_tokens: int
     traces: list[Trace]
     tokens_per_second: list[float]
     ar_tokens_per_second: list[float]
@@ -83,7 +77,7 @@ def time_proposers(
     batch_size: int,
     num_rounds: int,
     sampling: Sampling = GREEDY,
-) -> list[Timing]:
+) -> dict[str, Timing]:
     """Time several proposers and the target alone, in alternation on the same batches, after a warm-up of each.
 
     Args:
@@ -113,18 +107,15 @@ def time_proposers(
     answers, seconds = take_turns(methods, batches, num_rounds)
     tokens = [[answer.tokens for answer in found] for found in answers]
     rates = [[sum(map(len, texts)) / s for s in row] for texts, row in zip(tokens, seconds, strict=True)]
-    return [
-        Timing(
-            method=name,
-            batch_size=batch_size,
-            num_draft_tokens=num_draft_tokens,
+    return {
+        name: Timing(
             traces=[Trace(answer.accepted, len(answer.tokens)) for answer in answers[index]],
             tokens_per_second=rates[index],
             ar_tokens_per_second=rates[0],
             num_identical_answers=sum(map(list.__eq__, tokens[index], tokens[0])) if sampling.is_greedy else None,
         )
         for index, name in enumerate(proposers, start=1)
-    ]
+    }
 
 
 def take_turns(
