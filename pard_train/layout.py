@@ -99,16 +99,12 @@ def is_visible(query: SlotLayout, key: SlotLayout, window: Window = None) -> Arr
 # ---- COD as chain lengths -------------------------------------------------------------------------------------------
 
 
-def count_at_depth(num_anchors: int, depth: int, draft: DraftConfig) -> int:
+def count_at_depth(num_anchors: Array, depth: int, draft: DraftConfig) -> Array:
     """Anchors that COD keeps at `depth`: floor(n * max(r^d, r_min)) (PARD, section 3.3), of at most `max_anchors`.
 
-    >>> [count_at_depth(100, d, DraftConfig()) for d in range(1, 6)]
+    >>> [int(count_at_depth(100, d, DraftConfig())) for d in range(1, 6)]
     [70, 49, 34, 24, 20]
     """
-    return int(_count(np.array(num_anchors), depth, draft))
-
-
-def _count(num_anchors: np.ndarray, depth: int, draft: DraftConfig) -> np.ndarray:
     retention = max(draft.retention_ratio**depth, draft.min_retention)
     most = num_anchors if draft.max_anchors is None else np.minimum(num_anchors, draft.max_anchors)
     return np.floor(most * retention + 1e-9).astype(np.int64)  # 100 * 0.7**2 is 48.999.. in floating point
@@ -116,7 +112,8 @@ def _count(num_anchors: np.ndarray, depth: int, draft: DraftConfig) -> np.ndarra
 
 def max_slots(num_tokens: int, draft: DraftConfig) -> int:
     """Upper bound of the slots that a document of `num_tokens` tokens takes, whatever its turns and the draw."""
-    return num_tokens + sum(count_at_depth(num_tokens, depth, draft) for depth in range(1, draft.num_draft_tokens))
+    depths = range(1, draft.num_draft_tokens)
+    return num_tokens + sum(int(count_at_depth(num_tokens, depth, draft)) for depth in depths)
 
 
 def supervised_runs(loss_mask: np.ndarray) -> np.ndarray:
@@ -157,7 +154,7 @@ def slot_bounds(num_tokens: np.ndarray, runs: np.ndarray, document: np.ndarray, 
 
     bounds, num_anchors = num_tokens.astype(np.int64), _anchors(0)
     for depth in range(1, draft.num_draft_tokens):
-        bounds += np.minimum(_count(num_anchors, depth, draft), _anchors(depth))
+        bounds += np.minimum(count_at_depth(num_anchors, depth, draft), _anchors(depth))
     return bounds
 
 
