@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -160,7 +161,7 @@ def require_same(
     Raises:
         UserError: naming every entry that differs, with both values.
     """
-    before, after = _flatten(_as_json(old)), _flatten(_as_json(new))
+    before, after = flatten(_as_json(old)), flatten(_as_json(new))
     changed = [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -182,10 +183,22 @@ def _as_json(value: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(value))
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One row of a table: dotted names, lists as JSON, the command as a shell line.
+
+    >>> flatten({"speed": {"speedup": 2.0}, "histogram": [3, 1]})
+    {'speed.speedup': 2.0, 'histogram': '[3, 1]'}
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        if key == "command" and isinstance(value, list):
+            flat[prefix + key] = shlex.join(value)
+        elif key == "template_kwargs" or isinstance(value, list):
+            flat[prefix + key] = json.dumps(value, ensure_ascii=False)
+        elif isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 

@@ -23,10 +23,11 @@ from pard_train.reports.comparison import (
     ratios_below,
     render_comparison,
 )
-from pard_train.reports.records import flatten, label_of, pooled_tau, read_result
+from pard_train.reports.records import label_of, pooled_tau, read_result
 from pard_train.reports.report import render_report, tau_below, write_report
 from pard_train.reports.sections import build_sections
 from pard_train.reports.tables import Table, prediction_table, tau_tables
+from pard_train.runs import flatten
 
 ROOT = Path(__file__).parents[1]
 SMALL, LARGE = "Qwen2.5-7B-Instruct", "Qwen2.5-Coder-14B-Instruct"

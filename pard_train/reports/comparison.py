@@ -21,7 +21,6 @@ from pard_train.reports.records import (
     case_of,
     distinct,
     failure_line,
-    flatten,
     grouped,
     label_of,
     read_predictions,
@@ -32,7 +31,7 @@ from pard_train.reports.records import (
 from pard_train.reports.sections import Section, interval_charts, tau_cell
 from pard_train.reports.tables import NONE, Table, prediction_table
 from pard_train.reports.webpage import fill
-from pard_train.runs import run_of
+from pard_train.runs import flatten, run_of
 
 COMPARISON_FILE = "compare.md"
 COMPARISON_PAGE = "compare.html"

@@ -11,11 +11,11 @@ import numpy as np
 
 from pard_train.errors import UserError
 from pard_train.reports.charts import Chart, Point
-from pard_train.reports.records import distinct, flatten, grouped
+from pard_train.reports.records import distinct, grouped
 from pard_train.reports.sections import Section
 from pard_train.reports.tables import NONE, Table
 from pard_train.reports.webpage import PAGE_FILE, fill
-from pard_train.runs import METRICS_FILE, PLAN_FILE, read_json, read_metrics, run_of
+from pard_train.runs import METRICS_FILE, PLAN_FILE, flatten, read_json, read_metrics, run_of
 
 MAX_POINTS = 60  # of a curve; more are averaged in groups
 MAX_DEPTHS = 8  # curves of a chart by depth

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -219,22 +218,3 @@ def speedup_text(record: Record) -> str:
     if not record.get("speed"):
         return "-"
     return f"{record['speed']['speedup']:.2f}x{' (!)' * has_slow_baseline(record)}"
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One row of a table: dotted names, lists as JSON, the command as a shell line.
-
-    >>> flatten({"speed": {"speedup": 2.0}, "histogram": [3, 1]})
-    {'speed.speedup': 2.0, 'histogram': '[3, 1]'}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key == "command":
-            flat[prefix + key] = shlex.join(value)
-        elif key == "template_kwargs" or isinstance(value, list):
-            flat[prefix + key] = json.dumps(value, ensure_ascii=False)
-        elif isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

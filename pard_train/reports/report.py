@@ -21,7 +21,6 @@ from pard_train.reports.records import (
     at_largest_k,
     distinct,
     failure_line,
-    flatten,
     grouped,
     groups_of,
     has_slow_baseline,
@@ -32,6 +31,7 @@ from pard_train.reports.records import (
 from pard_train.reports.sections import build_sections
 from pard_train.reports.tables import Table, as_markdown, speed_tables, tau_tables
 from pard_train.reports.webpage import PAGE_FILE, render_page, render_samples
+from pard_train.runs import flatten
 
 REPORT_FILE = "report.md"
 SAMPLES_PAGE = "samples.html"

@@ -21,7 +21,6 @@ from pard_train.reports.records import (
     acceptance_records,
     at_largest_k,
     distinct,
-    flatten,
     grouped,
     label_of,
     pooled_by_label,
@@ -30,6 +29,7 @@ from pard_train.reports.records import (
 )
 from pard_train.reports.sections import Section, build_sections
 from pard_train.reports.tables import fingerprint_table, record_table
+from pard_train.runs import flatten
 
 PAGE_FILE = "report.html"  # of an evaluation, and of a training run
 SETTINGS = ("max_new_tokens", "dtype", "temperature", "top_p", "system_prompt", "template_kwargs", "prompt_template")

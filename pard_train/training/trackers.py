@@ -23,9 +23,9 @@ from pard_train.commands import PROGRAMS
 from pard_train.config import Config, DraftConfig, LoggerConfig, ObjectiveConfig
 from pard_train.errors import Interrupted, UserError
 from pard_train.fingerprints import model_fingerprint
-from pard_train.reports.records import distinct, flatten
+from pard_train.reports.records import distinct
 from pard_train.reports.webpage import PAGE_FILE
-from pard_train.runs import CONFIG_FILE, provenance, read_json, read_metrics, run_of
+from pard_train.runs import CONFIG_FILE, flatten, provenance, read_json, read_metrics, run_of
 from pard_train.training.background import Background
 from pard_train.training.page import RunPage
 
