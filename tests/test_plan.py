@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def test_the_counts_of_the_plan_are_those_of_the_run(config: Config, tmp_path: P
     assert not (tmp_path / "run").exists()
     train(config)
     lines = log_lines(config)
-    assert plan.record() == {**json.loads((tmp_path / "run" / "plan.json").read_text()), "hours": plan.hours}
+    assert asdict(plan) == {**json.loads((tmp_path / "run" / "plan.json").read_text()), "hours": plan.hours}
     assert plan.documents == 40
     assert (plan.steps, plan.packs) == (len(lines), 2 * len(lines))
     assert plan.supervised_tokens == lines[-1]["progress/supervised_tokens"]
@@ -73,7 +73,7 @@ def test_a_plan_for_some_layers_of_a_model_is_that_of_the_run(config: Config) ->
     config = replace(config, model=replace(config.model, keep_layers=1), trainer=replace(config.trainer, max_steps=1))
     plan = plan_run(config)
     train(config)
-    assert plan.record() == {**json.loads((Path(config.output_dir) / "plan.json").read_text()), "hours": plan.hours}
+    assert asdict(plan) == {**json.loads((Path(config.output_dir) / "plan.json").read_text()), "hours": plan.hours}
 
 
 def test_a_run_that_the_disk_cannot_hold_ends_before_its_first_step(config: Config) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 from pard_train.errors import UserError
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that the user must choose
-SECRET_NAME = re.compile(
-    r"(?i)((api|access|secret)_?key|secret|password|(hub|api|auth|access)_token)$"
-)  # of an entry of a dict
+# Of an entry of a dict.
+SECRET_NAME = re.compile(r"(?i)((api|access|secret)_?key|secret|password|(hub|api|auth|access)_token)$")
 SECRET_URL = re.compile(r"://[^/@\s]+@")  # user and password before a host
 
 

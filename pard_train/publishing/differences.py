@@ -98,9 +98,8 @@ def _draft_difference(
     drafter: Drafter, expectation: Expectation, answer: EngineAnswer, step: int, num_draft_tokens: int
 ) -> Difference:
     """The draft token that only one of the two accepted."""
-    first = expectation.num_prefilled + sum(
-        a + 1 for a in expectation.accepted[:step]
-    )  # token that this draft predicts
+    # Token that this draft predicts.
+    first = expectation.num_prefilled + sum(a + 1 for a in expectation.accepted[:step])
     ours, theirs = (steps[step] if step < len(steps) else 0 for steps in (expectation.accepted, answer.accepted))
     depth = min(ours, theirs)
     text = expectation.answer_ids + expectation.extra_ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,5 +122,4 @@ def render_load(result: Mapping[str, Any]) -> str:
 def write_load(result: Mapping[str, Any], folder: Path) -> None:
     """Write load.md and load.png."""
     (folder / LOAD_PAGE).write_text(f"{render_load(result)}\n![speed-up by K]({LOAD_PICTURE})\n")
-    charts: Sequence[Chart] = load_charts(result)
-    write_png([charts], folder / LOAD_PICTURE)
+    write_png([load_charts(result)], folder / LOAD_PICTURE)

@@ -115,11 +115,8 @@ class StepGuard(UsesTrainer):
         losses = [float(loss) for loss in trainer.pack_losses]
         bad = torch.tensor([not math.isfinite(loss) for loss in losses])
         is_any = bool(trainer.accelerator.reduce(bad.sum().to(trainer.args.device), reduction="sum"))
-        folder, rank, num_ranks = (
-            self.draft.parent / BAD_PACKS_FOLDER,
-            trainer.args.process_index,
-            trainer.args.world_size,
-        )
+        folder = self.draft.parent / BAD_PACKS_FOLDER
+        rank, num_ranks = trainer.args.process_index, trainer.args.world_size
         for number, pack in enumerate(trainer.packs):
             if (not is_any or bad[number]) and len(list(folder.glob("*.safetensors"))) < 20:
                 place = ((step - 1) * trainer.args.gradient_accumulation_steps + number) * num_ranks + rank

@@ -10,7 +10,6 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -72,10 +71,6 @@ class Plan:
             at = f"{self.num_devices} x {self.device} at {self.utilization:.0%} of the peak rate"
             lines.append(f"{self.model_flops:.3g} model FLOPs; about {_duration(self.hours or 0)} on {at}")
         return "\n".join(lines)
-
-    def record(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 def _duration(hours: float) -> str:
@@ -168,7 +163,7 @@ def announce(
     output_dir = Path(config.output_dir)
     plan = plan_training(config, store, dataset, model, num_devices=arguments.world_size)
     write_json(output_dir / TOKENS_FILE, store.manifest)
-    write_json(output_dir / PLAN_FILE, plan.record())
+    write_json(output_dir / PLAN_FILE, asdict(plan))
     print(f"{store.summary()}\n{plan.render()}")
     written = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
     fix = "make room, choose another disk, or lower trainer.save_total_limit"
