@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers.utils import logging
 
@@ -29,6 +31,20 @@ def this_process() -> PartialState:
     machine without an accelerator for the only one.
     """
     return PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=30))
+
+
+def who_sees(folder: Path, process: PartialState) -> list[bool]:
+    """Which processes see a folder that the first one may have to make. All processes call this."""
+    (name,) = broadcast_object_list([uuid.uuid4().hex])
+    sign = folder / f".shared-{name}"
+    if process.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        sign.touch()
+    process.wait_for_everyone()
+    is_visible = gather_object([sign.exists()])
+    if process.is_main_process:
+        sign.unlink()
+    return is_visible
 
 
 def renew_rendezvous() -> None:

@@ -52,7 +52,7 @@ def checks(folder: Path, process: Any) -> Iterator[tuple[str, bool, str, str]]:
     import torch
     from accelerate.utils import gather_object, reduce
 
-    from pard_train.device import default_device, device_name
+    from pard_train.device import default_device, device_name, who_sees
 
     pip = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
     wrong = [line for line in (pip.stdout or pip.stderr).splitlines() if line.startswith("pard") or pip.stderr]
@@ -65,12 +65,7 @@ def checks(folder: Path, process: Any) -> Iterator[tuple[str, bool, str, str]]:
     is_right = float(reduce(ones @ ones, "sum")[0, 0]) == 4 * process.num_processes
     yield "messages", is_right, f"{library}, {process.num_processes} processes", "see what NCCL_DEBUG=INFO prints"
     folder.mkdir(parents=True, exist_ok=True)
-    marks = gather_object([f".doctor-{process.process_index}-{os.getpid()}"])
-    (folder / marks[process.process_index]).touch()
-    process.wait_for_everyone()
-    is_shared = all((folder / mark).exists() for mark in marks)
-    process.wait_for_everyone()
-    (folder / marks[process.process_index]).unlink()
+    is_shared = who_sees(folder, process)[process.process_index]
     yield "shared disk", is_shared, f"{folder}", "choose an output_dir on a disk that all nodes share"
     now = gather_object([time.time()])
     yield "clock", max(now) - min(now) < 2, f"{max(now) - min(now):.1f} s apart", "run chrony or ntpd on all nodes"

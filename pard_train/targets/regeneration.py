@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from pard_train.config import Config, RegenerateConfig, SourceConfig
 from pard_train.data.rows import read_jsonl, source_version
 from pard_train.data.schemas import SYSTEM_PROMPTS, to_chat
-from pard_train.device import this_process
+from pard_train.device import this_process, who_sees
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Sampling
@@ -149,18 +147,7 @@ def _check_shared(folder: Path, process: PartialState) -> None:
     Raises:
         UserError: in every process.
     """
-    if process.num_processes == 1:
-        return
-    (name,) = broadcast_object_list([uuid.uuid4().hex])
-    sign = folder / f".shared-{name}"
-    if process.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        sign.touch()
-    process.wait_for_everyone()
-    is_visible = gather_object([sign.exists()])
-    if process.is_main_process:
-        sign.unlink()
-    if not all(is_visible):
+    if not all(is_visible := who_sees(folder, process)):
         raise UserError(
             f"{folder}: {is_visible.count(False)} of {process.num_processes} processes do not see this folder of the "
             "first one: choose an output_dir on a disk that all nodes share, or run on one node"
