@@ -396,7 +396,7 @@ def row_figures(setting: Setting, reference: Setting | None, limit: float) -> di
     row["fits"] = int(not setting.failure)
     if setting.failure:
         return row
-    flops = step_flops(setting.shape, setting.work).total
+    flops = sum(step_flops(setting.shape, setting.work))
     row |= {"step_seconds": setting.median, "tokens_per_second": setting.tokens_per_second}
     row |= {"memory_gb": setting.memory / 1e9, "slots": setting.work.slots, "compilations": setting.compilations}
     row |= {"matrix_share": flops / setting.median / limit}
@@ -486,12 +486,13 @@ def cost_table(settings: Sequence[Setting], bytes_per_value: int) -> list[str]:
         if s.failure:
             continue
         flops, moved = step_flops(s.shape, s.work), step_bytes(s.shape, s.work, bytes_per_value).total
-        shares = [f"{part / flops.total:.0%}" for part in (flops.layers, flops.head, flops.attention)]
-        rate = flops.total / s.median
+        total = sum(flops)
+        shares = [f"{part / total:.0%}" for part in flops]
+        rate = total / s.median
         of_peak = "not known" if chip is None or bytes_per_value == 4 else f"{rate / chip.peak:.1%}"
         lines.append(
-            f"| {s.model} | {s.length:,} | {s.k} | {s.side} | {' | '.join(shares)} | {flops.total / 1e12:.2f} | "
-            f"{rate / 1e12:.3f} | {of_peak} | {moved / 1e9:.1f} | {flops.total / moved:.0f} |"
+            f"| {s.model} | {s.length:,} | {s.k} | {s.side} | {' | '.join(shares)} | {total / 1e12:.2f} | "
+            f"{rate / 1e12:.3f} | {of_peak} | {moved / 1e9:.1f} | {total / moved:.0f} |"
         )
     return [
         *lines,

@@ -103,7 +103,7 @@ def plan_training(
     most, wanted = len(dataset) // packs_per_step, config.trainer.max_steps
     steps = min(most, wanted) if wanted > 0 else most
     work, shape = _count(config, dataset, steps * packs_per_step), ModelShape.of(model)
-    flops = step_flops(shape, work).total if shape else None
+    flops = sum(step_flops(shape, work)) if shape else None
     planned = config.plan.num_devices or num_devices
     device, peak = _rate(config)
     supervised = work.supervised // max(1, steps * packs_per_step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,9 +97,8 @@ def count_work(layout: SlotLayout, labels: Tensor) -> Tensor:
     return torch.stack([is_real.sum(), is_supervised.sum(), pairs, tokens]).double()
 
 
-@dataclass(frozen=True)
-class StepFlops:
-    """Model FLOPs of a step, forward and backward, by stage.
+class StepFlops(NamedTuple):
+    """Model FLOPs of a step, forward and backward, by stage; their sum is those of the step.
 
     Attributes:
         layers: matrix products of the layers.
@@ -109,11 +109,6 @@ class StepFlops:
     layers: float
     head: float
     attention: float
-
-    @property
-    def total(self) -> float:
-        """All stages."""
-        return self.layers + self.head + self.attention
 
 
 def step_flops(shape: ModelShape, work: Work) -> StepFlops:
@@ -192,7 +187,7 @@ def throughput_metrics(
     """
     metrics = {"slots_per_second": work.slots / seconds, "supervised_tokens_per_second": work.tokens / seconds}
     if shape is not None:
-        metrics["model_flops_per_second"] = step_flops(shape, work).total / seconds
+        metrics["model_flops_per_second"] = sum(step_flops(shape, work)) / seconds
         if chip is not None:
             metrics["mfu"] = metrics["model_flops_per_second"] / num_devices / chip.peak
     return metrics

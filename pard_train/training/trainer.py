@@ -268,7 +268,7 @@ class PardTrainer(Trainer):
         work = Work(*map(int, self.accelerator.reduce(self.progress, reduction="sum").tolist()))
         self.progress = torch.zeros_like(self.progress)
         self.state.num_input_tokens_seen += work.tokens
-        self.state.total_flos += step_flops(self.shape, work).total if self.shape else 0.0
+        self.state.total_flos += sum(step_flops(self.shape, work)) if self.shape else 0.0
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's, which also notes the loss. Trainer's own sum leaves out what is not finite."""
