@@ -17,8 +17,6 @@ from pard_train.layout import max_slots
 
 PACE_DRAFT_TOKENS = 33  # the most that PACE 1.3.0 drafts in a step: it keeps 32 mask tokens
 
-_EXAMPLES = {"targets": "targets=[Qwen/Qwen2.5-7B-Instruct]", "benchmarks": "evaluate.benchmarks=[humaneval]"}
-
 
 def validate_train(config: Config) -> None:
     """Check a training run.
@@ -173,7 +171,7 @@ def _check_settings(config: Config, *needed: str) -> None:
 
 def _check_targets(config: Config) -> None:
     if not config.targets:
-        raise UserError(f"targets is empty: give a list, for example {_EXAMPLES['targets']}")
+        raise UserError("targets is empty: give a list, for example targets=[Qwen/Qwen2.5-7B-Instruct]")
     for server in config.inference.servers:
         if not server.startswith(("http://", "https://")):
             raise UserError(f"inference.servers: {server!r} must be an address such as http://localhost:8000/v1")
@@ -181,7 +179,7 @@ def _check_targets(config: Config) -> None:
 
 def _check_benchmarks(config: Config) -> None:
     if not config.evaluate.benchmarks:
-        raise UserError(f"evaluate.benchmarks is empty: give a list, for example {_EXAMPLES['benchmarks']}")
+        raise UserError("evaluate.benchmarks is empty: give a list, for example evaluate.benchmarks=[humaneval]")
 
 
 def _check_pair(config: Config) -> None:

@@ -27,7 +27,7 @@ from pard_train.data.dedupe import (
     shuffled,
     signature,
 )
-from pard_train.data.encoding import map_rows
+from pard_train.data.encoding import REJECTS_FILE, map_rows
 from pard_train.data.rows import OnBadRow, Rejects, Row, read_rows, source_version, stop
 from pard_train.data.schemas import to_chat
 from pard_train.data.store import new_array
@@ -46,7 +46,6 @@ from pard_train.runs import (
 PROMPTS_FOLDER = "prompts"
 TRAIN_FILE = "train.jsonl"
 HELD_OUT_FOLDER = "held_out"
-REJECTS_FILE = "rejects.jsonl"
 BENCHMARK_PREFIX = "benchmark:"
 ROWS_PER_WORKER = 2000  # fewer are not worth a process
 

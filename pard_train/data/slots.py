@@ -11,7 +11,6 @@ from rich.cells import set_cell_size
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pard_train.config import DraftConfig, ObjectiveConfig
 from pard_train.core.objectives import slot_weights
@@ -26,6 +25,7 @@ from pard_train.layout import (
     slot_labels,
     slot_tokens,
 )
+from pard_train.transplant import BYTE_OF_CHAR
 
 # Legend: T slots.
 
@@ -34,7 +34,6 @@ PATTERN_PROMPT = 6  # tokens of the prompt in a picture
 PATTERN = {"text": ("■", "blue"), "own chain": ("▲", "yellow"), "itself": ("●", "bold"), "hidden": ("·", "dim")}
 NAME_CELLS = 16  # width of a slot's name in a picture
 TABLE_SLOTS = 12  # text slots and mask slots shown in a table
-_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE
 
 
 def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -48,7 +47,7 @@ def quoted(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
     if "\ufffd" not in text:
         return repr(text)
     letters = tokenizer.convert_ids_to_tokens(token)  # one for each byte
-    return repr(bytes(_BYTES[letter] for letter in letters)).removeprefix("b")
+    return repr(bytes(BYTE_OF_CHAR[letter] for letter in letters)).removeprefix("b")
 
 
 @dataclass(frozen=True)
