@@ -6,6 +6,9 @@ with a cache and in replay. Some accept every argument and compute something els
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PretrainedConfig
 
 from pard_train.layout import Window
@@ -50,6 +53,12 @@ def windows_of(config: PretrainedConfig) -> tuple[Window, ...]:
     if window is None or (layers and "sliding_attention" not in layers):
         return (None,)
     return (None, window) if layers is None or "full_attention" in layers else (window,)
+
+
+def per_layer_lists(config: Mapping[str, Any], num_layers: int) -> dict[str, list[Any]]:
+    """What a config says per layer, such as layer_types."""
+    lists = {name: value for name, value in config.items() if isinstance(value, list) and len(value) == num_layers}
+    return {name: value for name, value in lists.items() if name not in ("architectures", "eos_token_id")}
 
 
 def why_refused(config: PretrainedConfig) -> str | None:

@@ -19,9 +19,14 @@ from pard_train.runs import num_cores
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one (CUDA or ROCm through PyTorch's own device API), else the CPU."""
+    """The accelerator if there is one (CUDA or ROCm through PyTorch's own device API), else the CPU.
+
+    Apple's MPS counts as none: it has no float64, and FlexAttention has no backward pass there.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")  # a CUDA build names its accelerator even where there is none
+    if accelerator is None or accelerator.type == "mps":
+        return torch.device("cpu")
+    return accelerator  # a CUDA build names its accelerator even where there is none
 
 
 def this_process() -> PartialState:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pard_train.architectures import per_layer_lists
 from pard_train.errors import UserError
 
 # Legend: N layers of the model, L tokens of a text.
@@ -85,11 +86,7 @@ class _Layers:
         self.number = self.config.num_hidden_layers
         self._parent, self._name = self._find()
         self._all = self.present()
-        self._lists = {  # what the config says per layer, such as layer_types
-            name: value
-            for name, value in vars(self.config).items()
-            if isinstance(value, list) and len(value) == self.number and name not in ("architectures", "eos_token_id")
-        }
+        self._lists = per_layer_lists(vars(self.config), self.number)
 
     def _find(self) -> tuple[nn.Module, str]:
         for parent in self.model.base_model.modules():

@@ -29,13 +29,16 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, num_rows: int, draft: 
         token_id = tokenizer.get_vocab().get(draft.mask_token, -1)
         special = tokenizer.added_tokens_decoder.get(token_id)
         roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-        if special is None or not special.special or token_id in roles:
+        if special is None or not special.special or token_id in roles or token_id >= num_rows:
             raise UserError(
-                f"draft.mask_token={draft.mask_token!r} must be a special token without a role (end, start, padding) "
-                f"in the tokenizer of {tokenizer.name_or_path}; or leave it null for id {allowed}"
+                f"draft.mask_token={draft.mask_token!r} must be a special token with a row and no role (end, start, "
+                f"padding) in the tokenizer of {tokenizer.name_or_path}; or leave it null for id {allowed}"
             )
         return token_id
     if draft.mask_token_id is None:
+        if not spare and num_rows in used:
+            token = tokenizer.convert_ids_to_tokens(num_rows)
+            raise UserError(f"the row to append, {num_rows}, is the tokenizer's {token!r}: give draft.mask_token=TOKEN")
         return spare[0] if spare else num_rows
     if draft.mask_token_id in used:
         token = tokenizer.convert_ids_to_tokens(draft.mask_token_id)

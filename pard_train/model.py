@@ -179,6 +179,8 @@ def replace_vocabulary(model: PreTrainedModel, rows: list[list[int]]) -> None:
         model: of any number of rows.
         rows: old rows of every new one; one without any becomes the mean of the others.
     """
+    num = model.get_input_embeddings().weight.shape[0]  # a base may lack rows for its tokenizer's last entries
+    rows = [[i for i in some if i < num] for some in rows]
     ids = torch.tensor([i for some in rows for i in some])
     lengths = torch.tensor([len(some) for some in rows])
     new = []

@@ -250,7 +250,7 @@ def new_folder(folder: Path, *, is_shared: bool = False) -> Iterator[Path]:
     Raises:
         UserError: if the folder exists.
     """
-    if folder.exists():
+    if folder.exists() and not is_shared:
         raise UserError(f"{folder} already exists: delete it, or choose another folder")
     partial = unfinished(folder)
     partial.mkdir(parents=True)

@@ -37,6 +37,8 @@ def write_stand_in(source: Path, times: int, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
+    from pard_train.architectures import per_layer_lists
+
     config = json.loads((source / CONFIG).read_text())
     num_layers = config["num_hidden_layers"]
     files = sorted(source.glob("*.safetensors"))
@@ -54,8 +56,8 @@ def write_stand_in(source: Path, times: int, folder: Path) -> None:
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": names}))
     config["num_hidden_layers"] = times * num_layers
-    if config.get("layer_types"):
-        config["layer_types"] *= times
+    for name in per_layer_lists(config, num_layers):
+        config[name] *= times
     if config.get("max_window_layers"):
         config["max_window_layers"] *= times
     (folder / CONFIG).write_text(json.dumps(config, indent=2))

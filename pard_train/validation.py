@@ -81,6 +81,8 @@ def validate_measurement(config: Config) -> None:
             f"evaluate.engine_python={evaluate.engine_python} decodes the live prompts, but evaluate.live_prompts=0: "
             "set evaluate.live_prompts"
         )
+    if evaluate.engine_arguments and not evaluate.engine_python:
+        raise UserError("evaluate.engine_arguments are those of vllm.LLM: set evaluate.engine_python, or remove them")
 
 
 def validate_compare(config: Config) -> None:
@@ -132,6 +134,8 @@ def validate_verify(config: Config) -> None:
     _check_pair(config)
     if not config.verify.benchmarks:
         raise UserError("verify.benchmarks is empty: give a list, for example verify.benchmarks=[humaneval]")
+    if config.verify.engine != "vllm" and config.verify.engine_arguments:
+        raise UserError(f"verify.engine_arguments are those of vllm.LLM: remove them for {config.verify.engine}")
     if config.verify.engine == "pace" and config.verify.num_draft_tokens > PACE_DRAFT_TOKENS:
         k = config.verify.num_draft_tokens
         raise UserError(f"verify.num_draft_tokens={k}: PACE drafts at most {PACE_DRAFT_TOKENS} tokens a step")

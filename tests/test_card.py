@@ -24,8 +24,14 @@ from pard_train.errors import UserError
 from pard_train.model import inspect_base, write_initial_draft
 from pard_train.publishing.card import Card, write_card
 from pard_train.publishing.export import export
-from pard_train.publishing.hub import is_hub_name, public_name
-from pard_train.publishing.origin import find_base, read_acceptance, read_license, read_training
+from pard_train.publishing.origin import (
+    find_base,
+    is_hub_name,
+    public_name,
+    read_acceptance,
+    read_license,
+    read_training,
+)
 from pard_train.training.checkpoints import Checkpoint
 
 TARGET = "Qwen/Qwen2.5-7B-Instruct"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VOCABULARY, build_model, conversations, prefer_mask_token, replay
+from tiny import NUM_ROWS, VOCABULARY, build_model, conversations, prefer_mask_token, replay
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.acceptance.counting import count_as_vllm, walk
@@ -69,6 +69,36 @@ def test_speculative_greedy_text_is_the_targets_own_for_any_draft(
         assert texts(list(decode(target, prompt, limits))) == own
         for k in (1, 2, MAX_K):
             assert texts(list(decode(target, prompt, limits, drafter=drafter, num_draft_tokens=k))) == own
+
+
+def test_a_token_beyond_the_drafts_rows_is_read_as_the_mask_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Qwen2.5-7B has 152,064 rows, its draft's base 151,936."""
+    target, drafter = build_model("llama", seed=0, num_rows=448), build_drafter(build_model("llama", seed=1), tokenizer)
+    prompt, limits = prompts(tokenizer, 1)[0], Limits(40, frozenset({2}))
+    own = texts(list(decode(target, prompt, limits)))
+    assert max(own) >= NUM_ROWS
+    for method in (drafter, SequentialDrafter(drafter)):
+        assert texts(list(decode(target, prompt, limits, drafter=method, num_draft_tokens=3))) == own
+    steps = list(decode(target, prompt, limits, drafter=drafter, num_draft_tokens=3))
+    assert walk(replay(drafter, prompt, own, 3).tolist(), 3).accepted == [len(step.tokens) - 1 for step in steps]
+
+
+def test_prompts_of_models_with_windows_are_read_in_parts_and_give_the_same(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model("gemma3", seed=0)
+    drafter, prompt = build_drafter(model, tokenizer), max(prompts(tokenizer, 8), key=len)
+    ids, answer = torch.tensor([prompt]), prompt[::-1]
+    whole, widths = replay(drafter, prompt, answer, 3), []
+    monkeypatch.setattr("pard_train.generation.runner.PREFILL_ROWS", 5)
+    monkeypatch.setattr("pard_train.acceptance.chains.MAX_BLOCK_ROWS", 5)
+    runner = Runner(model)
+    forward = runner.forward
+    monkeypatch.setattr(runner, "forward", lambda ids, *rest: widths.append(ids.shape[1]) or forward(ids, *rest))
+    found = runner.start(1, len(prompt), width=8, num_logits=4).extend([prompt], [[]], num_logits=3)
+    torch.testing.assert_close(found, model(ids, logits_to_keep=3).logits)
+    assert max(widths) <= 5 + 3 and sum(widths) == len(prompt)
+    assert (replay(drafter, prompt, answer, 3) == whole).all()
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])

@@ -300,6 +300,12 @@ def test_the_keys_of_older_engines_say_what_the_newer_keys_say(rotary: dict[str,
         assert again.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("model_type", "key"), [("phi", "partial_rotary_factor"), ("gpt_neox", "rotary_pct")])
+def test_the_keys_of_older_engines_hold_the_share_of_rotated_dimensions(model_type: str, key: str) -> None:
+    config = {"model_type": model_type, "dtype": "float32", "rope_parameters": {"partial_rotary_factor": 0.4}}
+    assert older_keys(config)[key] == 0.4
+
+
 def test_what_cannot_work_is_said_before_weights_are_read_and_leaves_nothing(
     run: Path, targets: dict[int, Path], base_folder: Path, tmp_path: Path
 ) -> None:

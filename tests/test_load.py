@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_server import FakeServer
 from tiny import conversations, write_served_pair
 from transformers import PreTrainedTokenizerBase
 from vllm_server import ROOT, vllm_python
@@ -100,6 +102,18 @@ def test_counters_are_read_from_the_page_of_metrics_and_summed_over_engines() ->
     assert (found.num_drafts, found.num_draft_tokens, found.num_accepted_tokens) == (7, 14, 6)
     assert found.accepted_per_position == [4, 2]
     assert counters_in("", 0).num_drafts == 0
+
+
+def test_our_own_server_is_asked_directly_and_a_page_that_fails_is_no_page_of_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    server = VllmServer(ServerSettings("T", "D", 6), python=None, log=tmp_path / "log.txt", timeout=1.0)
+    with pytest.raises(UserError, match=r"its page of metrics did not answer within 10 s \(log: .*log\.txt"):
+        server.counters()
+    with FakeServer(lambda ids: {}, models=({"id": "T"},)) as fake:
+        server.address = fake.url.removesuffix("/v1")
+        assert '"T"' in str(server.read("v1/models"))
 
 
 def test_a_server_gets_the_draft_in_parallel() -> None:
@@ -259,7 +273,8 @@ def test_a_server_that_does_not_start_is_one_error_with_its_log(
     assert not (tmp_path / "out").exists()
 
 
-def test_sigterm_ends_an_engine_with_its_children(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_an_engine_with_its_children(number: int, tmp_path: Path) -> None:
     program = f"""
 import time
 from pard_train.engines.process import engine_process
@@ -271,8 +286,8 @@ with open({str(tmp_path / "log")!r}, "w") as log, engine_process(["bash", "-c", 
     assert process.stdout is not None and process.stdout.readline() == b"started\n"
     while not (child := (tmp_path / "log").read_text().strip()):
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(timeout=60) == 143
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
     end = time.monotonic() + 10
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
         assert time.monotonic() < end, "a child of the engine lives on"

@@ -19,6 +19,8 @@ from tiny import experiment
 
 from pard_train.errors import UserError
 from pard_train.evaluation.evaluate import evaluate
+from pard_train.evaluation.load import measure_load
+from pard_train.publishing.verification import verify
 from pard_train.runs import LOCK_FILE, locked, newest_checkpoint
 from pard_train.targets.regeneration import write_answers
 from pard_train.training.trainer import train
@@ -45,13 +47,11 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pard_train.runs.LOCK_SECONDS", 0.2)
 
 
-def test_training_evaluation_and_regeneration_refuse_a_folder_in_use(
-    base_folder: Path, chats_file: Path, tmp_path: Path
-) -> None:
+def test_every_program_that_writes_refuses_a_folder_in_use(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with another_program(folder) as process:
         config = experiment(base_folder, chats_file, folder, max_steps=1)
-        for work in (train, evaluate, lambda c: write_answers(c, chats_file, folder)):
+        for work in (train, evaluate, lambda c: write_answers(c, chats_file, folder), verify, measure_load):
             with pytest.raises(UserError, match=f"output_dir={folder}: another program works in this folder"):
                 work(config)
         assert [path.name for path in folder.iterdir()] == [LOCK_FILE]

@@ -90,10 +90,12 @@ def test_the_mask_token_is_a_row_that_no_text_can_ask_for(
         (NUM_ROWS, {"mask_token_id": VOCABULARY}, r"is the token '<\|reserved\|>'.*by name in draft\.mask_token"),
         (NUM_ROWS, {"mask_token_id": NUM_ROWS}, r"outside the vocabulary of 320 rows.*301\.\.319"),
         (VOCABULARY + 1, {"mask_token_id": 400}, r"outside the vocabulary of 301 rows.*301 \(a row to be appended\)"),
-        (NUM_ROWS, {"mask_token": "cat"}, "'cat' must be a special token without a role"),
-        (NUM_ROWS, {"mask_token": "<|nowhere|>"}, "must be a special token without a role"),
-        (NUM_ROWS, {"mask_token": "<|im_end|>"}, "must be a special token without a role"),
-        (NUM_ROWS, {"mask_token": "<|endoftext|>"}, "must be a special token without a role"),
+        (NUM_ROWS, {"mask_token": "cat"}, "'cat' must be a special token with a row and no role"),
+        (VOCABULARY, {"mask_token": "<|reserved|>"}, "must be a special token with a row and no role"),
+        (VOCABULARY, {}, r"the row to append, 300, is the tokenizer's '<\|reserved\|>': give draft\.mask_token"),
+        (NUM_ROWS, {"mask_token": "<|nowhere|>"}, "must be a special token with a row and no role"),
+        (NUM_ROWS, {"mask_token": "<|im_end|>"}, "must be a special token with a row and no role"),
+        (NUM_ROWS, {"mask_token": "<|endoftext|>"}, "must be a special token with a row and no role"),
     ],
 )
 def test_a_mask_token_that_text_can_contain_is_refused(

@@ -26,6 +26,7 @@ from pard_train.device import this_process
 from pard_train.errors import UserError
 from pard_train.model import load_causal_lm, load_tokenizer
 from pard_train.targets.scoring import score as score_program
+from pard_train.targets.target import load_targets
 
 ROOT = Path(__file__).parents[1]
 TOP_K = 5
@@ -178,7 +179,7 @@ def test_a_target_spread_over_devices_is_refused_in_several_processes(
     config = scoring(base_folder, tmp_path, device_map="auto")
     monkeypatch.setitem(this_process().__dict__, "num_processes", 8)
     with pytest.raises(UserError, match=r"inference\.device_map=auto spreads .* 8 were started"):
-        score_program(config)
+        load_targets(config)
 
 
 def test_tokens_of_another_model_are_refused(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:

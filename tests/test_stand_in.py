@@ -89,9 +89,11 @@ def test_layer_types_and_windows_grow_with_the_layers(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", "qwen2")
     config = json.loads((source / "config.json").read_text())
     assert config["layer_types"] == ["full_attention"] * 2
+    (source / "config.json").write_text(json.dumps({**config, "no_rope_layers": [1, 0]}))  # as SmolLM3 has it
     larger = load_config(f"{source}*5")
     assert larger.layer_types == ["full_attention"] * 10
     assert larger.max_window_layers == 5 * config["max_window_layers"]
+    assert larger.no_rope_layers == [1, 0] * 5
 
 
 def test_a_stand_in_is_written_once_for_the_same_weights(tmp_path: Path, cache: Path) -> None:

@@ -126,7 +126,7 @@ def test_flex_attention_is_compiled_once_for_all_packs_of_a_run(
 def test_nothing_is_compiled_on_an_accelerator_after_the_first_steps(
     is_compiled: bool, base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
-    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=NUM_STEPS, compile=is_compiled)
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=NUM_STEPS, torch_compile=is_compiled)
     train(config)
     counts = [row["throughput/compilations"] for row in log_lines(config)]
     warm_up = WARM_UP_STEPS if is_compiled else 1

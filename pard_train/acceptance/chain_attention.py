@@ -120,10 +120,10 @@ def _attend_chains(
         how: of the layer.
     """
     (text_key, text_value), (own_key, own_value) = text, own
+    query = query * (query.shape[-1] ** -0.5 if how.scaling is None else how.scaling)  # first: float16 overflows
     num_text, shape = text_key.shape[1], query.shape
     text_scores = (query.flatten(1, 2) @ text_key.mT).view(*shape[:3], num_text)  # [H / G, Q, G, P]
-    products = torch.cat([text_scores, query @ own_key.mT], dim=-1)  # [H / G, Q, G, P + d]
-    scores = how.cap(products * (shape[-1] ** -0.5 if how.scaling is None else how.scaling))
+    scores = how.cap(torch.cat([text_scores, query @ own_key.mT], dim=-1))  # [H / G, Q, G, P + d]
     scores[..., :num_text].masked_fill_(~mask[:, None], -torch.inf)
     sinks = None if how.sinks is None else how.sinks.view(shape[0], 1, shape[2], 1)
     weight = softmax(scores, None, sinks)

@@ -107,7 +107,11 @@ class PackedChains:
         """Forward pass of the texts, depth 0 of every chain: hidden states [A, hidden]."""
         position = np.concatenate([np.arange(t.num_shared, len(t.slots)) for t in self._texts])
         ids = np.concatenate([t.ids[t.num_shared : len(t.slots)] for t in self._texts])
-        hidden = self._forward(ids, position, _text_blocks(self._texts, self._device()))
+        hidden = self._forward(
+            self.drafter.readable(ids),
+            position,
+            _text_blocks(self._texts, self.drafter.runner.is_fused, self._device()),
+        )
         return hidden[torch.from_numpy(self._slot).to(hidden.device)]
 
     def deepen(self, is_wanted: np.ndarray) -> Tensor | None:
@@ -140,11 +144,11 @@ class PackedChains:
         return output.last_hidden_state[0]
 
 
-def _text_blocks(texts: list[Text], device: torch.device) -> list[Block]:
-    """Blocks of depth 0: causal within each text, its shared prefix included."""
+def _text_blocks(texts: list[Text], is_fused: bool, device: torch.device) -> list[Block]:
+    """Blocks of depth 0: causal within each text, its shared prefix included. A fused kernel takes a whole text."""
     blocks, row = [], 0
     for text in texts:
-        size = MAX_BLOCK_ROWS if text.num_shared else len(text.slots)
+        size = len(text.slots) if is_fused and not text.num_shared else MAX_BLOCK_ROWS
         for start in range(text.num_shared, len(text.slots), size):
             stop = min(start + size, len(text.slots))
             keys, anchor = _keys(text.slots[:stop], device), torch.arange(start, stop, device=device)

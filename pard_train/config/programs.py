@@ -106,6 +106,7 @@ class EvaluateConfig:
     live_rounds: int = setting(3, "Interleaved rounds in which every method decodes all live prompts.", low=1)
     live_compiled: bool = setting(False, "Run both models through torch.compile with graph capture, for a GPU.")
     engine_python: Optional[str] = setting(None, "Python of an environment with vLLM, which decodes too; null: none.")
+    engine_arguments: dict[str, Any] = setting({}, "Further arguments of vllm.LLM: {tensor_parallel_size: 8}.")
     fail_below: dict[str, float] = setting({}, "Least tau by benchmark or `all`, or exit status 3.", low=1, free=True)
 
 
@@ -170,6 +171,7 @@ class VerifyConfig:
 
     engine: str = setting("vllm", "Serving engine.", choices=("vllm", "pace", "transformers"))
     engine_python: Optional[str] = setting(None, "Python of the engine's environment; null takes this one.", free=True)
+    engine_arguments: dict[str, Any] = setting({}, "Further arguments of vllm.LLM: {tensor_parallel_size: 8}.")
     benchmarks: list[str] = setting(["humaneval"], "Prompts: benchmark names or JSONL files.")
     max_prompts: int = setting(8, "Prompts per benchmark.", low=1)
     max_new_tokens: int = setting(64, "Tokens per answer at most.", low=1)

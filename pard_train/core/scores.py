@@ -70,9 +70,9 @@ def attend(
         )
     if is_causal:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    products = query @ key.mT * (query.shape[-1] ** -0.5 if how.scaling is None else how.scaling)
+    scaled = query * (query.shape[-1] ** -0.5 if how.scaling is None else how.scaling)  # first: float16 overflows
     sinks = None if how.sinks is None else how.sinks.view(query.shape[1], -1)[:, :, None]
-    return F.dropout(softmax(how.cap(products), mask, sinks), how.dropout) @ value
+    return F.dropout(softmax(how.cap(scaled @ key.mT), mask, sinks), how.dropout) @ value
 
 
 def softmax(scores: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:

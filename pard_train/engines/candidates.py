@@ -244,7 +244,7 @@ def _prepare(
     else:
         drafter = draft_model
     num_rows = min(drafter.config.vocab_size, model.config.get_text_config().vocab_size)
-    num_tokens = num_rows if tokenizer is None else min(num_rows, len(tokenizer))
+    num_tokens = num_rows if tokenizer is None else min(num_rows, max(tokenizer.get_vocab().values()) + 1)
     return Draft(drafter, _mask_token_of(drafter.config), num_tokens)
 
 

@@ -92,7 +92,8 @@ def run(request: EngineRequest, *, python: str | None, folder: Path, timeout: fl
 def engine_process(command: Sequence[str], log: Any, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process in its own session that is killed, with its children, at the end of the block.
 
-    SIGTERM ends the block, too. On Linux the process, not its children, also ends when that which started it is killed.
+    SIGTERM and a closed terminal end the block, too. On Linux the process, not its children, also ends when that which
+    started it is killed.
 
     Args:
         command: whose output goes to `log`.
@@ -104,14 +105,17 @@ def engine_process(command: Sequence[str], log: Any, **variables: str) -> Iterat
     settings: dict[str, Any] = {"env": environment, "start_new_session": True, "preexec_fn": _end_with_parent}
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **settings) as process:
         is_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if is_main else None
+        ends = [
+            s for s in (signal.SIGTERM, signal.SIGHUP) if is_main and signal.getsignal(s) != signal.SIG_IGN
+        ]  # nohup
+        before = {s: signal.signal(s, lambda number, _: sys.exit(128 + number)) for s in ends}
         try:
             yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            if is_main:
-                signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _end_with_parent() -> None:

@@ -20,6 +20,7 @@ from pard_train.engines.worker import Counters, speculative_config
 METRIC = re.compile(r"^vllm:spec_decode_(\w+?)_total\{(.*)\} (\S+)$", re.MULTILINE)
 POSITION = re.compile(r'position="(\d+)"')
 POLL_SECONDS = 0.5
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not find our own server
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,16 @@ class VllmServer:
     def read(self, page: str, *, default: str | None = "") -> str | None:
         """A page of the server; the default while it does not answer. An empty page reads as `ok`."""
         try:
-            with urllib.request.urlopen(f"{self.address}/{page}", timeout=10) as response:
+            with DIRECT.open(f"{self.address}/{page}", timeout=10) as response:
                 return response.read().decode() or "ok"
         except OSError:
             return default
 
     def counters(self) -> Counters:
-        """The counters of speculative decoding since the start; all 0 without a draft."""
-        return counters_in(self.read("metrics") or "", self.settings.num_draft_tokens)
+        """The counters of speculative decoding since the start; all 0 without a draft. Raises UserError."""
+        if (page := self.read("metrics", default=None)) is None:
+            raise failure("its page of metrics did not answer within 10 s", self.log)
+        return counters_in(page, self.settings.num_draft_tokens)
 
 
 def counters_in(metrics: str, num_draft_tokens: int) -> Counters:

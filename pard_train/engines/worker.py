@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class EngineRequest:
         dtype: of weights and activations.
         trust_remote_code: run code of the model's folder.
         engine: vllm or pace.
+        engine_arguments: of `vllm.LLM`, besides ours.
+        device_map: for Transformers, to spread the target over GPUs.
     """
 
     target: str
@@ -45,6 +47,8 @@ class EngineRequest:
     dtype: str = "float32"
     trust_remote_code: bool = False
     engine: str = "vllm"
+    engine_arguments: dict[str, Any] = field(default_factory=dict)
+    device_map: str | None = None
 
     @property
     def num_positions(self) -> int:
@@ -167,7 +171,7 @@ def engine_arguments(request: EngineRequest) -> dict[str, Any]:
     if request.draft is not None:
         drafting = speculative_config(request.draft, request.num_draft_tokens, request.num_positions)
         arguments["speculative_config"] = drafting
-    return arguments
+    return arguments | request.engine_arguments
 
 
 def speculative_config(draft: str, num_draft_tokens: int, max_model_len: int) -> dict[str, Any]:

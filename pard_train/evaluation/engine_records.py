@@ -42,8 +42,15 @@ def engine_records(matrix: Matrix, draft: Draft, target: Target, case: Case) -> 
         end_ids=sorted(case.limits.end_ids),
         dtype=matrix.dtype,
         trust_remote_code=matrix.trust_remote_code,
+        engine_arguments=dict(settings.engine_arguments),
     )
-    identity = {**case.identity, "draft_fingerprint": draft.fingerprint, "num_draft_tokens": k, "device": device_name()}
+    identity = {
+        **case.identity,
+        "engine_arguments": request.engine_arguments,
+        "draft_fingerprint": draft.fingerprint,
+        "num_draft_tokens": k,
+        "device": device_name(),
+    }
 
     def _compute() -> dict[str, Any]:
         folder = matrix.folder / "engine" / f"{draft.name}-{case.target.replace('/', '--')}-{case.benchmark.name}"

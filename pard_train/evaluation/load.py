@@ -30,7 +30,7 @@ from pard_train.errors import UserError, first_line
 from pard_train.generation.decoding import end_ids_of
 from pard_train.generation.proposers import Drafter
 from pard_train.model import DTYPES
-from pard_train.runs import check_run, claim_run, provenance, write_json
+from pard_train.runs import check_run, claim_run, locked, provenance, write_json
 from pard_train.targets.compatibility import Model, require
 from pard_train.targets.servers import quiet_http
 from pard_train.targets.serving import check_serving
@@ -84,6 +84,11 @@ def measure_load(config: Config) -> dict[str, Any]:
     Raises:
         UserError: if draft, target and engine do not fit, or a server fails.
     """
+    with locked(Path(config.output_dir)):
+        return _measure_load(config)
+
+
+def _measure_load(config: Config) -> dict[str, Any]:
     settings = replace(config.load, dtype=dtype_name(config.load.dtype))
     folder, trust = Path(config.output_dir), config.model.trust_remote_code
     benchmarks = load_benchmarks(settings.benchmarks, settings.max_prompts)
@@ -279,7 +284,10 @@ async def _ask(
     key = os.environ.get("OPENAI_API_KEY") or "none"
     numbered = iter(enumerate(prompts))
     replies: dict[int, Reply] = {}
-    async with AsyncOpenAI(base_url=server.url, api_key=key, timeout=server.timeout, max_retries=2) as client:
+    direct = openai.DefaultAsyncHttpxClient(trust_env=False)  # as in `VllmServer.read`
+    async with AsyncOpenAI(
+        base_url=server.url, api_key=key, timeout=server.timeout, max_retries=2, http_client=direct
+    ) as client:
 
         async def _ask_in_turn() -> None:
             for number, prompt in numbered:

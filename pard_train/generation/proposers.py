@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.generation.runner import Runner
-from pard_train.mask_token import required_mask_token_of
+from pard_train.mask_token import produced_ids, required_mask_token_of
 from pard_train.model import load_causal_lm, load_config, load_tokenizer
 
 # Legend: B texts, K draft tokens, V vocabulary rows of the draft model, W entries of its tokenizer.
@@ -69,6 +69,8 @@ class Drafter:
         self.model = model
         self.tokenizer = tokenizer
         self.mask_token_id = required_mask_token_of(model.config)
+        self.num_tokens = max(produced_ids(tokenizer)) + 1
+        self.num_rows = model.get_input_embeddings().weight.shape[0]
 
     @classmethod
     def load(cls, path: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Drafter:
@@ -85,10 +87,14 @@ class Drafter:
 
     def mask_non_tokens(self, logits: Tensor) -> Tensor:
         """Logits of the tokenizer's entries without the mask token: drops padded rows. [..., V] -> [..., W]."""
-        logits = logits[..., : len(self.tokenizer)]
+        logits = logits[..., : self.num_tokens]
         if self.mask_token_id < logits.shape[-1]:
             logits = logits.index_fill(-1, torch.tensor([self.mask_token_id], device=logits.device), -torch.inf)
         return logits
+
+    def readable(self, ids: np.ndarray) -> np.ndarray:
+        """Ids with the mask token in place of those beyond the draft's rows: a padded target may emit them."""
+        return np.where(ids < self.num_rows, ids, self.mask_token_id)
 
     def choose(self, logits: Tensor) -> Tensor:
         """The most likely token. [..., V] -> int64 [...]."""
@@ -116,7 +122,14 @@ class ParallelStream:
     def propose(self, texts: list[list[int]]) -> list[list[int]]:
         """K draft tokens after each text, from one forward pass."""
         masks = [self.drafter.mask_token_id] * (self.num_draft_tokens - 1)
-        return self.drafter.choose(self.batch.extend(texts, [masks] * len(texts))).tolist()
+        return self._extend(texts, [masks] * len(texts))
+
+    def _extend(
+        self, texts: list[list[int]], extras: list[list[int]], num_logits: int | None = None
+    ) -> list[list[int]]:
+        """Draft tokens after each text and its extra tokens."""
+        texts = [self.drafter.readable(np.array(text)).tolist() for text in texts]
+        return self.drafter.choose(self.batch.extend(texts, extras, num_logits)).tolist()
 
     def keep(self, which: list[int]) -> None:
         """Continue with some of the texts."""
@@ -142,7 +155,7 @@ class SequentialStream(ParallelStream):
         """K draft tokens after each text, from K forward passes."""
         tokens: list[list[int]] = [[] for _ in texts]
         for _ in range(self.num_draft_tokens):
-            chosen = self.drafter.choose(self.batch.extend(texts, tokens, num_logits=1)).tolist()
+            chosen = self._extend(texts, tokens, num_logits=1)
             tokens = [[*old, *new] for old, new in zip(tokens, chosen, strict=True)]
         return tokens
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from pard_train.architectures import windows_of
 from pard_train.core.cpu.products import OneDnnLinear, PackedLinear, can_pack
 from pard_train.core.scores import Scoring, attend
 from pard_train.layout import Window
@@ -30,6 +31,7 @@ from pard_train.layout import Window
 # size, E size of a value, V vocabulary.
 
 ATTENTION = "pard_cached"
+PREFILL_ROWS = 256  # of a pass over a prompt in a model with windows: masks grow by them, not by the prompt
 MAX_SHAPES = 64  # of all compiled runners of a process together; one more is an error instead of a slow step
 
 
@@ -160,6 +162,7 @@ class Runner:
         self.model = copy.deepcopy(model, shared).eval()
         self.model.set_attn_implementation(ATTENTION)
         self.device = model.device
+        self.is_fused = windows_of(model.config) == (None,)  # PyTorch's causal kernel, without a mask, takes any length
         if is_packed is None:
             is_packed = not is_compiled and can_pack(model.get_input_embeddings().weight)
         for name, module in list(self.model.named_modules()) if is_packed else []:
@@ -233,7 +236,7 @@ class DecodingBatch:
         is_step = num_new <= self.width and num_new <= min(lengths)
         if self.runner.is_compiled and is_step and min(map(len, self._cached)) >= self.width <= min(lengths):
             logits = self._forward_captured(dict(zip(self._rows, whole, strict=True)))[:, -wanted:]
-        elif not self.runner.is_compiled and (is_step or lengths == {num_new}):
+        elif not self.runner.is_compiled and (is_step or (self.runner.is_fused and lengths == {num_new})):
             logits = self._forward_rows(0, whole, num_new, wanted)
         else:
             rows = zip(self._rows, whole, missing, strict=True)
@@ -261,6 +264,9 @@ class DecodingBatch:
     def _prefill_row(self, row: int, ids: list[int], num_new: int, num_logits: int) -> Tensor:
         """One row alone: a prompt, or a text shorter than the step of the others. [1, num_logits, V]"""
         num_new = min(num_new, len(ids))
+        while not self.runner.is_fused and num_new - num_logits > PREFILL_ROWS:
+            self._forward_rows(row, [ids[: len(ids) - num_new + PREFILL_ROWS]], PREFILL_ROWS, 1)
+            num_new -= PREFILL_ROWS
         logits = self._forward_rows(row, [ids], num_new, min(num_logits, num_new))
         return F.pad(logits, (0, 0, num_logits - logits.shape[1], 0))
 

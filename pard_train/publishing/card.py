@@ -16,8 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PretrainedConfig
 
 from pard_train import __version__
-from pard_train.publishing.hub import is_hub_name, public_name
-from pard_train.publishing.origin import MEASURED_MODES, Training
+from pard_train.publishing.origin import MEASURED_MODES, Training, is_hub_name, public_name
 from pard_train.reports.records import acceptance_records, grouped, with_interval
 
 DEFAULT_K = 8  # of the tables, beside the largest K measured, and of the commands if K of training is unknown

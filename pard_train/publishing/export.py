@@ -39,8 +39,7 @@ from pard_train.model import (
     vocabulary_tensors,
 )
 from pard_train.publishing.card import Card, write_card
-from pard_train.publishing.hub import public_name
-from pard_train.publishing.origin import find_base, read_acceptance, read_license, read_training
+from pard_train.publishing.origin import find_base, public_name, read_acceptance, read_license, read_training
 from pard_train.runs import new_folder, read_json, require_space, run_of, write_json
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint
 from pard_train.training.trackers import Outcome, check_trackers, log_outcome
@@ -253,6 +252,8 @@ def older_keys(config: dict) -> dict:
     by_layer = found if all(isinstance(value, dict) for value in found.values()) else {"full_attention": found}
     rotary, local = (by_layer.get(f"{kind}_attention", {}) for kind in ("full", "sliding"))
     keys = {"rope_theta": rotary.get("rope_theta"), "rope_local_base_freq": local.get("rope_theta")}
+    if (share := rotary.get("partial_rotary_factor")) is not None:
+        keys["rotary_pct" if config["model_type"] == "gpt_neox" else "partial_rotary_factor"] = share
     if rotary.get("rope_type", "default") != "default":
         keys["rope_scaling"] = {key: value for key, value in rotary.items() if key != "rope_theta"}
     return {"torch_dtype": config["dtype"]} | {key: value for key, value in keys.items() if value is not None}
@@ -266,7 +267,7 @@ def check_reload(folder: Path, model: PreTrainedModel, plan: Plan) -> None:
         RuntimeError: if they differ.
     """
     again, mask = load_causal_lm(str(folder), dtype=model.dtype), plan.mask_token_id
-    last = max(produced_ids(plan.tokenizer))
+    last = max(i for i in produced_ids(plan.tokenizer) if i < again.config.vocab_size)
     ids = torch.tensor([[0, last // 2, last, mask, mask]])
     if mask_token_of(again.config) != mask or not torch.equal(again(ids).logits, model(ids).logits):
         raise RuntimeError(f"{folder} does not reload to the model it was written from")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,21 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from pard_train.errors import UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.model import file_of
-from pard_train.publishing.hub import is_hub_name
 from pard_train.reports.records import read_result
 from pard_train.runs import CONFIG_FILE, MANIFEST_FILE, RUN_FILE, read_json
 from pard_train.training.checkpoints import Checkpoint
 
 MEASURED_MODES = ("replay", "live", "engine")  # of acceptance.json, the most exact first; an estimate is no measurement
+
+
+def is_hub_name(name: str | None) -> bool:
+    """Whether this may be NAMESPACE/NAME on the hub rather than a folder."""
+    return bool(name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists())
+
+
+def public_name(name: str) -> str:
+    """A hub or pypi: name as it is; the last part of a folder, whose path means nothing to a reader."""
+    return name if is_hub_name(name) or ":" in name else Path(name).name
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from pard_train.generation.decoding import Limits, end_ids_of
 from pard_train.generation.proposers import Drafter
 from pard_train.model import DTYPES
 from pard_train.publishing.differences import Difference, Expectation, find_difference
-from pard_train.runs import check_run, claim_run, provenance, write_json
-from pard_train.targets.compatibility import OK, Finding, Model, require
+from pard_train.runs import check_run, claim_run, locked, provenance, write_json
+from pard_train.targets.compatibility import OK, Finding, Model, check_pair, require
 from pard_train.targets.serving import check_served, check_serving
 from pard_train.targets.target import first_target
 from pard_train.training.checkpoints import find_checkpoint, resolve_draft
@@ -60,13 +60,19 @@ def verify(config: Config) -> dict[str, Any]:
     Raises:
         UserError: if draft and target do not fit, two benchmarks have one name, or the engine fails.
     """
+    with locked(Path(config.output_dir)):
+        return _verify(config)
+
+
+def _verify(config: Config) -> dict[str, Any]:
     settings, folder, trust = config.verify, Path(config.output_dir), config.model.trust_remote_code
     check_trackers(config.logger)
     names = {"draft": resolve_draft(config.draft.path or ""), "target": first_target(config)}
     decides = {**names, **decisive(settings), "template_kwargs": dict(config.data.template_kwargs)}
     check_run(folder, decides, resume=True)
     draft, target, prompts, request = _prepare(config, names)
-    findings = check_served(draft, target, num_tokens=request.num_positions, dtype=request.dtype)
+    check = check_served if settings.engine == "vllm" else check_pair  # the others take vocabularies of two sizes
+    findings = check(draft, target, num_tokens=_context(request), dtype=request.dtype)
     require(findings)
     for finding in findings:
         if finding.subject == "trained length" and finding.level != OK:
@@ -105,9 +111,9 @@ def preflight(config: Config) -> list[Finding]:
     """
     names = {"draft": resolve_draft(config.draft.path or ""), "target": first_target(config)}
     draft, target, _, request = _prepare(config, names)
-    needs: dict[str, Any] = {"num_tokens": request.num_positions, "dtype": request.dtype}
+    needs: dict[str, Any] = {"num_tokens": _context(request), "dtype": request.dtype}
     if request.engine != "vllm":
-        return check_served(draft, target, **needs)
+        return check_pair(draft, target, **needs)
     k, python = request.num_draft_tokens, config.verify.engine_python
     return check_serving(draft, target, num_draft_tokens=k, python=python, **needs)
 
@@ -129,8 +135,15 @@ def _prepare(config: Config, names: Mapping[str, str]) -> tuple[Model, Model, di
         dtype=settings.dtype,
         trust_remote_code=trust,
         engine=settings.engine,
+        engine_arguments=dict(settings.engine_arguments),
+        device_map=config.inference.device_map,
     )
     return draft, target, prompts, request
+
+
+def _context(request: EngineRequest) -> int:
+    """Positions of the longest request: plain texts continue for K tokens past their end."""
+    return request.num_positions + request.num_draft_tokens
 
 
 def _run_engine(request: EngineRequest, settings: VerifyConfig, folder: Path) -> tuple[list[list[int]], EngineResult]:

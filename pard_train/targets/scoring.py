@@ -15,6 +15,7 @@ from pard_train.data.scores import Scores, write_scores
 from pard_train.data.store import TOKENS_FOLDER, TokenStore
 from pard_train.device import this_process
 from pard_train.errors import UserError
+from pard_train.mask_token import produced_ids
 from pard_train.model import check_same_tokenizer, load_base_tokenizer
 from pard_train.runs import MANIFEST_FILE, SEAL_FILE, check_sealed, fingerprint, provenance, seal_folder, write_json
 from pard_train.targets.target import first_target, load_targets
@@ -31,13 +32,13 @@ def score(config: Config) -> Path:
             than top_k tokens, or the number of processes does not fit.
     """
     settings, process = config.score, this_process()
-    _check_processes(process, config.inference.device_map)
+    _check_nodes(process)
     name = first_target(config)
     target = load_targets(config)[0]
     tokens = Path(settings.tokens or Path(config.output_dir) / TOKENS_FOLDER)
     store = TokenStore.open(tokens)
     _check_tokens(store, target.tokenizer, config.model, name)
-    num_tokens = len(target.tokenizer)  # rows beyond are padding, of which a draft may have fewer
+    num_tokens = max(produced_ids(target.tokenizer)) + 1  # rows beyond are padding, of which a draft may have fewer
     if settings.top_k > num_tokens:
         raise UserError(f"score.top_k={settings.top_k}: the tokenizer has {num_tokens} tokens; give at most as many")
     identity = {"target": target.fingerprint, "dtype": target.dtype, "top_k": settings.top_k, "num_tokens": num_tokens}
@@ -64,16 +65,11 @@ def score(config: Config) -> Path:
     return folder
 
 
-def _check_processes(process: PartialState, device_map: str | None) -> None:
+def _check_nodes(process: PartialState) -> None:
     if int(os.environ.get("LOCAL_WORLD_SIZE", process.num_processes)) < process.num_processes:
         raise UserError(
             "score.py runs on one node: its processes write into the same memory-mapped files, which lose writes when "
             "nodes share them over a network. Start it on one node"
-        )
-    if device_map and process.num_processes > 1:
-        raise UserError(
-            f"inference.device_map={device_map} spreads the target over the GPUs of one process, but "
-            f"{process.num_processes} were started: start score.py with python"
         )
 
 

@@ -116,7 +116,9 @@ async def _served_targets(url: str, client: AsyncOpenAI, targets: Sequence[str])
     served = {}
     for name in targets:
         wanted = {Path(name).name, Path(name).name.removeprefix("pypi:")}
-        matches = [m.id for m in models if wanted & {Path(str(n)).name for n in (m.id, getattr(m, "root", None))}]
+        matches = [m.id for m in models if name in (m.id, getattr(m, "root", None))]
+        if not matches and [Path(other).name for other in targets].count(Path(name).name) == 1:
+            matches = [m.id for m in models if wanted & {Path(str(n)).name for n in (m.id, getattr(m, "root", None))}]
         if matches or (len(targets) == 1 and models):
             served[name] = [*matches, models[0].id][0]
     if not served:

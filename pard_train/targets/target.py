@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pard_train.config import Config, InferenceConfig
 from pard_train.data.chat import ChatEncoder
-from pard_train.device import default_device, dtype_name
+from pard_train.device import default_device, dtype_name, this_process
 from pard_train.errors import UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.generation.decoding import end_ids_of
@@ -98,9 +98,16 @@ def load_targets(config: Config, *, dtype: str | None = None) -> list[Target]:
         dtype: instead of `inference.dtype`.
 
     Raises:
-        UserError: if one cannot be read, or is the draft's base at another revision.
+        UserError: if one cannot be read, is the draft's base at another revision, or would be spread over the GPUs
+            of several processes.
     """
     _check_revision_unused(config)
+    device_map, process = config.inference.device_map, this_process()
+    if device_map and process.num_processes > 1 and not config.inference.servers:
+        raise UserError(
+            f"inference.device_map={device_map} spreads the target over the GPUs of one process, but "
+            f"{process.num_processes} were started: start the program with python, or set inference.servers"
+        )
     return [
         Target(
             name,
