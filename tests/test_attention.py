@@ -247,3 +247,21 @@ def compare_with_all_pairs(
     for mine, oracle in zip(ours, theirs, strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine.double(), oracle, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["dense", "split"])
+def test_the_dropout_of_a_base_is_used_in_training(form: str, dtype: torch.dtype) -> None:
+    anchor, depth = torch.tensor([*range(60), 5, 5, 9]), torch.tensor([0] * 60 + [1, 2, 1])
+    layout = SlotLayout(anchor * 0, anchor, depth)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, len(layout), 16, dtype=dtype) for heads in (6, 2, 2)]
+    attend, masks = AttentionInterface()[IMPLEMENTATIONS[form]], attention_inputs(form, layout)
+
+    def mean(dropout: float, times: int) -> torch.Tensor:
+        module, settings = torch.nn.Module(), {"scaling": 0.1, "dropout": dropout}
+        return torch.stack([attend(module, *inputs, None, **settings, **masks)[0] for _ in range(times)]).mean(dim=0)
+
+    whole = mean(0.0, 1)
+    assert not torch.equal(mean(0.5, 1), whole)
+    torch.testing.assert_close(mean(0.5, 400)[0, 20:], whole[0, 20:], atol=0.15, rtol=0)  # what is kept is scaled up

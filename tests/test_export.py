@@ -30,7 +30,7 @@ from pard_train.config import Config, DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.model import add_mask_token, inspect_base, load_config, write_initial_draft
-from pard_train.publishing.export import export, family_end_ids, older_keys, pad_vocabulary, plan_export
+from pard_train.publishing.export import export, family_end_ids, older_keys, pad_vocabulary, plan_export, write_folder
 from pard_train.reports.records import REQUIRED
 from pard_train.training.trainer import train
 from pard_train.validation import validate_export
@@ -465,3 +465,20 @@ def test_the_command_of_the_guide_uploads_the_whole_folder(run: Path, tmp_path: 
     assert {"README.md", "model.safetensors", "custom_generate/generate.py"} <= sent.keys()
     for name, file in sent.items():
         assert base64.b64decode(file["content"]) == (folder / name).read_bytes()
+
+
+def test_an_export_that_does_not_reload_to_its_checkpoint_leaves_nothing(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_initial_draft(inspect_base(ModelConfig(path=str(base_folder)), DraftConfig()), 8, tmp_path / "init")
+
+    def damaged(model: Any, plan: Any, folder: Path, **settings: Any) -> None:
+        write_folder(model, plan, folder, **settings)
+        weights = bytearray((folder / "model.safetensors").read_bytes())
+        weights[-2:] = bytes(2)  # of the last norm
+        (folder / "model.safetensors").write_bytes(weights)
+
+    monkeypatch.setattr("pard_train.publishing.export.write_folder", damaged)
+    with pytest.raises(RuntimeError, match="does not reload to the model it was written from"):
+        export(exporting(str(tmp_path / "init"), str(tmp_path / "export")))
+    assert not list(tmp_path.glob("export*"))

@@ -149,7 +149,7 @@ def test_chunks_under_autocast_are_as_near_to_the_exact_gradients_as_all_logits_
         assert (mine - truth).norm() <= 1.2 * (theirs - truth).norm()
 
 
-@all_objectives
+@pytest.mark.parametrize("name", ["ce", "dpace", "all"])  # `all` has every term
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_what_is_compiled_for_accelerators_is_what_runs_on_a_cpu(
     name: str, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -331,3 +331,38 @@ def test_weights_that_do_not_fit_on_the_disk_cost_one_line(base_folder: Path, ch
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("train.py: error: ") and "cannot be written (file too large): free some space" in last
     assert not list((tmp_path / "run").glob("*.partial-*"))
+
+
+SEALING = """
+import sys, time, torch
+from pathlib import Path
+from types import SimpleNamespace
+from transformers import TrainerControl, TrainerState
+from pard_train.training.callbacks import SealCheckpoint
+run, rank = Path(sys.argv[1]), int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{run}.store", rank=rank, world_size=2)
+if rank == 1:
+    time.sleep(1)  # a slow disk
+    (run / "checkpoint-2" / "rng_state_1.pth").write_bytes(b"of rank 1")
+state = TrainerState(global_step=2, is_world_process_zero=rank == 0)
+SealCheckpoint(1).on_save(SimpleNamespace(output_dir=str(run)), state, TrainerControl())
+assert (run / "checkpoint-2" / "files.json").exists()  # no rank goes on before
+"""
+
+
+def test_a_checkpoint_is_sealed_when_the_slowest_rank_has_written_its_part(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    command = [sys.executable, "-c", SEALING, str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert json.loads((checkpoint / "files.json").read_text()).keys() == {"rng_state_1.pth"}
+
+
+def test_two_processes_under_fsdp2_train_as_one(
+    alone: Path, base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    launch("launch/torchrun.sh", base_folder, chats_file, tmp_path / "run", "trainer=fsdp2")
+    check_as_alone(tmp_path / "run", alone)
+    assert (tmp_path / "run" / f"checkpoint-{STEPS}" / "optimizer.bin").is_file()  # the name that FSDP gives it

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,12 @@ def test_a_draft_with_a_nan_weight_is_never_the_best(config: Config, base_folder
         train(config, build_monitor(config))
     assert [row["step"] for row in measurements(config)] == [0, 2]
     assert not (Path(config.output_dir) / "best").exists()
+
+
+def test_the_logged_speed_is_that_of_training_alone(config: Config) -> None:
+    config.monitor.every_steps, pause = 6, 3.0  # more than a step takes on a busy machine
+    (monitor,) = build_monitor(config)
+    right = monitor._replay
+    monitor._replay = lambda: (time.sleep(pause), right())[1]
+    train(config, [monitor])
+    assert all(row["supervised_slots"] / row["supervised_slots_per_second"] < pause for row in log_lines(config))

@@ -221,7 +221,9 @@ def test_a_server_is_known_by_the_models_it_lists(
 def test_targets_with_the_same_last_part_are_told_apart_by_their_whole_names(serve: Serve) -> None:
     servers = [serve(models=({"id": f"{place}/final"},)) for place in ("v1", "v2")]
     found = found_models(servers, ["v1/final", "v2/final"])
-    assert found == {f"{place}/final": {s.url: f"{place}/final"} for place, s in zip(("v1", "v2"), servers, strict=True)}
+    assert found == {
+        f"{place}/final": {s.url: f"{place}/final"} for place, s in zip(("v1", "v2"), servers, strict=True)
+    }
 
 
 def test_a_server_of_no_target_and_a_target_of_no_server_are_refused(serve: Serve) -> None:

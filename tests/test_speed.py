@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from pard_train.evaluation.speed import (
     time_proposers,
 )
 from pard_train.generation.decoding import Decoded, Limits, Step, decode
-from pard_train.generation.proposers import PromptLookup, SequentialDrafter
+from pard_train.generation.proposers import PromptLookup, SequentialDrafter, Task
 from pard_train.generation.sampling import Sampling
 
 LIMITS = Limits(16, frozenset(range(40, 50)))
@@ -166,3 +167,20 @@ def test_latencies_are_measured_for_every_k_on_forward_passes_of_the_right_size(
     assert min(latencies.ar_seconds, *latencies.draft_seconds.values(), *latencies.verify_seconds.values()) > 0
     steps = {(3, 1, 1), (3, 3, 1), (3, 6, 4), (3, 2, 2), (3, 5, 5)}  # AR; draft at K 1 and 4; verification
     assert sizes - {(3, 50, 1)} == steps
+
+
+class Counted(PromptLookup):
+    """Counts the batches that it starts."""
+
+    batches = 0
+
+    def start(self, task: Task) -> Any:
+        self.batches += 1
+        return super().start(task)
+
+
+def test_every_size_of_batch_is_warmed_up_before_it_is_timed(tokenizer: PreTrainedTokenizerBase) -> None:
+    target, asked, counted = build_model("llama", seed=0), prompts(tokenizer, 5), Counted()
+    sizes = {"num_draft_tokens": 2, "batch_size": 2, "num_rounds": 3}
+    time_proposers(target, {"ngram": counted}, asked, Limits(2, frozenset()), **sizes)
+    assert counted.batches == 2 + 3 * 3  # once with two and with one; then three rounds of three

@@ -19,7 +19,7 @@ from pard_train.data.store import open_store
 from pard_train.errors import UserError
 from pard_train.model import inspect_base, write_initial_draft
 from pard_train.training.arguments import training_settings
-from pard_train.training.callbacks import ProfileSteps, SealCheckpoint
+from pard_train.training.callbacks import ProfileSteps, SealCheckpoint, StepGuard, UsesTrainer
 from pard_train.training.trainer import PardTrainer, build_trainer, train
 
 CONVERTED = {  # checked one by one
@@ -172,3 +172,31 @@ def test_an_optimizer_is_chosen_by_its_name_and_an_unknown_one_is_refused(
     assert losses["adamw_torch"] == pytest.approx(losses["adamw_torch_fused"], rel=1e-5)
     assert losses["adafactor"][0] == pytest.approx(losses["adamw_torch"][0], rel=1e-5)  # before the first update
     assert abs(losses["adafactor"][2] - losses["adamw_torch"][2]) > 1e-3
+
+
+class HourPasses(UsesTrainer):
+    """Within a step, as the guard sees it."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """In the step after `step` finished ones."""
+        if state.global_step == self.step:
+            callback_of(self.trainer, StepGuard).saved -= 3600
+
+
+def test_the_minutes_to_the_next_checkpoint_start_again_with_each(
+    base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    settings = {"max_steps": 6, "save_minutes": 30, "save_total_limit": 9}
+    run = train(experiment(base_folder, chats_file, tmp_path / "run", **settings), [HourPasses(2)]).parent
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3"]
+
+
+def test_deepspeed_in_bfloat16_rounds_no_weight_of_a_slot(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
+    trainer = build(experiment(base_folder, chats_file, tmp_path / "run", bf16=True))
+    trainer.is_deepspeed_enabled = True  # then Trainer would cast them
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    inputs = trainer._prepare_inputs(batch)
+    assert {name: x.dtype for name, x in inputs.items()} == {name: x.dtype for name, x in batch.items()}
