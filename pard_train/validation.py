@@ -134,8 +134,9 @@ def validate_verify(config: Config) -> None:
     _check_pair(config)
     if not config.verify.benchmarks:
         raise UserError("verify.benchmarks is empty: give a list, for example verify.benchmarks=[humaneval]")
-    if config.verify.engine != "vllm" and config.verify.engine_arguments:
-        raise UserError(f"verify.engine_arguments are those of vllm.LLM: remove them for {config.verify.engine}")
+    allowed = {"transformers": {"device_map"}, "pace": set()}.get(config.verify.engine)
+    if allowed is not None and (unknown := set(config.verify.engine_arguments) - allowed):
+        raise UserError(f"verify.engine_arguments: engine={config.verify.engine} does not take {', '.join(unknown)}")
     if config.verify.engine == "pace" and config.verify.num_draft_tokens > PACE_DRAFT_TOKENS:
         k = config.verify.num_draft_tokens
         raise UserError(f"verify.num_draft_tokens={k}: PACE drafts at most {PACE_DRAFT_TOKENS} tokens a step")

@@ -26,7 +26,7 @@ from vllm_server import ROOT, vllm_python
 from pard_train.config import Config, DraftConfig, ModelConfig
 from pard_train.downloads import unpack_model
 from pard_train.engines.process import run
-from pard_train.engines.worker import Counters, EngineAnswer, EngineRequest, EngineResult
+from pard_train.engines.worker import Counters, EngineAnswer, EngineRequest, EngineResult, engine_arguments
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.proposers import Drafter
@@ -46,6 +46,7 @@ from pard_train.publishing.export import export
 from pard_train.publishing.verification import VERIFICATION_FILE, compare_prompts, expect, render_verification, verify
 from pard_train.targets.regeneration import write_answers
 from pard_train.training.trainer import train
+from pard_train.validation import validate_verify
 
 MASK = 300  # the one row of these models that is no token
 PROMPTS = [[1, 120, 130, 140, 2], [1, 40, 50, 60, 2], [1, 90, 2]]
@@ -706,3 +707,12 @@ def test_what_pace_refuses_is_told_with_the_remedy(
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "verify.num_draft_tokens=34: PACE drafts at most 33 tokens a step" in done.stderr
+
+
+def test_arguments_of_an_engine_reach_it_or_are_refused() -> None:
+    sized = replace(REQUEST, engine_arguments={"tensor_parallel_size": 8})
+    assert engine_arguments(sized) == {**engine_arguments(REQUEST), "tensor_parallel_size": 8}
+    config = config_for("verify", engine="transformers", engine_arguments={"tensor_parallel_size": 8})
+    config.draft.path, config.targets, config.output_dir = "draft", ["target"], "out"
+    with pytest.raises(UserError, match=r"engine=transformers does not take tensor_parallel_size"):
+        validate_verify(config)

@@ -171,7 +171,9 @@ class VerifyConfig:
 
     engine: str = setting("vllm", "Serving engine.", choices=("vllm", "pace", "transformers"))
     engine_python: Optional[str] = setting(None, "Python of the engine's environment; null takes this one.", free=True)
-    engine_arguments: dict[str, Any] = setting({}, "Further arguments of vllm.LLM: {tensor_parallel_size: 8}.")
+    engine_arguments: dict[str, Any] = setting(
+        {}, "Of vllm.LLM: {tensor_parallel_size: 8}; transformers: {device_map: auto}."
+    )
     benchmarks: list[str] = setting(["humaneval"], "Prompts: benchmark names or JSONL files.")
     max_prompts: int = setting(8, "Prompts per benchmark.", low=1)
     max_new_tokens: int = setting(64, "Tokens per answer at most.", low=1)

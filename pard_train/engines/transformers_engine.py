@@ -20,9 +20,9 @@ def run_transformers(request: EngineRequest) -> tuple[list[list[int]], EngineRes
 
     Each target pass counts as one draft of K tokens, of which it accepted all but one of the tokens it emitted.
     """
-    dtype, device_map, trust = DTYPES[request.dtype], request.device_map, request.trust_remote_code
-    target = load_causal_lm(request.target, dtype=dtype, trust_remote_code=trust, device_map=device_map).eval()
-    target = target if device_map else target.to(default_device())
+    device_map, trust = request.engine_arguments.get("device_map"), request.trust_remote_code
+    target = load_causal_lm(request.target, dtype=DTYPES[request.dtype], trust_remote_code=trust, device_map=device_map)
+    target = (target if device_map else target.to(default_device())).eval()
     pairs = [_generated(target, request, prompt_ids) for prompt_ids in request.prompts]
     return [text for text, _ in pairs], EngineResult(transformers.__version__, [answer for _, answer in pairs])
 

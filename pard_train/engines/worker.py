@@ -34,8 +34,7 @@ class EngineRequest:
         dtype: of weights and activations.
         trust_remote_code: run code of the model's folder.
         engine: vllm or pace.
-        engine_arguments: of `vllm.LLM`, besides ours.
-        device_map: for Transformers, to spread the target over GPUs.
+        engine_arguments: of `vllm.LLM`, besides ours; for Transformers a `device_map`.
     """
 
     target: str
@@ -48,7 +47,6 @@ class EngineRequest:
     trust_remote_code: bool = False
     engine: str = "vllm"
     engine_arguments: dict[str, Any] = field(default_factory=dict)
-    device_map: str | None = None
 
     @property
     def num_positions(self) -> int:

@@ -1,4 +1,4 @@
 """Export of draft folders that engines load, their model cards, and the verification of engines against replay.
 
-In the order of imports: hub, origin, card, export, differences, verification.
+In the order of imports: origin, card, export, differences, verification.
 """

@@ -136,7 +136,6 @@ def _prepare(config: Config, names: Mapping[str, str]) -> tuple[Model, Model, di
         trust_remote_code=trust,
         engine=settings.engine,
         engine_arguments=dict(settings.engine_arguments),
-        device_map=config.inference.device_map,
     )
     return draft, target, prompts, request
 
