@@ -22,6 +22,7 @@ from pard_train.model import (
     load_causal_lm,
     load_config,
     load_tokenizer,
+    replace_vocabulary,
     resize_vocabulary,
     vocabulary_tensors,
     write_initial_draft,
@@ -249,3 +250,12 @@ def test_tokenizers_that_differ_are_refused_with_the_entry(tokenizer: PreTrained
         UserError, match=r"DRAFT and target TARGET .* 1 entries differ, .*'<extra>' \(id None and 300\)"
     ):
         check_same_tokenizer(tokenizer, other, "DRAFT", "TARGET")
+
+
+def test_a_tokenizer_entry_without_a_row_is_left_out_of_the_mean_of_a_new_row() -> None:
+    model = build_model("llama", seed=3)
+    old = vocabulary_tensors(model)[0].detach().clone()
+    replace_vocabulary(model, [[4, NUM_ROWS], [5, 6], [NUM_ROWS]])
+    new = vocabulary_tensors(model)[0]
+    assert torch.equal(new[0], old[4])
+    torch.testing.assert_close(new[2], torch.stack([old[4], old[5:7].mean(dim=0)]).mean(dim=0))

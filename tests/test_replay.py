@@ -12,10 +12,12 @@ import torch
 from tiny import VOCABULARY, build_model, build_tokenizer, replay
 from transformers import PreTrainedTokenizerBase
 
+from pard_train.acceptance.chain_attention import _attend_chains
 from pard_train.acceptance.chains import PromptAnswer, pack_texts
 from pard_train.acceptance.counting import accepted_by_step, count_as_vllm, walk
 from pard_train.acceptance.replay import replay_all
 from pard_train.core.attention import IMPLEMENTATIONS
+from pard_train.core.scores import Scoring, attend
 from pard_train.generation.decoding import Limits, decode
 from pard_train.generation.proposers import Drafter
 from pard_train.mask_token import set_draft_keys
@@ -227,3 +229,12 @@ def test_a_gpu_replays_what_the_cpu_does(family: str) -> None:
     expected = as_lists(replay_all(drafter, pairs, MAX_K))
     drafter.model.to("cuda")
     assert as_lists(replay_all(drafter, pairs, MAX_K, slot_budget=150)) == expected
+
+
+@pytest.mark.parametrize("how", [Scoring(), Scoring(softcap=50.0)], ids=["plain", "capped"])
+def test_products_beyond_the_range_of_float16_are_scaled_before(how: Scoring) -> None:
+    rows, text, own = torch.full((1, 2, 1, 64), 40.0), torch.full((1, 3, 64), 40.0), torch.full((1, 2, 1, 64), 40.0)
+    rows, text, own = rows.half(), text.half(), own.half()  # products of 102,400
+    found = _attend_chains(rows, (text, text), (own, own), torch.ones(2, 3, dtype=torch.bool), how)
+    assert torch.equal(found, rows)
+    assert torch.equal(attend(rows, own, own, how), rows)
