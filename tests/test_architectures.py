@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -95,8 +95,10 @@ PAIR = ([5, 9, 14, 3], [7, 8, 30, 22, 6, 11, 5, 40, 41, 19])  # a prompt and an 
 class Words:
     """Stands for a tokenizer of as many entries as the model has rows."""
 
-    def __len__(self) -> int:
-        return NUM_ROWS
+    added_tokens_decoder: ClassVar[dict[int, str]] = {}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(NUM_ROWS)}
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:

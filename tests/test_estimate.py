@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,10 +26,12 @@ PROMPT = [1, 3, 0]
 
 
 class FourWords:
-    """All that a drafter asks of a tokenizer: how many tokens there are."""
+    """All that a drafter asks of a tokenizer: which tokens there are."""
 
-    def __len__(self) -> int:
-        return WORDS
+    added_tokens_decoder: ClassVar[dict[int, str]] = {}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(WORDS)}
 
 
 def tiny_drafter(seed: int) -> Drafter:

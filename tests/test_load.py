@@ -276,8 +276,9 @@ def test_a_server_that_does_not_start_is_one_error_with_its_log(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_an_engine_with_its_children(number: int, tmp_path: Path) -> None:
     program = f"""
-import time
+import signal, time
 from pard_train.engines.process import engine_process
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup would not leave it
 with open({str(tmp_path / "log")!r}, "w") as log, engine_process(["bash", "-c", "sleep 300 & echo $!; wait"], log):
     print("started", flush=True)
     time.sleep(300)
