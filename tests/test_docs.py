@@ -15,7 +15,7 @@ from pard_train.overrides import check_overrides, unread, with_section
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-PROGRAM = r"(?:\b(?:recipes|data_scripts)/(\w+)\.py|\bpard-(\w+)|\blaunch/\w+\.sh)([^`\n]*)"
+PROGRAM = r"(?:\b(?:recipes|data_scripts)/(\w+)\.py|\bpard-(\w+)|\bmake (quickstart)|\blaunch/\w+\.sh)([^`\n]*)"
 
 MADE_BY_THE_READER = {  # of docs/extend
     *("objective=tv", "conf/objective/tv.yaml"),
@@ -27,9 +27,10 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 def commands_of(text: str) -> Iterator[tuple[str, list[str]]]:
     """(program, arguments) of every call of one of our programs; launch/*.sh run train."""
-    for script, console, rest in re.findall(PROGRAM, text.replace("\\\n", " ")):
+    for script, console, made, rest in re.findall(PROGRAM, text.replace("\\\n", " ")):
         if "=" in rest:
-            yield script or console or "train", shlex.split(rest, comments=True)
+            words = shlex.split(rest, comments=True)
+            yield script or console or made or "train", [s for w in words for s in w.removeprefix("ARGS=").split()]
 
 
 def links_of(page: Path) -> Iterator[tuple[Path, str]]:
