@@ -6,7 +6,7 @@
         --chart "learning rate=half_rate:1.5e-4,double_rate:6e-4"
 
 A name stands for its seeds, too: `slow` is slow-1 and slow-2 together. Intervals are 95%, by bootstrap over prompts.
-They say nothing about seeds.
+They say nothing about seeds. The record has tau by benchmark, too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from pard_train.evaluation.study import compared, pooled_counts, tau_of
 from pard_train.reports.charts import write_png
+from pard_train.reports.records import grouped
 from pard_train.reports.sections import interval_charts
 
 
@@ -81,7 +83,12 @@ def compare(evaluation: Path, drafts: list[str], ks: list[int]) -> list[dict[str
                 ratio, low, high = compared(counts[drafts[0]], own)
                 row = {"target": target, "k": k, "draft": name, "seeds": len(seeds[name]), "prompts": len(own)}
                 numbers = {"tau": round(tau_of(own), 3), "ratio": round(ratio, 3)}
-                rows.append(row | numbers | {"interval": [round(low, 3), round(high, 3)]})
+                numbers["interval"] = [round(low, 3), round(high, 3)]
+                numbers["by_benchmark"] = {
+                    benchmark: round(tau_of(pooled_counts(same, seeds[name])), 3)
+                    for benchmark, same in grouped(mine, itemgetter("benchmark")).items()
+                }
+                rows.append(row | numbers)
     return rows
 
 
