@@ -22,15 +22,14 @@ from pard_train.errors import UserError
 from pard_train.program import hydra_program
 from pard_train.validation import validate_regenerate
 
-PROMPTS_FILE = "prompts/train.jsonl"  # of the output folder
-
 
 def run(config: Config) -> None:
     """Write the answers of an experiment and print the counts."""
+    from pard_train.data.prompts import PROMPTS_FOLDER, TRAIN_FILE
     from pard_train.device import this_process
     from pard_train.targets.regeneration import ANSWERS_FOLDER, write_answers
 
-    prompts = Path(config.regenerate.prompts or Path(config.output_dir) / PROMPTS_FILE)
+    prompts = Path(config.regenerate.prompts or Path(config.output_dir) / PROMPTS_FOLDER / TRAIN_FILE)
     if not prompts.is_file():
         raise UserError(f"{prompts}: no such file; write it with {command('prepare')}, or give regenerate.prompts=FILE")
     written = write_answers(config, prompts, Path(config.output_dir) / ANSWERS_FOLDER)

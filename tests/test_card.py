@@ -230,7 +230,7 @@ def test_what_a_run_says_of_itself_comes_with_the_counts_of_its_data(tmp_path: P
         "| steps | 1250 |",
         "| weights | draft: no step of the run has a higher tau |",
         "| slots per step | 262,144 (8 processes) |",
-        "| objective | ce 1, depth_decay 0.9, cat 1 |",
+        "| objective | 1 ce, cat, decay 0.9 |",
         "| COD | retention ratio 0.7, at least 0.2 |",
         "| data | answers.jsonl |",
         f"| data: answers | written by {TARGET} at 0; 1,501 rows |",

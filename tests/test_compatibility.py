@@ -132,6 +132,7 @@ def test_a_target_that_can_be_split_further_than_the_draft_is_a_warning(
     ("version", "level", "text"),
     [
         ("0.15.2", ERROR, "0.16 or newer"),
+        ("0.15rc1", ERROR, "0.16 or newer"),
         ("0.1.dev1+g12ab", WARNING, "does not tell its age"),
         ("0.25.1", WARNING, "without CUDA graphs"),
         ("0.26.0", WARNING, "not tested"),

@@ -221,6 +221,11 @@ MISTAKES = [
 ]
 
 
+def test_a_file_in_the_place_of_a_source_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^prepare.sources.mine=a.jsonl: give prepare.sources.mine.path=a.jsonl$"):
+        to_config(composed("experiment=quickstart", "prepare.sources.mine=a.jsonl"))
+
+
 @pytest.mark.parametrize("recipe, overrides, words", MISTAKES, ids=[" ".join([m[0], *m[1][-1:]]) for m in MISTAKES])
 def test_a_mistake_in_settings_costs_one_line_and_no_import_of_torch(
     tmp_path: Path, recipe: str, overrides: list[str], words: list[str]

@@ -17,7 +17,7 @@ from pard_train.acceptance.counting import count_as_vllm, walk
 from pard_train.core.cpu.products import PackedLinear, can_pack
 from pard_train.data.chat import ChatEncoder
 from pard_train.generation.decoding import Limits, Step, decode, decode_batch, end_ids_of
-from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter, Task
+from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, SequentialDrafter
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import Sampling, probabilities
 from pard_train.mask_token import set_draft_keys
@@ -169,7 +169,7 @@ def test_a_mask_token_among_the_tokenizers_entries_is_never_drafted(
     assert drafter.mask_token_id == mask_token_id < len(tokenizer)
     proposer = SequentialDrafter(drafter) if is_sequential else drafter
     asked = prompts(tokenizer, 3)
-    drafted = proposer.start(Task(3, 200, MAX_K)).propose(asked)
+    drafted = proposer.start(3, 200, MAX_K).propose(asked)
     assert [len(tokens) for tokens in drafted] == [MAX_K] * 3
     assert not any(mask_token_id in tokens for tokens in drafted)
     target = build_model("llama", seed=0)  # the same weights, so that at K 1 a draft is always accepted
@@ -236,7 +236,7 @@ def test_prompt_look_up_follows_the_longest_recent_match() -> None:
     assert look_up([1, 2, 3, 1, 2, 4, 1, 2], 2) == [4, 1]
     draw = random.Random(0)
     for _ in range(50):
-        streams = PromptLookup().start(Task(2, 99, 4))
+        streams = PromptLookup().start(2, 99, 4)
         growing: list[list[int]] = [[], []]
         for _ in range(8):
             for text in growing:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,8 @@ def test_requests_repeat_the_prompts_and_leave_vllm_the_context_that_it_drafts_i
     assert load.values_of_k == [0, 2, 8]
     assert load.indexes(1) == [0, 1, 2, 0]
     assert len(load.indexes(4)) == 8
-    assert load.max_model_len == 9 + 20 + 16 + 1
+    assert load.max_model_len == 32 + 20 + 16 + 1  # a calibration asks 32 tokens
+    assert replace(load, prompts=[[1] * 50]).max_model_len == 50 + 20 + 16 + 1
 
 
 @pytest.mark.parametrize("name", ["benchmarks", "num_draft_tokens", "concurrency"])

@@ -227,7 +227,7 @@ def test_a_model_loaded_with_any_attention_replays_alike_and_keeps_it(
 def test_a_gpu_replays_what_the_cpu_does(family: str) -> None:
     drafter, pairs = build_drafter(family, build_tokenizer(), noise=0.02), ragged_pairs(family)
     expected = as_lists(replay_all(drafter, pairs, MAX_K))
-    drafter.model.to("cuda")
+    drafter = Drafter(drafter.model.to("cuda"), drafter.tokenizer)
     assert as_lists(replay_all(drafter, pairs, MAX_K, slot_budget=150)) == expected
 
 

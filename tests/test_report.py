@@ -20,6 +20,7 @@ from pard_train.reports.comparison import (
     compare,
     compare_results,
     comparison_tables,
+    ratios,
     ratios_below,
     render_comparison,
 )
@@ -267,8 +268,11 @@ def test_rows_are_matched_by_what_they_measure_and_not_by_the_drafts_name() -> N
 
 def test_several_drafts_are_matched_by_name_and_an_unknown_one_is_not_guessed() -> None:
     both = document(drafts=["pard-0.5b", "pard-0.5b-dpace"], targets=[SMALL])
-    pairs = compare_results({"a": both, "b": both}).pairs
-    assert pairs
+    comparison = compare_results({"a": both, "b": both})
+    pairs = comparison.pairs
+    assert len(ratios(comparison)) == len(pairs) > 0
+    assert {name.split("/")[2] for name in ratios(comparison)} == {"pard-0.5b", "pard-0.5b-dpace"}
+    assert ratios_below(comparison, 1.1)[0].startswith(f"b/{pairs[0].later['draft']}: ")
     assert all(pair.ratio == 1.0 and pair.first is pair.later for pair in pairs)
     renamed = deepcopy(both)
     for r in renamed["records"]:

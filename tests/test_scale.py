@@ -97,8 +97,10 @@ def test_fsdp2_in_bfloat16_computes_what_ddp_computes(base_folder: Path, chats_f
             "trainer.bf16=true",
         ]
         run_all([["launch/torchrun.sh", *settings]], [{"NUM_PROCESSES": "2"}])
-    for mine, theirs in zip(log_of(tmp_path / "fsdp2"), log_of(tmp_path / "default"), strict=True):
+    logs = list(zip(log_of(tmp_path / "fsdp2"), log_of(tmp_path / "default"), strict=True))
+    for mine, theirs in logs:
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert logs[0][0]["loss"] == pytest.approx(logs[0][1]["loss"], rel=1e-6)  # not in float32
     ours, reference = (load_file(tmp_path / t / "draft" / "model.safetensors") for t in ("fsdp2", "default"))
     worst = max(float((ours[name] - reference[name]).abs().max()) for name in ours)
     assert worst < 2 * STEPS * 1e-3  # Adam moves a weight by at most the learning rate a step, in each of both runs

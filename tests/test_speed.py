@@ -24,7 +24,7 @@ from pard_train.evaluation.speed import (
     time_proposers,
 )
 from pard_train.generation.decoding import Decoded, Limits, Step, decode
-from pard_train.generation.proposers import PromptLookup, SequentialDrafter, Task
+from pard_train.generation.proposers import PromptLookup, SequentialDrafter
 from pard_train.generation.sampling import Sampling
 
 LIMITS = Limits(16, frozenset(range(40, 50)))
@@ -174,9 +174,9 @@ class Counted(PromptLookup):
 
     batches = 0
 
-    def start(self, task: Task) -> Any:
+    def start(self, *sizes: int) -> Any:
         self.batches += 1
-        return super().start(task)
+        return super().start(*sizes)
 
 
 def test_every_size_of_batch_is_warmed_up_before_it_is_timed(tokenizer: PreTrainedTokenizerBase) -> None:

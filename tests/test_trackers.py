@@ -417,6 +417,10 @@ def test_a_stall_is_reported_once_until_training_goes_on() -> None:
         {"data.template_kwargs": {"api_key": "sk-abcdefgh"}},
         {"inference.servers": ["http://me:abcdefgh@host:8000/v1"]},
         {"data.source": "https://me:abcdefgh@host/chats.jsonl"},
+        {"verify.engine_arguments": {"hf_token": "hf_abcdefgh"}},
+        {"verify.engine_arguments": {"hf_overrides": {"api_key": "abcdefgh"}}},
+        {"load.server_arguments": ["--api-key=abcdefgh"]},
+        {"load.server_arguments": ["--api-key", "abcdefgh"]},
     ],
 )
 def test_a_secret_among_the_settings_is_refused_without_repeating_it(config: Config, change: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ def _attend_text(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
 def _attend_chains(
     query: Tensor, text: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], mask: Tensor, how: Scoring
 ) -> Tensor:
-    """Rows over text and over the d slots of their own chains, in one softmax.
+    """Rows over text and over the d slots of their own chains, in one softmax of float32 scores, as fused kernels have.
 
     Args:
         query: [H / G, Q, G, D].
@@ -120,13 +120,13 @@ def _attend_chains(
         how: of the layer.
     """
     (text_key, text_value), (own_key, own_value) = text, own
-    query = query * (query.shape[-1] ** -0.5 if how.scaling is None else how.scaling)  # first: float16 overflows
+    query = query.float() * (query.shape[-1] ** -0.5 if how.scaling is None else how.scaling)
     num_text, shape = text_key.shape[1], query.shape
-    text_scores = (query.flatten(1, 2) @ text_key.mT).view(*shape[:3], num_text)  # [H / G, Q, G, P]
-    scores = how.cap(torch.cat([text_scores, query @ own_key.mT], dim=-1))  # [H / G, Q, G, P + d]
+    text_scores = (query.flatten(1, 2) @ text_key.float().mT).view(*shape[:3], num_text)  # [H / G, Q, G, P]
+    scores = how.cap(torch.cat([text_scores, query @ own_key.float().mT], dim=-1))  # [H / G, Q, G, P + d]
     scores[..., :num_text].masked_fill_(~mask[:, None], -torch.inf)
     sinks = None if how.sinks is None else how.sinks.view(shape[0], 1, shape[2], 1)
-    weight = softmax(scores, None, sinks)
+    weight = softmax(scores, None, sinks).to(text_value.dtype)
     from_text = weight[..., :num_text].flatten(1, 2) @ text_value
     return from_text.view(*shape[:3], -1) + weight[..., num_text:] @ own_value
 

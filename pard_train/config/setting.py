@@ -11,7 +11,7 @@ from pard_train.errors import UserError
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that the user must choose
 # Of an entry of a dict.
-SECRET_NAME = re.compile(r"(?i)((api|access|secret)_?key|secret|password|(hub|api|auth|access)_token)$")
+SECRET_NAME = re.compile(r"(?i)((api|access|secret)_?key|secret|password|(hub|hf|api|auth|access)_token)$")
 SECRET_URL = re.compile(r"://[^/@\s]+@")  # user and password before a host
 
 
@@ -108,7 +108,10 @@ def decisive(config: Any) -> dict[str, Any]:
 
 def _check_secret(name: str, value: Any) -> None:
     """Refuse secrets: settings are written to files, pages and trackers."""
-    if isinstance(value, str) and (SECRET_URL.search(value) or SECRET_NAME.search(name)):
+    for key, item in value.items() if isinstance(value, dict) else ():
+        _check_secret(f"{name}.{key}", item)
+    option = value.split("=")[0].replace("-", "_") if isinstance(value, str) and value.startswith("--") else ""
+    if isinstance(value, str) and (SECRET_URL.search(value) or any(map(SECRET_NAME.search, (name, option)))):
         raise UserError(
             f"{name} holds a secret, and settings are written to files: leave it out, and use an environment variable "
             "(HF_TOKEN, OPENAI_API_KEY, WANDB_API_KEY)"

@@ -159,7 +159,7 @@ class TrainerConfig:
     warmup_steps: int = setting(0, "Optimizer steps of linear warm-up.", low=0)
     weight_decay: float = setting(0.0, "AdamW weight decay.", low=0)
     max_grad_norm: float = setting(1.0, "Largest norm of the gradient; 0 does not clip.", low=0)
-    bf16: bool = setting(True, "bfloat16 autocast over float32 weights; false trains in float32.")
+    bf16: bool = setting(True, "bfloat16 autocast over float32 weights; false trains in float32 (TF32 if compiled).")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     optim: str = setting("adamw_torch_fused", "Optimizer, any name of TrainingArguments.optim.")
     torch_compile: bool = setting(False, "Compile the model with torch.compile; the first step takes minutes.")

@@ -12,8 +12,9 @@ forward; `transformers` passes it to the attention functions below, with the win
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -85,10 +86,7 @@ def _text_blocks(text: TextSpan, window: Window) -> list[QueryBlock]:
     blocks = []
     for start in range(text.start, text.stop, MAX_BLOCK_SLOTS):
         stop = min(start + MAX_BLOCK_SLOTS, text.stop)
-        first, masked = (
-            text.start,
-            start,
-        )  # every key from the first to the masked ones is visible to all of the queries
+        first, masked = text.start, start  # all keys from the first to the masked ones are visible to all queries
         if window is not None and stop - text.start > window:
             first = masked = max(text.start, start - window + 1)
         queries, keys = (lay_out_text(torch.arange(a, stop, device="cpu")) for a in (start, masked))
@@ -123,13 +121,9 @@ def attention_inputs(name: str, layout: SlotLayout, windows: tuple[Window, ...] 
         layout: T slots of one pack, tensors of shape [T] on the model's device.
         windows: from `architectures.windows_of`.
     """
-    build = {"dense": is_visible_pack, "split": plan_split, "flex": chain_block_mask}[name]
-    return {"chain_masks": {window: build(layout, window) for window in windows}}
-
-
-def is_visible_pack(layout: SlotLayout, window: Window = None) -> Tensor:
-    """The mask of the dense form, bool [T, T]."""
-    return is_visible(layout, layout, window)
+    forms: dict[str, Callable[..., Any]]
+    forms = {"dense": partial(is_visible, layout), "split": plan_split, "flex": chain_block_mask}
+    return {"chain_masks": {window: forms[name](layout, window) for window in windows}}
 
 
 def plan_split(layout: SlotLayout, window: Window = None) -> SplitPlan:

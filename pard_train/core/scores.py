@@ -61,7 +61,8 @@ def attend(
         is_causal: instead of a mask, where Q equals N.
     """
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and not (how.is_plain and mask is None):  # fused kernels share keys only without a mask
+    is_fused = how.is_plain and mask is None and (query.device.type == "cpu" or query.dtype != torch.float32)
+    if groups > 1 and not is_fused:  # no fused kernel shares keys under a mask, or in float32 on a GPU
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         groups = 1
     if how.is_plain:

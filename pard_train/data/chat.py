@@ -114,6 +114,11 @@ class ChatEncoder:
         """Content hash of the tokenizer, 12 hexadecimal digits."""
         return fingerprint(self.tokenizer.backend_tokenizer.to_str())
 
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Ids of the end of a turn; of a text without a token of its own, several."""
+        return self._ids([self.end_of_turn])[0]
+
     def render(self, messages: Messages, *, generation_prompt: bool = False, tools: Tools = None) -> str:
         """Render the conversation as text. Raises UserError where the template refuses it."""
         return self._render_all([messages], generation_prompt, tools)[0]

@@ -98,10 +98,10 @@ class Faults:
 
 def count_supervised(document: Document, encoder: ChatEncoder, data: DataConfig) -> Counter[str]:
     """Counts of one document, which add up: documents, overlong, tokens, supervised, turns, ended."""
-    kept, end_ids = cut(document, data), _end_ids(encoder)
+    kept = cut(document, data)
     runs = supervised_runs(kept.loss_mask)
     counts = {"documents": 1, "overlong": int(len(document.input_ids) > data.max_length), "tokens": len(kept.input_ids)}
-    ended = sum(_is_ended(kept, run, end_ids) for run in runs)
+    ended = sum(_is_ended(kept, run, encoder.end_ids) for run in runs)
     return Counter(**counts, supervised=int(kept.loss_mask.sum()), turns=len(runs), ended=ended)
 
 
@@ -129,7 +129,7 @@ def check_examples(
     """
     counts: Counter[str] = Counter()
     for document in documents:
-        if document.is_rendered and len(document.input_ids) != data.max_length:  # else it may be cut within a word
+        if document.is_rendered:
             try:
                 check_pieces(document, encoder)
             except RowError as error:
@@ -167,10 +167,6 @@ def _is_ended(document: Document, run: np.ndarray, end_ids: list[int]) -> bool:
     return document.input_ids[max(first, stop - len(end_ids)) : stop].tolist() == end_ids
 
 
-def _end_ids(encoder: ChatEncoder) -> list[int]:
-    return encoder.tokenizer(encoder.end_of_turn, add_special_tokens=False)["input_ids"]
-
-
 def render_text(document: Document, encoder: ChatEncoder) -> Text:
     """A document as colored text (see STYLES), every second token underlined, with marks for missing ends of turns."""
     text = Text()
@@ -206,14 +202,13 @@ def _pieces(document: Document, encoder: ChatEncoder) -> Iterator[tuple[str, str
 
 def _kinds(document: Document, encoder: ChatEncoder) -> tuple[list[str], set[int]]:
     """The kind of every token [L], and the last tokens of turns that do not end."""
-    end_ids = _end_ids(encoder)
     special = np.isin(document.input_ids, list(encoder.tokenizer.added_tokens_decoder))
     kinds = np.where(document.loss_mask, "supervised", "prompt").astype(object)
     kinds[special] = np.where(document.loss_mask[special], "supervised special", "special")
     without_end = set()
     for run in supervised_runs(document.loss_mask):
-        if _is_ended(document, run, end_ids):
-            kinds[run[1] - len(end_ids) : run[1]] = "end of turn"
+        if _is_ended(document, run, encoder.end_ids):
+            kinds[run[1] - len(encoder.end_ids) : run[1]] = "end of turn"
         else:
             without_end.add(int(run[1]) - 1)
     return kinds.tolist(), without_end

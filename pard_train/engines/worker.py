@@ -126,11 +126,6 @@ class EngineResult:
     version: str
     answers: list[EngineAnswer]
 
-    @property
-    def counters(self) -> Counters:
-        """Counters of all prompts."""
-        return Counters.total([answer.counters for answer in self.answers])
-
 
 # ---- vLLM -----------------------------------------------------------------------------------------------------------
 

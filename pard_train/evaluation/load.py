@@ -152,7 +152,8 @@ class Load:
     @property
     def max_model_len(self) -> int:
         """Context of the servers: with less than 2 K tokens left, vLLM drafts zeros."""
-        return max(map(len, self.prompts)) + self.settings.max_new_tokens + 2 * self.values_of_k[-1] + 1
+        prompt, answer = max(map(len, self.prompts)), self.settings.max_new_tokens
+        return max(prompt, SHORT_PROMPT) + max(answer, CALIBRATION_TOKENS) + 2 * self.values_of_k[-1] + 1
 
     def indexes(self, concurrency: int) -> list[int]:
         """Prompts of the requests, in order; they repeat if there are fewer."""
@@ -257,9 +258,8 @@ def _calibrate(load: Load, server: VllmServer) -> tuple[float, dict[int, float]]
         prompts = draws.choice(vocabulary, (number, length)).tolist()
         return asyncio.run(_ask(server, prompts, number, CALIBRATION_TOKENS, {"ignore_eos": True}))
 
-    length = min(_median_length(load.prompts), load.max_model_len - CALIBRATION_TOKENS - 2 * load.values_of_k[-1] - 1)
     ask(1, SHORT_PROMPT)  # warm-up
-    alone = [ask(1, length)[0] for _ in range(NUM_PREFILLS)]
+    alone = [ask(1, _median_length(load.prompts))[0] for _ in range(NUM_PREFILLS)]
     seconds = {1: statistics.median(_step_seconds([reply]) for reply in alone)}
     seconds |= {b: _step_seconds(ask(b, SHORT_PROMPT)) for b in load.settings.concurrency if b > 1}
     return statistics.median(reply.first_token_seconds for reply in alone), seconds

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
-from pard_train.acceptance.counting import counts_per_prompt, tau_interval, walk
+from pard_train.acceptance.counting import pool, walk
 from pard_train.acceptance.replay import replay_all
 from pard_train.config import Config, MonitorConfig
 from pard_train.data.benchmarks import load_benchmarks
@@ -163,34 +163,18 @@ class AcceptanceMonitor(UsesTrainer):
         copy = copy_model(
             accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False), self.dtype, self.trainer.args.device
         )
-        drafter = Drafter(copy, self.trainer.processing_class)
         pairs = [(self.turns[i][1].prompt_ids, self.turns[i][1].answer.ids) for i in mine]
-        # Of every turn: tokens, steps at K = 1, 2, ..., and the histogram of accepted tokens at the largest K.
-        counts = torch.zeros(len(self.turns), 2 * most + 2, dtype=torch.int64, device=self.trainer.args.device)
-        for i, matches in zip(mine, replay_all(drafter, pairs, most), strict=True):
-            traces = [walk(matches.tolist(), k) for k in range(1, most + 1)]
-            steps = [len(trace.accepted) for trace in traces]
-            histogram = np.bincount(traces[-1].accepted, minlength=most + 1).tolist()
-            counts[i] = torch.tensor([traces[-1].num_tokens, *steps, *histogram])
-        totals = accelerator.reduce(counts, reduction="sum").cpu().numpy()
-        assert (totals[:, 1 : most + 1] > 0).all()
-        return self._summarize(totals)
-
-    def _summarize(self, counts: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
-        """tau by case, and its details, from the counts of every turn."""
-        rows: dict[str, float] = {}
-        details: dict[str, float] = {}
-        most = self.num_draft_tokens
+        found = replay_all(Drafter(copy, self.trainer.processing_class), pairs, most)
+        matches = gather_object([own.tolist() for own in found])  # of all turns, in their order
+        rows, details = dict[str, float](), dict[str, float]()
         for case, name in enumerate(self.names):
-            is_mine = [number == case for number, _ in self.turns]
-            mine, prompts = counts[is_mine], [turn.prompt_id for number, turn in self.turns if number == case]
-            tokens, steps, histogram = np.split(mine.sum(axis=0), [1, most + 1])
-            rows[name] = float(tokens[0] / steps[-1])
-            low, high = tau_interval(counts_per_prompt(mine[:, [0, most]].tolist(), prompts))
-            details |= {f"eval_tau_low/{name}": low, f"eval_tau_high/{name}": high}
-            details |= {f"eval_tau_by_k/{name}/k_{k}": float(tokens[0] / n) for k, n in enumerate(steps, start=1)}
-            accepted = np.cumsum(histogram[::-1])[::-1][1:] / steps[-1]
-            details |= {f"eval_survival/{name}/position_{i}": float(share) for i, share in enumerate(accepted, start=1)}
+            own = [(turn.prompt_id, m) for (number, turn), m in zip(self.turns, matches, strict=True) if number == case]
+            prompts = [prompt for prompt, _ in own]
+            by_k = [pool([walk(m, k) for _, m in own], k, prompts=prompts) for k in range(1, most + 1)]
+            rows[name] = by_k[-1].tau
+            details |= {f"eval_tau_low/{name}": by_k[-1].tau_low, f"eval_tau_high/{name}": by_k[-1].tau_high}
+            details |= {f"eval_tau_by_k/{name}/k_{a.num_draft_tokens}": a.tau for a in by_k}
+            details |= {f"eval_survival/{name}/position_{i}": s for i, s in enumerate(by_k[-1].survival, start=1)}
         return rows, details
 
 

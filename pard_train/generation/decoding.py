@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.downloads import local_model
-from pard_train.generation.proposers import Proposer, Task
+from pard_train.generation.proposers import Proposer
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import GREEDY, NO_TOKEN, Sampling, SequenceRandom, probabilities, verify
 from pard_train.model import load_config
@@ -145,7 +145,7 @@ def _decode(
     max_length = max(map(len, prompts)) + limits.max_new_tokens + num_draft_tokens
     width = 1 + num_draft_tokens if drafter is not None else 1
     batch = runner.start(len(prompts), max_length, width=width, num_logits=width)
-    stream = drafter.start(Task(len(prompts), max_length, num_draft_tokens)) if drafter is not None else None
+    stream = drafter.start(len(prompts), max_length, num_draft_tokens) if drafter is not None else None
     texts = [list(prompt) for prompt in prompts]
     outputs: list[list[int]] = [[] for _ in prompts]
     rows = [row for row, output in enumerate(outputs) if not limits.is_over(output)]

@@ -14,28 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.generation.runner import Runner
+from pard_train.generation.runner import DecodingBatch, Runner
 from pard_train.mask_token import produced_ids, required_mask_token_of
 from pard_train.model import load_causal_lm, load_config, load_tokenizer
 
 # Legend: B texts, K draft tokens, V vocabulary rows of the draft model, W entries of its tokenizer.
 
 MAX_NGRAM = 3  # longest end of a text that prompt lookup searches for
-
-
-@dataclass(frozen=True)
-class Task:
-    """A batch of texts to draft for.
-
-    Attributes:
-        num_rows: B.
-        max_length: tokens of the longest text, draft tokens included.
-        num_draft_tokens: K.
-    """
-
-    num_rows: int
-    max_length: int
-    num_draft_tokens: int
 
 
 class DraftStream(Protocol):
@@ -53,8 +38,8 @@ class DraftStream(Protocol):
 class Proposer(Protocol):
     """A source of draft tokens."""
 
-    def start(self, task: Task) -> DraftStream:
-        """Start B texts."""
+    def start(self, num_rows: int, max_length: int, num_draft_tokens: int) -> DraftStream:
+        """Start B texts of at most `max_length` tokens, K draft tokens included."""
         ...
 
 
@@ -100,24 +85,17 @@ class Drafter:
         """The most likely token. [..., V] -> int64 [...]."""
         return self.mask_non_tokens(logits).argmax(dim=-1)
 
-    def start(self, task: Task) -> ParallelStream:
-        """Start B texts."""
-        k = task.num_draft_tokens
-        return ParallelStream(self, task, width=2 * k, num_logits=k)  # at most K + 1 new tokens and K - 1 mask tokens
+    def start(self, num_rows: int, max_length: int, num_draft_tokens: int) -> ParallelStream:
+        """Start B texts. A step has at most K + 1 new tokens and K - 1 mask tokens."""
+        batch = self.runner.start(num_rows, max_length, width=2 * num_draft_tokens, num_logits=num_draft_tokens)
+        return ParallelStream(self, batch, num_draft_tokens)
 
 
 class ParallelStream:
-    """Parallel drafting: the text, then K - 1 mask tokens; the case "one anchor, all depths" of the layout.
+    """Parallel drafting: the text, then K - 1 mask tokens; the case "one anchor, all depths" of the layout."""
 
-    Args:
-        drafter: draft model.
-        task: the texts.
-        width, num_logits: most new tokens and logits of a forward pass.
-    """
-
-    def __init__(self, drafter: Drafter, task: Task, *, width: int, num_logits: int):
-        self.drafter, self.num_draft_tokens = drafter, task.num_draft_tokens
-        self.batch = drafter.runner.start(task.num_rows, task.max_length, width=width, num_logits=num_logits)
+    def __init__(self, drafter: Drafter, batch: DecodingBatch, num_draft_tokens: int):
+        self.drafter, self.batch, self.num_draft_tokens = drafter, batch, num_draft_tokens
 
     def propose(self, texts: list[list[int]]) -> list[list[int]]:
         """K draft tokens after each text, from one forward pass."""
@@ -142,10 +120,10 @@ class SequentialDrafter:
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
 
-    def start(self, task: Task) -> SequentialStream:
-        """Start B texts."""
-        # A step starts with at most the last accepted draft token and the target's own, then one token at a time.
-        return SequentialStream(self.drafter, task, width=2, num_logits=1)
+    def start(self, num_rows: int, max_length: int, num_draft_tokens: int) -> SequentialStream:
+        """Start B texts. A step starts with at most the last accepted draft token and the target's own."""
+        batch = self.drafter.runner.start(num_rows, max_length, width=2, num_logits=1)
+        return SequentialStream(self.drafter, batch, num_draft_tokens)
 
 
 class SequentialStream(ParallelStream):
@@ -163,9 +141,9 @@ class SequentialStream(ParallelStream):
 class PromptLookup:
     """No model: the tokens that followed the latest earlier occurrence of the last n-gram, from MAX_NGRAM down to 1."""
 
-    def start(self, task: Task) -> LookupStream:
+    def start(self, num_rows: int, max_length: int, num_draft_tokens: int) -> LookupStream:
         """Start B texts."""
-        return LookupStream(task.num_draft_tokens)
+        return LookupStream(num_draft_tokens)
 
 
 @dataclass(frozen=True)

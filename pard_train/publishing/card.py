@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PretrainedConfig
 
 from pard_train import __version__
+from pard_train.config import ObjectiveConfig
 from pard_train.publishing.origin import MEASURED_MODES, Training, is_hub_name, public_name
 from pard_train.reports.records import acceptance_records, grouped, with_interval
 
@@ -73,7 +74,7 @@ def write_card(card: Card, folder: Path) -> None:
         names=_names,
         public_name=public_name,
         with_interval=with_interval,
-        objective=_objective,
+        objective=ObjectiveConfig(**training.config["objective"]).name if training else "",
         counts_of=_manifest,
     ).save(folder / "README.md")
 
@@ -109,13 +110,6 @@ def _names(models: Sequence[str]) -> str:
     return ", ".join(map(public_name, models))
 
 
-def _objective(settings: dict[str, float]) -> str:
-    """The objective's settings in use. Runs older than the choice of terms have cross entropy alone."""
-    unused = [] if settings.get("dpace") else ["dpace_alpha"]
-    used = {"ce": 1.0, **settings}
-    return ", ".join(f"{name} {value:g}" for name, value in used.items() if value and name not in unused)
-
-
 def _sources(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings of the sources that a manifest names."""
     return manifest.get("identity", {}).get("config", {}).get("sources", {})
@@ -128,9 +122,8 @@ def _manifest(manifest: dict[str, Any]) -> str:
         parts.append(f"written by {_names(manifest['targets'])} at {manifest['temperature']:g}")
     for name, count in counts.items():
         if isinstance(count, dict):
-            source = sources.get(name, {})
-            license = source.get("license") or source.get("licence")  # its name in version 0.1
-            parts.append(f"{name}{f' ({license})' if license else ''}: {_counts(count)}")
+            license = f" ({source})" if (source := sources.get(name, {}).get("license")) else ""
+            parts.append(f"{name}{license}: {_counts(count)}")
     return "; ".join(filter(None, [*parts, _counts(counts)]))
 
 

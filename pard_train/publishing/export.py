@@ -238,7 +238,7 @@ def family_end_ids(generation: dict, config: PretrainedConfig, tokenizer: PreTra
     for found in (generation.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
         ids += found if isinstance(found, list) else [found]
     if tokenizer.chat_template:
-        last = tokenizer(ChatEncoder(tokenizer).end_of_turn, add_special_tokens=False)["input_ids"]
+        last = ChatEncoder(tokenizer).end_ids
         ids += last if len(last) == 1 else []  # an end of several tokens has no id of its own
     return list(dict.fromkeys(i for i in ids if i is not None))
 

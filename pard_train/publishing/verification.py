@@ -212,7 +212,7 @@ def compare_prompts(
         "num_prompts": len(pairs),
         "num_equal_texts": sum(prompt["is_text_equal"] for prompt in prompts),
         "expected": asdict(Counters.total(expected)),
-        "observed": asdict(result.counters),
+        "observed": asdict(Counters.total([answer.counters for answer in result.answers])),
         "prompts": prompts,
     }
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pard_train.bootstrap import ratio_interval
 from pard_train.errors import UserError
-from pard_train.reports.curves import best_taus, is_training_run, read_runs, run_charts, runs_table
+from pard_train.reports.curves import best_taus, read_runs, run_charts, runs_table
 from pard_train.reports.records import (
     Record,
     Result,
@@ -31,7 +31,7 @@ from pard_train.reports.records import (
 from pard_train.reports.sections import Section, interval_charts, tau_cell
 from pard_train.reports.tables import NONE, Table, prediction_table
 from pard_train.reports.webpage import fill
-from pard_train.runs import flatten, run_of
+from pard_train.runs import METRICS_FILE, flatten, run_of
 
 COMPARISON_FILE = "compare.md"
 COMPARISON_PAGE = "compare.html"
@@ -92,6 +92,11 @@ class Comparison:
         named = [(self.first, p.first) for p in self.pairs] + [(p.name, p.later) for p in self.pairs]
         return list({(name, id(row)): (name, row) for name, row in named}.values())
 
+    def name_of(self, pair: Pair) -> str:
+        """Name of the later result, with the draft if the result has several."""
+        drafts = distinct(p.later["draft"] for p in self.pairs if p.name == pair.name)
+        return f"{pair.name}/{pair.later['draft']}" if len(drafts) > 1 else pair.name
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -118,7 +123,7 @@ def compare(results: Mapping[str, str], folder: Path, *, min_ratio: float | None
     Raises:
         UserError: if a result cannot be read, or if no rows are comparable.
     """
-    if any(is_training_run(Path(path)) for path in results.values()):
+    if any((Path(path) / METRICS_FILE).is_file() for path in results.values()):
         compared, page = _compare_runs(results, min_ratio)
     else:
         comparison = compare_results({name: read_result(Path(path)) for name, path in results.items()})
@@ -219,7 +224,7 @@ def _how(record: Record) -> str:
 def ratios(comparison: Comparison) -> dict[str, float]:
     """The ratio of every pair, by later result, case and K."""
     return {
-        f"compare/{p.name}/{r['target']}/{r['benchmark']}, {_how(r)}/k_{r['num_draft_tokens']}": p.ratio
+        f"compare/{comparison.name_of(p)}/{r['target']}/{r['benchmark']}, {_how(r)}/k_{r['num_draft_tokens']}": p.ratio
         for p, r in ((pair, pair.later) for pair in comparison.pairs)
     }
 
@@ -229,8 +234,8 @@ def ratios_below(comparison: Comparison, min_ratio: float | None) -> list[str]:
     if min_ratio is None:
         return []
     misses = [
-        f"{p.name}: {case_of(p.later)}, {_how(p.later)}, K={p.later['num_draft_tokens']}: tau {p.later['tau']:.2f} is "
-        f"{p.ratio:.3f} of {p.first['tau']:.2f}, below {min_ratio:.3f}"
+        f"{comparison.name_of(p)}: {case_of(p.later)}, {_how(p.later)}, K={p.later['num_draft_tokens']}: tau "
+        f"{p.later['tau']:.2f} is {p.ratio:.3f} of {p.first['tau']:.2f}, below {min_ratio:.3f}"
         for p in comparison.pairs
         if p.ratio < min_ratio
     ]

@@ -237,11 +237,6 @@ def _tau_table(lines: Sequence[Line]) -> list[Table]:
 # ---- Several runs ---------------------------------------------------------------------------------------------------
 
 
-def is_training_run(folder: Path) -> bool:
-    """Whether a folder has the log of a training run."""
-    return (folder / METRICS_FILE).is_file()
-
-
 def read_runs(results: Mapping[str, str]) -> dict[str, list[Line]]:
     """Logs of training runs by their names. Raises UserError if one is no training run, or its log is empty."""
     runs = {name: read_metrics(Path(path)) for name, path in results.items()}

@@ -29,7 +29,7 @@ from pard_train.reports.records import (
     timed_records,
 )
 from pard_train.reports.sections import build_sections
-from pard_train.reports.tables import Table, as_markdown, speed_tables, tau_tables
+from pard_train.reports.tables import NONE, Table, as_markdown, speed_tables, tau_tables
 from pard_train.reports.webpage import PAGE_FILE, render_page, render_samples
 from pard_train.runs import flatten
 
@@ -119,7 +119,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _as_cell(value: Any) -> Any:
     """A text that a spreadsheet would run as a formula begins with an apostrophe instead."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+    return f"'{value}" if isinstance(value, str) and value != NONE and value.startswith(FORMULA) else value
 
 
 def tau_below(result: Result, thresholds: dict[str, float]) -> list[str]:

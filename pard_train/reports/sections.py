@@ -154,14 +154,12 @@ def _breakdown(records: list[Record], by: str) -> Section:
     return Section(by, "", f"tau by {GROUPS[by]}", "", interval_charts(cells))
 
 
-def _flag(record: Record) -> str:
-    return " (!)" * has_slow_baseline(record)
-
-
 def _speed(records: list[Record]) -> Section:
     cells = {}
     for case, mine in grouped(records, case_of).items():
-        by_row = {(f"batch size {r['batch_size'] or 1}{_flag(r)}", label_of(r)): r["speed"] for r in mine}
+        by_row = {
+            (f"batch size {r['batch_size'] or 1}{' (!)' * has_slow_baseline(r)}", label_of(r)): r["speed"] for r in mine
+        }
         cells[case] = [(row, label, [*map(speed.get, SPEEDUP)]) for (row, label), speed in by_row.items()]
     text = "Tokens per second relative to the target alone on the same prompts. Lines show the range over rounds."
     text += f" {SLOW_BASELINE}" * any(map(has_slow_baseline, records))

@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -174,12 +175,9 @@ def write_batches(
 @torch.inference_mode()
 def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, sampling: Sampling) -> list[Answer]:
     """Answers to a batch, left-padded; attention masks the padding."""
-    width, padding = max(map(len, prompts)), min(limits.end_ids)
-    ids = torch.full((len(prompts), width), padding)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    rows, padding = [torch.tensor(prompt) for prompt in prompts], min(limits.end_ids)
+    ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     with _plain_generation_config(model):
         output = model.generate(
             ids.to(model.device),
@@ -190,7 +188,7 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
             eos_token_id=sorted(limits.end_ids),
             pad_token_id=padding,
         )
-    answers = [limits.cut(row, 0) for row in output[:, width:].tolist()]
+    answers = [limits.cut(row, 0) for row in output[:, ids.shape[1] :].tolist()]
     return [Answer(tokens, is_cut=tokens[-1] not in limits.end_ids) for tokens in answers]
 
 

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from pard_train.config import Config, RegenerateConfig, SourceConfig
-from pard_train.data.rows import read_jsonl, source_version
+from pard_train.data.rows import Row, read_jsonl, source_version
 from pard_train.data.schemas import SYSTEM_PROMPTS, to_chat
 from pard_train.device import this_process, who_sees
 from pard_train.errors import UserError
@@ -31,8 +31,6 @@ ANSWERS_FOLDER = "answers"  # of the output folder
 ANSWERS_FILE = "answers.jsonl"
 REJECTS_FILE = "rejects.jsonl"
 CACHE_FOLDER = "target_text"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

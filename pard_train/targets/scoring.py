@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -34,7 +35,7 @@ def score(config: Config) -> Path:
     settings, process = config.score, this_process()
     _check_nodes(process)
     name = first_target(config)
-    target = load_targets(config)[0]
+    target = load_targets(replace(config, targets=config.targets[:1]))[0]
     tokens = Path(settings.tokens or Path(config.output_dir) / TOKENS_FOLDER)
     store = TokenStore.open(tokens)
     _check_tokens(store, target.tokenizer, config.model, name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from pard_train.targets.compatibility import ERROR, OK, WARNING, Finding, Model, check_pair
 
@@ -57,7 +59,7 @@ def check_version(version: str) -> Finding:
 
 
 def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def check_environment(environment: Mapping[str, str] | None = None) -> Iterator[Finding]:
@@ -83,12 +85,7 @@ def check_served(draft: Model, target: Model, *, num_tokens: int, dtype: str) ->
         dtype: of the weights of both.
     """
     findings = check_pair(draft, target, num_tokens=num_tokens, dtype=dtype)
-    return [
-        Finding(ERROR, finding.subject, finding.text)
-        if finding.subject == "vocabulary rows" and finding.level != OK
-        else finding
-        for finding in findings
-    ]
+    return [replace(f, level=ERROR) if f.subject == "vocabulary rows" and f.level != OK else f for f in findings]
 
 
 def check_serving(

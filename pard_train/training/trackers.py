@@ -39,7 +39,8 @@ VARIABLES = {  # of W&B, by the argument of wandb.init
     **{"tags": "WANDB_TAGS", "mode": "WANDB_MODE", "dir": "WANDB_DIR", "id": "WANDB_RUN_ID"},
 }
 WITHOUT_LOGIN = ("offline", "dryrun", "disabled")  # values of WANDB_MODE
-STEP_FOLDERS = ("train", "evaluation", "comparison", "verification", "export")  # named after a step of a larger job
+# Folders named after a step of a larger job, such as the quickstart.
+STEP_FOLDERS = ("train", "evaluation", "comparison", "verification", "export", "stand_in")
 INIT_SECONDS, FINISH_SECONDS = 30.0, 60.0  # to wait for W&B's server
 STEP = "train/global_step"  # Trainer's name of the steps
 

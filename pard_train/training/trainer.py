@@ -250,7 +250,8 @@ class PardTrainer(Trainer):
 
         Data-parallel engines average gradients over ranks, so the sum is scaled by their number.
         """
-        loss, statistics = self.pack_loss(model, inputs, self.args.world_size / cast(Tensor, num_items_in_batch))
+        with self.accelerator.autocast():  # accelerate puts it around models of DDP, not of FSDP2
+            loss, statistics = self.pack_loss(model, inputs, self.args.world_size / cast(Tensor, num_items_in_batch))
         self.statistics.add(statistics)
         layout = SlotLayout(*(inputs[name] for name in ("document", "anchor", "depth")))
         work = count_work(layout, inputs["labels"])
