@@ -100,7 +100,7 @@ def test_the_block_mask_is_the_one_that_all_pairs_give(
     num_draft_tokens: int, num_padding: int | str, window: int | None
 ) -> None:
     draft = DraftConfig(num_draft_tokens=num_draft_tokens, min_retention=0.4)
-    sizes = ((300, 400), (1, 1), (20, 3), (0, 128), (900, 20), (128, 128))
+    sizes = ((150, 200), (1, 1), (20, 3), (0, 128), (500, 20), (128, 128))
     documents = []
     for number, (num_prompt, num_answer) in enumerate(sizes):
         loss_mask = np.array([False] * num_prompt + [True] * num_answer)
