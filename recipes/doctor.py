@@ -59,7 +59,9 @@ def checks(folder: Path, process: Any) -> Iterator[tuple[str, bool, str, str]]:
     yield "packages", not wrong, "; ".join(wrong) or f"PyTorch {torch.__version__}", "pip install what is named"
     count, local = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     found = f"{count} x {device_name()}" if count else f"no GPU; {device_name()}"
-    yield "devices", not count or count >= local, found, f"{local} processes on this node: start {count}"
+    has_driver = any(map(os.path.exists, ("/dev/kfd", "/dev/nvidiactl")))  # of AMD, of NVIDIA
+    fix = f"{local} processes on this node: start {count}" if count else "install the PyTorch build of your driver"
+    yield "devices", count >= local if count else not has_driver, found, fix
     library = f"{'RCCL' if torch.version.hip else 'NCCL'} {torch.cuda.nccl.version()}" if count else "Gloo"
     ones = torch.ones(4, 4, device=default_device())
     is_right = float(reduce(ones @ ones, "sum")[0, 0]) == 4 * process.num_processes

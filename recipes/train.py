@@ -28,7 +28,8 @@ def run(config: Config) -> None:
     if this_process().is_main_process:
         run_folder = draft.parent
         print(f"draft model: {draft}\nreport: {run_folder / PAGE_FILE}")
-        print(f"next: {command('export')} draft.path={run_folder} output_dir={run_folder}/export")
+        targets = f" targets=[{','.join(config.targets)}]" if config.targets else ""
+        print(f"next: {command('export')} draft.path={run_folder}{targets} output_dir={run_folder}/export")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,10 @@ NAMES = {"vllm": "vLLM", "pace": "PACE"}  # of engines
 
 # (part of an engine's error, remedy)
 REMEDIES = (
-    ("No module named 'vllm'", "create an environment with launch/vllm_cpu.sh; set engine_python=VENV/bin/python"),
+    (
+        "No module named 'vllm'",
+        "set engine_python to the Python of an environment with vLLM; for CPUs launch/vllm_cpu.sh makes one",
+    ),
     ("No module named 'pace'", "create an environment with launch/pace_cpu.sh; set engine_python=VENV/bin/python"),
     ("same vocabulary size", "export the draft again with targets=[TARGET], which pads its vocabulary"),
     ("For parallel drafting, the draft model config must have", "export the draft with recipes/export.py"),

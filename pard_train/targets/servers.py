@@ -85,7 +85,7 @@ async def open_servers(
                 found[name].append(Server(url, client, model))
         for name in asked:
             if not found[name]:
-                reasons = "; ".join(map(str, absent)) or "add one that does"
+                reasons = "; ".join(map(str, absent)) or "add one that does, or leave it out of targets=[...]"
                 raise UserError(f"inference.servers: none of {list(config.servers)} serves {name}: {reasons}")
         for reason in absent:
             _print_once(f"skipped: {reason}")

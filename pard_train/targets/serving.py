@@ -33,7 +33,8 @@ def check_engine(python: str | None) -> Finding:
         )
     version = done.stdout.strip()
     if not version:
-        return Finding(ERROR, "engine", f"engine_python={python} has no vLLM: make one with launch/vllm_cpu.sh")
+        fix = "install it as its documentation says, or for CPUs with launch/vllm_cpu.sh"
+        return Finding(ERROR, "engine", f"engine_python={python} has no vLLM: {fix}")
     return check_version(version)
 
 
@@ -69,7 +70,7 @@ def check_environment(environment: Mapping[str, str] | None = None) -> Iterator[
         text = "VLLM_USE_V2_MODEL_RUNNER=1 forces the V2 model runner, which has no parallel drafting: unset it"
         yield Finding(ERROR, "model runner", text)
     else:
-        yield Finding(OK, "model runner", "V1, which vLLM chooses for parallel drafting")
+        yield Finding(OK, "model runner", "V1, which vLLM 0.32 chooses for parallel drafting")
     if environment.get("VLLM_ATTENTION_BACKEND", "").upper() == "FLASHINFER":
         text = "VLLM_ATTENTION_BACKEND=FLASHINFER fails for others with tensor parallelism above 1: unset it there"
         yield Finding(WARNING, "attention", text)
