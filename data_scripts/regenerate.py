@@ -27,15 +27,19 @@ def run(config: Config) -> None:
     """Write the answers of an experiment and print the counts."""
     from pard_train.data.prompts import PROMPTS_FOLDER, TRAIN_FILE
     from pard_train.device import this_process
+    from pard_train.runs import MANIFEST_FILE, read_json
     from pard_train.targets.regeneration import ANSWERS_FOLDER, write_answers
 
     prompts = Path(config.regenerate.prompts or Path(config.output_dir) / PROMPTS_FOLDER / TRAIN_FILE)
     if not prompts.is_file():
         raise UserError(f"{prompts}: no such file; write it with {command('prepare')}, or give regenerate.prompts=FILE")
-    written = write_answers(config, prompts, Path(config.output_dir) / ANSWERS_FOLDER)
+    answers = write_answers(config, prompts, Path(config.output_dir) / ANSWERS_FOLDER)
     if this_process().is_main_process:
-        print(written.summary())
-        print(written.path)
+        summary = (
+            "{rows:,} rows -> {answered:,} conversations with {answers:,} answers ({cut:,} cut by the length limit), "
+            "{rejected:,} rejected; {new_tokens:,} new tokens, {tokens_per_second:,.0f} tokens/s"
+        )
+        print(f"{summary.format(**read_json(answers.parent / MANIFEST_FILE)['counts'])}\n{answers}")
 
 
 if __name__ == "__main__":

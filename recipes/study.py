@@ -24,7 +24,7 @@ from pard_train.validation import validate_study, validate_train
 def run(config: Config) -> None:
     """Train, evaluate, and print the table."""
     from pard_train.evaluation.evaluate import evaluate
-    from pard_train.evaluation.study import drafts_of, plan_runs, train_run, write_study
+    from pard_train.evaluation.study import check_finished, drafts_of, plan_runs, train_run, write_study
     from pard_train.training.inputs import check_output
     from pard_train.training.plan import plan_run
 
@@ -39,6 +39,7 @@ def run(config: Config) -> None:
         return
     for training in () if config.study.launcher else trainings:  # its processes check
         check_output(training)
+    check_finished(runs, trainings)
     failures = [reason for planned in runs if (reason := train_run(planned, config.study.launcher))]
     finished = [planned for planned in runs if planned.is_finished]
     if not finished:

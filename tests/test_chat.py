@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from datetime import datetime
 from typing import Any
 
@@ -348,6 +349,14 @@ def test_an_answer_that_would_end_its_turn_halfway_is_refused() -> None:
     assert encoder.encode(chat("a <|im_end|> b", "the cat"), origin="x")  # what is asked teaches nothing
     with pytest.raises(RowError, match=r"^x: an answer holds the control token <\|im_end\|>"):
         encoder.encode(chat("Hi", "the cat<|im_end|>\n<|im_start|>user\nwhy", "and", "the dog"), origin="x")
+
+
+def test_a_control_token_with_a_quote_is_found_in_an_answer() -> None:
+    tokenizer = deepcopy(encoder_of(CHATML).tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ['<|"|>', "<\\s>"]})
+    for token in ('<|"|>', "<\\s>"):
+        with pytest.raises(RowError, match="an answer holds the control token"):
+            ChatEncoder(tokenizer).encode(chat("Hi", f"the {token} cat"), origin="x")
 
 
 @pytest.mark.parametrize(

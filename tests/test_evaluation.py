@@ -304,7 +304,7 @@ def test_servers_draw_the_texts_of_an_estimate(
 def test_every_way_to_decode_live_is_a_measurement_of_its_own_and_of_this_machine(
     drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
-    changes = {"temperatures": [0.0, 0.8], "live_batch_sizes": [1, 2], "live_prompts": 2, "live_rounds": 1}
+    changes = {"temperatures": [0.0, 0.8], "live_batch_sizes": [1, 2, 9], "live_prompts": 2, "live_rounds": 1}
     config = settings(drafts, base_folder, prompts_file, tmp_path / "out", num_draft_tokens=[1], **changes)
     document = evaluate(config)
     cells = [json.loads(path.read_text())["identity"] for path in (tmp_path / "out" / "cells").glob("live-*.json")]
@@ -312,6 +312,8 @@ def test_every_way_to_decode_live_is_a_measurement_of_its_own_and_of_this_machin
         (0.0, 1), (0.0, 2), (0.8, 1), (0.8, 2)
     ]  # fmt: skip
     assert {(cell["device"], len(cell["prompts"])) for cell in cells} == {(device_name(), 2)}
+    assert len(document["failures"]) == 2  # 9 answers together, of 2
+    assert all("batch size 9, but only 2 answers" in failure["error"] for failure in document["failures"])
     assert {r["provenance"]["device"] for r in document["records"]} == {device_name()}
 
 

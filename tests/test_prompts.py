@@ -223,6 +223,17 @@ def test_prompts_that_are_made_stand_and_are_not_overwritten_by_others(tmp_path:
         assert again.stat().st_mtime_ns == before
     with pytest.raises(UserError, match="holds prompts of other sources or settings"):
         prepare(config_of(path), tmp_path / "prompts", seed=2)
+    whole = train.read_text()
+    train.write_text(whole.partition("\n")[2])
+    with pytest.raises(UserError, match=r"was changed after it was written.*train.jsonl.*delete the folder"):
+        prepare(config_of(path), tmp_path / "prompts", seed=1)
+    train.write_text(whole)
+    asked = write(tmp_path / "mine.jsonl", [{"prompt": "Who?"}])
+    with_own = config_of(path, decontaminate=[str(asked)])
+    prepare(with_own, tmp_path / "decontaminated", seed=1)
+    write(asked, [{"prompt": "Why?"}])
+    with pytest.raises(UserError, match="holds prompts of other sources or settings"):
+        prepare(with_own, tmp_path / "decontaminated", seed=1)
     write(path, [question(n) for n in range(21)])
     with pytest.raises(UserError, match="holds prompts of other sources or settings"):
         prepare(config_of(path), tmp_path / "prompts", seed=1)

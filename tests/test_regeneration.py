@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from fake_server import FakeServer, Reply, scripted
@@ -31,8 +31,9 @@ from pard_train.downloads import unpack_model
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, decode
 from pard_train.model import load_tokenizer
+from pard_train.runs import MANIFEST_FILE, read_json
 from pard_train.targets.answers import prompt_key
-from pard_train.targets.regeneration import Written, read_chats, write_answers
+from pard_train.targets.regeneration import read_chats, write_answers
 
 SETTINGS = {"max_new_tokens": 24, "batch_size": 3, "dtype": "float32", "concurrency": 4, "max_retries": 0}
 FILES = ("answers.jsonl", "rejects.jsonl")
@@ -48,11 +49,19 @@ def serve(tokenizer: PreTrainedTokenizerBase) -> Iterator[Serve]:
         yield lambda **settings: stack.enter_context(FakeServer(scripted(tokenizer), **settings))
 
 
+class Written(NamedTuple):
+    """The file of answers, and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+
 def write(prompts: Path, folder: Path, targets: list[Path], seed: int = 0, **settings: Any) -> Written:
     """Run in this process."""
     names = [str(target) for target in targets]
     config = config_for("regenerate", targets=names, seed=seed, **SETTINGS | settings)
-    return write_answers(config, prompts, folder)
+    path = write_answers(config, prompts, folder)
+    return Written(path, read_json(path.parent / MANIFEST_FILE))
 
 
 def write_rows(path: Path, rows: list[Row]) -> Path:

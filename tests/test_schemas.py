@@ -118,6 +118,10 @@ def test_thoughts_and_the_finish_reason_are_kept(name: str) -> None:
     message = {**ASSISTANT, name: "It sees."}
     chat = chat_of({"messages": [USER, message], "finish_reason": "length"})
     assert chat == Chat([USER, {**ASSISTANT, "reasoning_content": "It sees."}], finish_reason="length")
+    assert chat_of({"messages": [USER, {"reasoning_content": "", **message}]}).messages == chat.messages
+    assert (
+        chat_of({"messages": [USER, message], "system": "", "system_prompt": "Be kind."}).messages[1:] == chat.messages
+    )
     cut = chat_of({"messages": [USER, {"role": "assistant", "content": None, name: "It se"}]}).messages[1]
     assert cut == {"role": "assistant", "content": "", "reasoning_content": "It se"}
 

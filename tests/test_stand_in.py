@@ -140,7 +140,7 @@ def test_a_stand_in_is_a_target_of_regeneration_and_evaluation_with_the_same_tex
         written = write_answers(
             config_for("regenerate", target=name, max_new_tokens=12, output_dir=str(out), seed=0), prompts, out
         )
-        rows.append([json.loads(line)["token_ids"] for line in written.path.open()])
+        rows.append([json.loads(line)["token_ids"] for line in written.open()])
     assert rows[0] == rows[1]
     write_initial_draft(inspect_base(ModelConfig(path=str(base_folder)), DraftConfig()), 4, tmp_path / "draft")
     result = evaluate(

@@ -16,10 +16,11 @@ from hydra import initialize_config_dir
 from records import document
 
 from pard_train.bootstrap import ratio_interval
-from pard_train.config import StudyConfig
+from pard_train.config import StudyConfig, decisive
 from pard_train.errors import RESUMABLE, Interrupted, UserError
-from pard_train.evaluation.study import Run, compared, plan_runs, train_run, write_study
+from pard_train.evaluation.study import Run, check_finished, compared, plan_runs, train_run, write_study
 from pard_train.program import compose_config, register_schema
+from pard_train.runs import SETTINGS_VERSION
 from pard_train.validation import validate_train
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,23 @@ def test_every_run_has_the_studys_settings_then_its_own_and_a_folder_and_seed(tm
     (tmp_path / "runs" / "slow-1").mkdir(parents=True)
     (tmp_path / "runs" / "slow-1" / "config.json").touch()
     assert plan_runs(study, given, tmp_path)[0].overrides[-1] == "resume=true"
+
+
+def test_a_finished_run_of_other_settings_is_named_and_so_is_a_run_called_before(tmp_path: Path) -> None:
+    register_schema()
+    (run,) = plan_runs(StudyConfig(runs={"slow": []}, seeds=[1]), ["experiment=quickstart"], tmp_path)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        training, other = (compose_config([*run.overrides, f"trainer.learning_rate={rate}"]) for rate in (1e-4, 1e-2))
+    (run.folder / "draft").mkdir(parents=True)
+    settings = {"settings_version": SETTINGS_VERSION, **decisive(training), "world_size": 8}
+    (run.folder / "config.json").write_text(json.dumps(settings))
+    check_finished([run], [training])
+    with pytest.raises(
+        UserError, match=r"slow-1 holds a run with other settings \(trainer.learning_rate: 0.0001 -> 0.01"
+    ):
+        check_finished([run], [other])
+    with pytest.raises(UserError, match=r"study.runs.before is the name of the untrained draft"):
+        plan_runs(StudyConfig(runs={"before": []}, seeds=[1]), [], tmp_path)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")])

@@ -298,7 +298,7 @@ def test_regenerated_rows_are_encoded_as_the_ids_that_the_target_was_given_and_w
     with FakeServer(reply) as server:
         settings = {"servers": [server.url], "dtype": "float32", "max_retries": 0, "max_new_tokens": 32}
         config = config_for("regenerate", targets=[str(target)], **settings)
-        written = write_answers(config, prompts, tmp_path / "out").path
+        written = write_answers(config, prompts, tmp_path / "out")
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     turns = [turn for row in rows for turn in row["token_ids"]["turns"]]
     assert sorted(asked) == sorted(turns)

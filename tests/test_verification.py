@@ -568,7 +568,7 @@ def test_vllm_counts_what_replay_counts_for_a_trained_export(
         "regenerate", target=served[0], max_new_tokens=40, batch_size=4, output_dir=str(tmp_path), seed=0
     )
     answers = write_answers(regenerate, chats, tmp_path / "answers")
-    draft = train(experiment(served[0], answers.path, tmp_path / "run", num_train_epochs=60, learning_rate=3e-3))
+    draft = train(experiment(served[0], answers, tmp_path / "run", num_train_epochs=60, learning_rate=3e-3))
     settings_of_export = {"checkpoint": str(draft), "output_dir": str(tmp_path / "export"), "dtype": "float32"}
     export(config_for("export", target=served[0], **settings_of_export))
     config = settings(draft=str(tmp_path / "export"), engine_python=engine_python, max_prompts=12, max_new_tokens=40)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pard_train.acceptance.chains import PackedChains, PromptAnswer, pack_texts
+from pard_train.errors import UserError
 from pard_train.generation.proposers import Drafter
 
 # Legend: N tokens of an answer, E tokens after it, A anchors whose chains still match, V vocabulary.
@@ -74,6 +75,9 @@ def _count_matches(chains: PackedChains, max_draft_tokens: int) -> np.ndarray:
 
 
 def choose_tokens(drafter: Drafter, hidden: Tensor) -> np.ndarray:
-    """Draft token of every slot, LOGIT_CHUNK slots at a time: [A, hidden] -> int64 [A]."""
+    """Draft token of every slot, LOGIT_CHUNK slots at a time: [A, hidden] -> int64 [A]. Raises UserError at NaN."""
     head = drafter.runner.model.get_output_embeddings()
-    return torch.cat([drafter.choose(head(chunk)) for chunk in hidden.split(LOGIT_CHUNK)]).cpu().numpy()
+    best = [drafter.mask_non_tokens(head(chunk)).max(dim=-1) for chunk in hidden.split(LOGIT_CHUNK)]
+    if torch.cat([each.values for each in best]).isnan().any():  # their arg max is token 0, as of a NaN target
+        raise UserError("the draft's logits are NaN: take dtype=float32, or another draft")
+    return torch.cat([each.indices for each in best]).cpu().numpy()

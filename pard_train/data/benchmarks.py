@@ -246,6 +246,8 @@ def load_benchmarks(sources: Sequence[str], max_prompts: int = 0) -> list[Benchm
     for source in sources:
         check_benchmark(source)
         name = benchmark_name(source)
+        if name == "all":
+            raise UserError(f"benchmark {source}: `all` stands for all benchmarks together: rename the file")
         if name in by_name:
             raise UserError(f"benchmarks {by_name[name]} and {source} are both named {name}: rename one of the files")
         by_name[name] = source

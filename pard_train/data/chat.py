@@ -91,7 +91,7 @@ class ChatEncoder:
         if not tokenizer.chat_template:
             fix = "use an instruct model, or put chat_template.jinja beside its tokenizer"
             raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: {fix}")
-        self._special = re.compile("|".join(map(re.escape, self._control_tokens())) or r"(?!)")
+        self._special = re.compile("|".join(re.escape(_in_json(t)) for t in self._control_tokens()) or r"(?!)")
         self._has_thoughts = CLOSE in str(self.template_kwargs.get("chat_template") or tokenizer.chat_template)
         self.turn_suffix = self._find_turn_suffix()
         self.end_token = self._find_end_token()
@@ -202,7 +202,7 @@ class ChatEncoder:
     def _answer(self, prompt: str, text: str, message: Mapping[str, Any], *, is_cut: bool) -> str:
         """Label text after `prompt`, with its end of turn unless it was cut."""
         parts = (message["content"], message.get("reasoning_content") or "", message.get("tool_calls") or [])
-        if found := self._special.search(json.dumps(parts, ensure_ascii=False)):
+        if found := self._special.search(_in_json(parts)):
             raise UserError(f"an answer holds the control token {found[0]}: end the answer there, or remove the row")
         opens, closes = prompt.rstrip().endswith(OPEN), prompt.rstrip().endswith(CLOSE)
         thought, words = split_thought(message, is_known=self._has_thoughts, opens=opens, is_cut=is_cut)
@@ -275,6 +275,11 @@ class ChatEncoder:
             supported = "supported are byte-level BPE tokenizers (Qwen2, Qwen3, Llama 3, SmolLM2, ...)"
             name = self.tokenizer.name_or_path
             raise UserError(f"the tokenizer of {name} changes text that is tokenized in pieces; {supported}")
+
+
+def _in_json(value: Any) -> str:
+    """As it stands within JSON text."""
+    return json.dumps(value, ensure_ascii=False)[1:-1]
 
 
 def _with_fixed_day(template: str) -> str:

@@ -73,10 +73,14 @@ def prepare(config: PrepareConfig, folder: Path, *, seed: int) -> tuple[Path, li
     """
     rules = {name: value for name, value in asdict(config).items() if name != "num_workers"}
     versions = {name: _version(source) for name, source in config.sources.items()}
+    versions |= {f: load_benchmark(f).fingerprint for f in config.decontaminate if Path(f).is_file()}
     identity = {"seed": seed, "config": rules, "versions": versions}
     if (folder / MANIFEST_FILE).exists():
         made = read_json(folder / MANIFEST_FILE)["identity"]
         require_same(made, identity, what=f"{folder} holds prompts of other sources or settings")
+        written = read_json(folder / MANIFEST_FILE)["files"]
+        found = {name: source_version(SourceConfig(path=str(folder / name))) for name in written}
+        require_same(written, found, what=f"{folder} was changed after it was written", fix="delete the folder")
     else:
         with new_folder(folder) as partial:
             chats, rejected = _read_sources(config, partial)

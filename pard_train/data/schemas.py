@@ -77,7 +77,7 @@ def to_chat(row: Row, source: SourceConfig, origin: str) -> Chat:
     """Chat of a row, by the schema and column names of its source. Raises RowError if it has none, or a bad message."""
     row = _renamed(row, source.columns, origin)
     columns, read = SCHEMAS[_schema_of(row, source.schema, origin)]
-    messages = _with_system_prompt(read(row, columns, origin), _first(row, SYSTEM_PROMPTS))
+    messages = _with_system_prompt(read(row, columns, origin), _filled(row, SYSTEM_PROMPTS))
     check_messages(messages, origin)
     if messages[-1]["role"] == "system":
         raise RowError(origin, "ends with a system prompt, so nothing is asked")
@@ -217,7 +217,7 @@ def _message(message: Any, origin: str) -> Message:
         message = {**message, "content": "", **_joined_parts(message["content"], origin)}
     result = {"role": message.get("role"), "content": message.get("content")}
     result |= {key: message[key] for key in IDENTITIES if message.get(key) is not None}
-    if thought := _first(message, THOUGHTS):
+    if thought := _filled(message, THOUGHTS):
         result["reasoning_content"] = thought
     if calls := message.get("tool_calls"):
         result["tool_calls"] = [_tool_call(call, origin) for call in _parsed(calls, list, "tool_calls", origin)]
@@ -275,6 +275,10 @@ def _each(values: Any, convert: Callable[[Any], Any]) -> Any:
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _filled(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((row[name] for name in names if row.get(name)), None)
 
 
 def _parsed(value: Any, kind: type | tuple[type, ...], what: str, origin: str) -> Any:

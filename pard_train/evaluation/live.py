@@ -10,6 +10,7 @@ import numpy as np
 
 from pard_train.acceptance.counting import Trace
 from pard_train.device import device_name
+from pard_train.errors import UserError
 from pard_train.evaluation.matrix import Matrix
 from pard_train.evaluation.measurement import Draft, make_record, pooled_numbers
 from pard_train.evaluation.speed import Latencies, measure_latencies, predict, time_proposers
@@ -39,6 +40,8 @@ def _time_methods(
 ) -> Iterator[Record]:
     settings = matrix.settings
     turns, k = live_turns(case, settings.live_prompts), settings.live_num_draft_tokens
+    if batch_size > len(turns):
+        raise UserError(f"batch size {batch_size}, but only {len(turns)} answers: raise evaluate.live_prompts")
     methods = [(name, draft) for name in settings.live_methods for draft in (drafts if name != "ngram" else [None])]
     identity = {
         **case.identity,

@@ -73,6 +73,8 @@ def make_record(matrix: Matrix, draft: Draft | None, case: Case, **measured: Any
         "batch_size": None,
         "max_new_tokens": matrix.settings.max_new_tokens,
         "dtype": matrix.dtype,
+        "answer_dtype": case.identity["dtype"],
+        "chat_template": case.identity["chat_template"],
         "system_prompt": matrix.settings.system_prompt,
         "template_kwargs": matrix.template_kwargs,
         "prompt_template": case.benchmark.instruction,

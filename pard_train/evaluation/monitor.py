@@ -32,9 +32,10 @@ from pard_train.data.benchmarks import load_benchmarks
 from pard_train.downloads import cache_folder
 from pard_train.errors import UserError
 from pard_train.generation.proposers import Drafter
-from pard_train.model import DTYPES, check_same_tokenizer, load_base_tokenizer, load_config
+from pard_train.model import DTYPES, check_same_tokenizer, load_base_tokenizer
 from pard_train.runs import fingerprint, read_json, require_same, write_json
-from pard_train.targets.cases import Case, write_case
+from pard_train.targets.cases import Case, longest_text, write_case
+from pard_train.targets.compatibility import Model, check_context, require
 from pard_train.targets.target import load_targets
 from pard_train.training.callbacks import UsesTrainer
 from pard_train.training.inputs import check_output
@@ -55,18 +56,20 @@ def build_monitor(config: Config) -> list[TrainerCallback]:
     monitor, model = config.monitor, config.model
     benchmarks = load_benchmarks(config.evaluate.benchmarks, monitor.max_prompts)
     targets = load_targets(config)
-    tokenizer = load_base_tokenizer(model)
+    tokenizer, k = load_base_tokenizer(model), config.draft.num_draft_tokens
+    limits: dict[str, Any] = {"max_new_tokens": monitor.max_new_tokens, "system_prompt": config.evaluate.system_prompt}
     for target in targets:
         check_same_tokenizer(tokenizer, target.tokenizer, model.path, target.name)
-        load_config(target.name, trust_remote_code=model.trust_remote_code)
+        longest = max(longest_text(benchmark.prompts, target.encoder, **limits) for benchmark in benchmarks)
+        both = [Model.load(n, trust_remote_code=model.trust_remote_code) for n in (model.path, target.name)]
+        require([check_context(each, longest + k) for each in both])
     cases, folder = [], cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    limits: dict[str, Any] = {"max_new_tokens": monitor.max_new_tokens, "system_prompt": config.evaluate.system_prompt}
     with FileLock(folder / "target_text.lock"), _accelerator_of_this_rank():
         for target in targets:
             cases += [write_case(target, benchmark, folder, **limits) for benchmark in benchmarks]
             target.unload()
-    k, dtype = config.draft.num_draft_tokens, DTYPES[targets[0].dtype]
+    dtype = DTYPES[targets[0].dtype]
     return [AcceptanceMonitor(cases, monitor, Path(config.output_dir), num_draft_tokens=k, dtype=dtype)]
 
 

@@ -14,13 +14,13 @@ import numpy as np
 
 from pard_train.bootstrap import ratio_interval
 from pard_train.commands import HOME, PROGRAMS
-from pard_train.config import StudyConfig
+from pard_train.config import Config, StudyConfig, decisive
 from pard_train.errors import RESUMABLE, Interrupted, UserError
 from pard_train.reports.charts import Chart, write_png
 from pard_train.reports.records import Record, Result, at_largest_k, distinct, grouped
 from pard_train.reports.sections import interval_charts
 from pard_train.reports.tables import NONE, Table
-from pard_train.runs import CONFIG_FILE
+from pard_train.runs import CONFIG_FILE, SETTINGS_VERSION, read_json, require_same
 from pard_train.training.trainer import DRAFT_FOLDER, INITIAL_FOLDER
 
 RUNS_FOLDER = "runs"
@@ -64,6 +64,8 @@ def plan_runs(study: StudyConfig, overrides: Sequence[str], folder: Path) -> lis
         overrides: of the study's own command line.
         folder: output folder of the study.
     """
+    if BEFORE in study.runs:
+        raise UserError(f"study.runs.{BEFORE} is the name of the untrained draft: choose another one")
     shared = [line for line in overrides if line.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
     runs = []
     for seed in study.seeds:
@@ -72,6 +74,15 @@ def plan_runs(study: StudyConfig, overrides: Sequence[str], folder: Path) -> lis
             own = [f"output_dir={place}", f"seed={seed}", f"resume={str((place / CONFIG_FILE).exists()).lower()}"]
             runs.append(Run(name, seed, place, tuple(settings), (*shared, *settings, *own)))
     return runs
+
+
+def check_finished(runs: Sequence[Run], trainings: Sequence[Config]) -> None:
+    """Check that finished runs have the settings that a study gives them now; any number of processes trained them."""
+    for run, training in zip(runs, trainings, strict=True):
+        if run.is_finished:
+            old = read_json(file) if (file := run.folder / CONFIG_FILE).exists() else {}
+            new = {"settings_version": SETTINGS_VERSION, **decisive(training), "world_size": old.get("world_size")}
+            require_same(old, new, what=f"{run.folder} holds a run with other settings")
 
 
 def train_run(run: Run, launcher: Sequence[str]) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pard_train.bootstrap import ratio_interval
 from pard_train.errors import UserError
-from pard_train.reports.curves import best_taus, read_runs, run_charts, runs_table
+from pard_train.reports.curves import best_line, best_taus, read_runs, run_charts, runs_table
 from pard_train.reports.records import (
     Record,
     Result,
@@ -44,7 +44,7 @@ RUNS_MEANING = "Training runs over supervised tokens. The table names the settin
 KEY = ("target", "benchmark", "num_draft_tokens", "mode", "estimator", "temperature", "method", "batch_size")
 SAME = (
     *("target_fingerprint", "benchmark_fingerprint", "num_prompts", "max_new_tokens", "dtype", "top_p"),
-    *("system_prompt", "template_kwargs", "prompt_template"),
+    *("system_prompt", "template_kwargs", "prompt_template", "answer_dtype", "chat_template"),
 )
 
 
@@ -145,14 +145,18 @@ def _compare_runs(results: Mapping[str, str], min_ratio: float | None) -> tuple[
     runs = read_runs(results)
     first, *later = runs
     taus, origins = best_taus(runs), {name: run_of(Path(path)) for name, path in results.items()}
-    values = {f"compare/{name}/best_tau": taus[name] / taus[first] for name in later if {first, name} <= taus.keys()}
+    measured = {n: {k for k in best_line(lines) or () if k.startswith("eval/tau")} for n, lines in runs.items()}
+    known = [name for name in later if {first, name} <= taus.keys()]
+    notes = [f"{n}: tau is of other benchmarks or K than {first}'s" for n in known if measured[n] != measured[first]]
+    values = {f"compare/{n}/best_tau": taus[n] / taus[first] for n in known if measured[n] == measured[first]}
     least = min_ratio or 0.0
     misses = [
         f"{name}: best tau {taus[name]:.3f} is {value:.3f} of {taus[first]:.3f}, below {least:.3f}"
         for name in later
         if (value := values.get(f"compare/{name}/best_tau", least)) < least
     ]
-    misses += [f"{name}: no measurement of tau" for name in runs if name not in taus and min_ratio is not None]
+    if min_ratio is not None:
+        misses += [f"{name}: no measurement of tau" for name in runs if name not in taus] + notes
     table = runs_table(runs, {name: flatten(run.get("config") or {}) for name, run in origins.items()})
     rows = [
         (name, run["run_id"], run["time"], str((run["git"] or {}).get("commit") or NONE)[:12], " ".join(run["command"]))
@@ -160,7 +164,7 @@ def _compare_runs(results: Mapping[str, str], min_ratio: float | None) -> tuple[
     ]
     made = Table(["run", "id", "time", "commit", "command"], rows, num_names=5)
     sections = [Section("runs", "", "Runs", "", [], [table]), *run_charts(runs)]
-    page = fill("compare.html", sections, meaning=RUNS_MEANING, misses=misses, notes=[], origins=made)
+    page = fill("compare.html", sections, meaning=RUNS_MEANING, misses=misses, notes=notes, origins=made)
     return Compared(f"# Comparison\n\n{RUNS_MEANING}\n\n{table.markdown()}\n", values, misses), page
 
 
@@ -192,12 +196,17 @@ def _pair_up(name: str, old: list[Record], new: list[Record]) -> tuple[list[Pair
         elif len(candidates) > 1:
             names = ", ".join(r["draft"] for r in candidates)
             reasons.append(f"{case_of(record)}: draft {record['draft']} could be compared with any of {names}")
-        elif different := [field for field in SAME if candidates[0][field] != record[field]]:
+        elif different := [field for field in SAME if _differs(field, candidates[0], record)]:
             found = [f"{field} is {record[field]!r}, not {candidates[0][field]!r}" for field in different]
             reasons.append(f"{case_of(record)}: {', '.join(found)}")
         else:
             pairs.append(Pair(name, candidates[0], record))
     return pairs, [*reasons, *(f"{rows}: this result has no such row" for rows in _summarize(old, paired=seen))]
+
+
+def _differs(field: str, first: Record, later: Record) -> bool:
+    """Whether two records have other values; a field that an older version did not write tells nothing."""
+    return field in first and field in later and first[field] != later[field]
 
 
 def _summarize(records: list[Record], *, paired: Sequence[Record]) -> list[str]:

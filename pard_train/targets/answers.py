@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Sampling, SequenceRandom, draw, probabilities
 
@@ -178,18 +179,28 @@ def _generate(model: PreTrainedModel, prompts: list[list[int]], limits: Limits, 
     rows, padding = [torch.tensor(prompt) for prompt in prompts], min(limits.end_ids)
     ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    sampled = [] if sampling.is_greedy else [_SampledToken(prompts, sampling)]
     with _plain_generation_config(model):
         output = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=limits.max_new_tokens,
             do_sample=False,
-            logits_processor=LogitsProcessorList([] if sampling.is_greedy else [_SampledToken(prompts, sampling)]),
+            logits_processor=LogitsProcessorList([_NoNaN(), *sampled]),
             eos_token_id=sorted(limits.end_ids),
             pad_token_id=padding,
         )
     answers = [limits.cut(row, 0) for row in output[:, ids.shape[1] :].tolist()]
     return [Answer(tokens, is_cut=tokens[-1] not in limits.end_ids) for tokens in answers]
+
+
+class _NoNaN(LogitsProcessor):
+    """Refuses NaN, whose arg max is token 0."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.amax(dim=-1).isnan().any():
+            raise UserError("the target's logits are NaN: take dtype=float32 or bfloat16, or another target")
+        return scores
 
 
 @contextmanager

@@ -72,8 +72,8 @@ def check_pair(draft: Model, target: Model, *, num_tokens: int, dtype: str) -> l
         _end_ids(draft, target),
         _template(draft, target),
         _family(target),
-        _context(draft, num_tokens),
-        _context(target, num_tokens),
+        check_context(draft, num_tokens),
+        check_context(target, num_tokens),
         _trained_length(draft, num_tokens),
         _dtype(draft, target, dtype),
         _tensor_parallel(draft, target),
@@ -162,17 +162,14 @@ def _family(target: Model) -> Finding:
     )
 
 
-def _context(model: Model, num_tokens: int) -> Finding:
+def check_context(model: Model, num_tokens: int) -> Finding:
+    """Check that a model has positions for so many tokens."""
     limit = getattr(model.config, "max_position_embeddings", None)
     subject = f"context of {model.name}"
     if limit is None or num_tokens <= limit:
         return Finding(OK, subject, f"{limit or 'no limit'}, needed {num_tokens}")
-    return Finding(
-        ERROR,
-        subject,
-        f"{limit} positions, but prompt, answer and draft tokens need up to {num_tokens}: use shorter prompts, or a "
-        "smaller max_new_tokens or num_draft_tokens",
-    )
+    text = f"{limit} positions, but prompt, answer and draft tokens need up to {num_tokens}"
+    return Finding(ERROR, subject, f"{text}: use shorter prompts, or a smaller max_new_tokens or num_draft_tokens")
 
 
 def _trained_length(draft: Model, num_tokens: int) -> Finding:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pard_train.device import this_process, who_sees
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits
 from pard_train.generation.sampling import GREEDY, Sampling
-from pard_train.runs import MANIFEST_FILE, fingerprint, locked, new_file, provenance, read_json, write_json
+from pard_train.runs import MANIFEST_FILE, fingerprint, locked, new_file, provenance, write_json
 from pard_train.targets.answers import AnswerCache
 from pard_train.targets.conversation import AnsweredChat, Conversation, Conversations, answer_chat, question_turns
 from pard_train.targets.target import Target, load_targets
@@ -33,33 +33,16 @@ REJECTS_FILE = "rejects.jsonl"
 CACHE_FOLDER = "target_text"
 
 
-@dataclass(frozen=True)
-class Written:
-    """What `write_answers` wrote.
-
-    Attributes:
-        path: the file of answers.
-        manifest: its inputs, and counts that add up: rows = answered + rejected.
-    """
-
-    path: Path
-    manifest: dict[str, Any]
-
-    def summary(self) -> str:
-        """One line of counts."""
-        return (
-            "{rows:,} rows -> {answered:,} conversations with {answers:,} answers ({cut:,} cut by the length limit), "
-            "{rejected:,} rejected; {new_tokens:,} new tokens, {tokens_per_second:,.0f} tokens/s"
-        ).format(**self.manifest["counts"])
-
-
-def write_answers(config: Config, prompts_file: Path, folder: Path) -> Written:
+def write_answers(config: Config, prompts_file: Path, folder: Path) -> Path:
     """Have the targets answer every conversation of a file. A hash of its questions decides which target answers it.
 
     Args:
         config: targets, inference and regenerate settings.
         prompts_file: JSONL of chats.
         folder: of answers, rejects, manifest and the cache.
+
+    Returns:
+        The file of answers. The counts of the manifest add up: rows = answered + rejected.
 
     Raises:
         UserError: at a bad row or a server that does not fit, before anything is asked; if all servers of a target
@@ -69,7 +52,7 @@ def write_answers(config: Config, prompts_file: Path, folder: Path) -> Written:
         return _write_answers(config, prompts_file, folder)
 
 
-def _write_answers(config: Config, prompts_file: Path, folder: Path) -> Written:
+def _write_answers(config: Config, prompts_file: Path, folder: Path) -> Path:
     settings, process = config.regenerate, this_process()
     if config.inference.servers and process.num_processes > 1:
         raise UserError("inference.servers are asked by one process: start the program without torchrun")
@@ -97,7 +80,7 @@ def _write_answers(config: Config, prompts_file: Path, folder: Path) -> Written:
         }
         write_json(folder / MANIFEST_FILE, manifest)
     process.wait_for_everyone()
-    return Written(folder / ANSWERS_FILE, read_json(folder / MANIFEST_FILE))
+    return folder / ANSWERS_FILE
 
 
 def _job(

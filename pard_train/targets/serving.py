@@ -28,9 +28,8 @@ def check_engine(python: str | None) -> Finding:
         command = [python or sys.executable, "-c", VERSION_SCRIPT]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return Finding(
-            ERROR, "engine", f"engine_python={python} cannot be started: give the Python of vLLM's environment"
-        )
+        text = f"engine_python={python} cannot be started: give the Python of vLLM's environment"
+        return Finding(ERROR, "engine", text)
     version = done.stdout.strip()
     if not version:
         fix = "install it as its documentation says, or for CPUs with launch/vllm_cpu.sh"
@@ -46,9 +45,8 @@ def check_version(version: str) -> Finding:
     """
     number = _number(version)
     if ".dev" in version and number < (0, 2):  # a build from sources without tags
-        return Finding(
-            WARNING, "engine", f"vLLM {version} does not tell its age; parallel drafting needs 0.16 or newer"
-        )
+        text = f"vLLM {version} does not tell its age; parallel drafting needs 0.16 or newer"
+        return Finding(WARNING, "engine", text)
     if number < FIRST_VERSION:
         return Finding(ERROR, "engine", f"vLLM {version} has no parallel drafting: install 0.16 or newer")
     if number < GRAPHS_VERSION:
