@@ -190,7 +190,7 @@ def test_training_runs_are_laid_over_each_other_with_the_settings_in_which_they_
     assert titles[:5] == ["mean", "worst", *CASES]
     assert compare(results, tmp_path / "again").misses == []
     log = tmp_path / "b" / "metrics.jsonl"
-    log.write_text(log.read_text().replace("eval/tau/", "eval/tau/other-", 1).replace('other-mean"', 'mean"'))
+    log.write_text(log.read_text().replace("eval/tau/", "eval/tau/other-").replace('other-mean"', 'mean"'))
     other = compare({name: str(tmp_path / name) for name in "ab"}, tmp_path / "other", min_ratio=0.1)
     assert (other.values, other.misses) == ({}, ["b: tau is of other benchmarks or K than a's"])
 

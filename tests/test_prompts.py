@@ -228,10 +228,11 @@ def test_prompts_that_are_made_stand_and_are_not_overwritten_by_others(tmp_path:
     with pytest.raises(UserError, match=r"was changed after it was written.*train.jsonl.*delete the folder"):
         prepare(config_of(path), tmp_path / "prompts", seed=1)
     train.write_text(whole)
-    asked = write(tmp_path / "mine.jsonl", [{"prompt": "Who?"}])
+    asked = tmp_path / "mine.jsonl"
+    asked.write_text(json.dumps({"prompt": "Who?"}))
     with_own = config_of(path, decontaminate=[str(asked)])
     prepare(with_own, tmp_path / "decontaminated", seed=1)
-    write(asked, [{"prompt": "Why?"}])
+    asked.write_text(json.dumps({"prompt": "Why?"}))
     with pytest.raises(UserError, match="holds prompts of other sources or settings"):
         prepare(with_own, tmp_path / "decontaminated", seed=1)
     write(path, [question(n) for n in range(21)])
