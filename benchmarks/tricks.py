@@ -45,8 +45,6 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--mask-rate", type=float, default=1.0, help="times the learning rate for the mask row")
     parser.add_argument("--mask-alone", type=int, default=0, help="first steps in which only the mask row learns")
     parser.add_argument("--layer-decay", type=float, default=1.0, help="of the learning rate, from a layer to the next")
-    parser.add_argument("--frozen-embeddings", action="store_true", help="all rows but the mask row stay")
-    parser.add_argument("--pull", type=float, default=0.0, help="share of the way back to the base after every step")
     parser.add_argument("--first-weight", type=float, default=1.0, help="times the weight of depth 0")
     parser.add_argument("--starts-of", help="draft: anchors at which it starts drafting get chains more often")
     parser.add_argument("--starts-weight", type=float, default=3.0, help="how much more often")
@@ -61,8 +59,8 @@ class Tricks(UsesTrainer):
 
     def __init__(self, chosen: argparse.Namespace, config: Config):
         self.chosen, self.folder = chosen, Path(config.output_dir)
-        self.peak, self.num_draft_tokens = config.trainer.learning_rate, config.draft.num_draft_tokens
-        self.start = self.before = self.average = dict[str, Tensor]()
+        self.num_draft_tokens = config.draft.num_draft_tokens
+        self.before = self.average = dict[str, Tensor]()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -80,7 +78,6 @@ class Tricks(UsesTrainer):
         model = self.trainer.model
         self.mask, self.embeddings = required_mask_token_of(model.config), model.get_input_embeddings().weight
         self.rates = dict(layer_rates(model.named_parameters(), self.chosen.layer_decay))
-        self.start = copy_of(model)
         self.average = copy_of(model)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -91,15 +88,11 @@ class Tricks(UsesTrainer):
     def on_optimizer_step(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         """Change the step."""
         chosen, step = self.chosen, state.global_step
-        share = self.trainer.lr_scheduler.get_last_lr()[0] / self.peak
         for name, weight in self.trainer.model.named_parameters():
             old = self.before[name]
             row = old[self.mask] + (weight[self.mask] - old[self.mask]) * chosen.mask_rate
-            is_embedding = weight is self.embeddings
-            stays = step < chosen.mask_alone or (is_embedding and chosen.frozen_embeddings)
-            weight.copy_(old if stays else old.lerp(weight, self.rates[name]))
-            weight.lerp_(self.start[name], chosen.pull * share)
-            if is_embedding:
+            weight.copy_(old if step < chosen.mask_alone else old.lerp(weight, self.rates[name]))
+            if weight is self.embeddings:
                 weight[self.mask] = row
             self.average[name].lerp_(weight, 1 - min(chosen.average, (step + 1) / (step + WARMUP_OF_AVERAGE)))
 
