@@ -193,7 +193,8 @@ def _readable(error: Exception, overrides: Sequence[Any]) -> str:
 
 def _program_name() -> str:
     """Name of the running program in messages: train.py in a checkout, pard-train where a wheel is installed."""
-    return command(Path(sys.argv[0]).stem).rpartition("/")[2]
+    name = Path(sys.argv[0]).stem
+    return command(name).rpartition("/")[2] if name in PROGRAMS else name  # a benchmark
 
 
 def _exit_with(message: str) -> NoReturn:
