@@ -111,6 +111,7 @@ def test_the_quickstart_runs_end_to_end_on_the_real_model_and_a_second_run_skips
         "evaluate.max_prompts=2",
         "regenerate.max_new_tokens=24",
         "trainer.num_train_epochs=2",  # of one pack
+        "trainer.warmup_steps=0",
         "evaluate.num_draft_tokens=[1,8]",
         "evaluate.max_new_tokens=16",
         "stand_in.times=2",
