@@ -16,6 +16,7 @@ from tiny import build_model, conversations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pard_train.data.chat import ChatEncoder
+from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, decode
 from pard_train.generation.sampling import GREEDY, Sampling
 from pard_train.model import load_causal_lm
@@ -180,6 +181,16 @@ def test_prompts_that_are_added_or_shuffled_find_the_answers_of_before(
     after = (tmp_path / "cache.jsonl").read_bytes()
     assert after.startswith(before)
     assert after.count(b"\n") == len(prompts)
+
+
+def test_a_target_of_nan_writes_nothing(prompts: list[list[int]], tmp_path: Path) -> None:
+    broken = build_model("qwen2", seed=3)
+    broken.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="the target's logits are NaN"), AnswerCache(tmp_path / "answers") as cache:
+        asked = {prompt_key(prompt): prompt for prompt in prompts[:2]}
+        write_batches(broken, asked, [list(asked)], cache, limits=LIMITS, sampling=GREEDY, description="")
+    with AnswerCache(tmp_path / "answers") as cache:
+        assert not list(cache)
 
 
 def test_the_batches_that_a_kill_leaves_over_are_the_ones_of_before(prompts: list[list[int]]) -> None:
