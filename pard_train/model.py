@@ -136,6 +136,12 @@ def load_causal_lm(
     return model
 
 
+def load_target(path: str, *, dtype: str, trust_remote_code: bool, device_map: str | None) -> PreTrainedModel:
+    """A target for inference, on one device unless a `device_map` spreads it."""
+    model = load_causal_lm(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, device_map=device_map)
+    return (model if device_map else model.to(default_device())).eval()
+
+
 def vocabulary_tensors(model: PreTrainedModel) -> list[Tensor]:
     """The embedding, the output head unless tied, and the head's bias if it has one; each [V, ...]."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()

@@ -6,6 +6,7 @@ python recipes/generate.py draft.path=outputs/my-draft/export targets=[Qwen/Qwen
 from __future__ import annotations
 
 from pard_train.config import Config
+from pard_train.errors import UserError
 from pard_train.program import hydra_program
 from pard_train.validation import validate_generate
 
@@ -20,7 +21,10 @@ def run(config: Config) -> None:
         return
     print("An empty line ends the chat.")
     while question := _read_question():
-        session.answer(question)
+        try:
+            session.answer(question)
+        except UserError as error:  # too long, or refused by the template: the conversation goes on
+            print(error)
 
 
 def _read_question() -> str:

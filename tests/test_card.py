@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from tiny import exporting
+from tiny import build_model, exporting
 from transformers import PretrainedConfig, Qwen2Config
 
 from pard_train.config import DraftConfig, ModelConfig
@@ -124,6 +124,14 @@ def test_commands_can_be_run_as_they_stand(tmp_path: Path) -> None:
         "speculative_model": "me/my-draft",
     }
     assert "custom_generate" in {k.arg for node in ast.walk(transformers) for k in getattr(node, "keywords", [])}
+
+
+def test_the_commands_for_sliding_windows_keep_a_drafts_layers_in_one_group_of_caches(tmp_path: Path) -> None:
+    windowed = build_model("gemma3", seed=0).config
+    windowed.update({"architectures": ["Gemma3ForCausalLM"], "pard_token": 300, "pard_num_draft_tokens": 8})
+    text = written(Card("me/my-draft", windowed, "bfloat16"), tmp_path).text
+    assert "}' --disable-hybrid-kv-cache-manager" in text
+    assert "disable_hybrid_kv_cache_manager=True)" in text
 
 
 def test_the_card_names_the_longest_document_of_training(tmp_path: Path) -> None:

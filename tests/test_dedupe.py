@@ -106,7 +106,7 @@ def test_equal_words_in_other_roles_or_turns_are_other_questions() -> None:
 
 @given(WHOLE_UNICODE)
 def test_a_key_is_blind_to_unicode_form_and_spaces(text: str) -> None:
-    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+    for form in ("NFC", "NFD"):
         assert content_key(unicodedata.normalize(form, text)) == content_key(text)
     assert content_key("\n " + "\t\u3000".join(text.split()) + " ") == content_key(text)
 
@@ -114,6 +114,10 @@ def test_a_key_is_blind_to_unicode_form_and_spaces(text: str) -> None:
 @given(st.text("aZ bÉß ñÜ ПрИ Σσ ﬁ"))
 def test_a_key_is_blind_to_case(text: str) -> None:
     assert content_key(text.upper()) == content_key(text.lower()) == content_key(text.title()) == content_key(text)
+
+
+def test_an_exponent_is_no_digit() -> None:
+    assert content_key("3² + 4²") != content_key("32 + 42")
 
 
 @given(WORDS, WORDS)

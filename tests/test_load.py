@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 from fake_server import FakeServer
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import conversations, write_served_pair
 from transformers import PreTrainedTokenizerBase
 from vllm_server import ROOT, vllm_python
@@ -88,6 +90,14 @@ def test_schedules_cover_every_batch_size_and_never_ask_tensorrt_llm_for_no_draf
     assert schedules({1: 0})["tensorrt_llm"] == {"max_draft_len": 1, "draft_len_schedule": {LAST_BATCH: 1}}
 
 
+@given(st.dictionaries(st.integers(1, 64), st.integers(0, 12), min_size=1))
+def test_a_schedule_of_tensorrt_llm_begins_with_its_longest_draft(best: dict[int, int]) -> None:
+    """Its settings are refused otherwise (`validate_draft_len_schedule_and_sort`)."""
+    found = schedules(best)["tensorrt_llm"]
+    lengths = found["draft_len_schedule"]
+    assert lengths[min(lengths)] == max(lengths.values()) == found["max_draft_len"] >= 1
+
+
 def test_counters_are_read_from_the_page_of_metrics_and_summed_over_engines() -> None:
     lines = [
         "# HELP vllm:spec_decode_num_drafts_total Number of drafts.",
@@ -123,8 +133,9 @@ def test_a_server_gets_the_draft_in_parallel() -> None:
     spoken = json.loads(command[command.index("--speculative-config") + 1])
     assert spoken["parallel_drafting"] is True
     assert (spoken["method"], spoken["num_speculative_tokens"]) == ("draft_model", 6)
-    assert command[-1] == "--enforce-eager"
-    assert "--speculative-config" not in ServerSettings("T").command("python", 8000)
+    assert command[-2:] == ["--disable-hybrid-kv-cache-manager", "--enforce-eager"]
+    alone = ServerSettings("T").command("python", 8000)
+    assert not {"--speculative-config", "--disable-hybrid-kv-cache-manager"} & set(alone)
 
 
 def test_a_step_is_timed_once_all_have_begun_and_latencies_are_those_of_the_stream() -> None:

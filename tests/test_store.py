@@ -123,12 +123,12 @@ def test_overlong_documents_stop_the_run_or_are_dropped_or_truncated(encoder: Ch
     path = write(tmp_path / "chats.jsonl", [chat(3, 5), chat(3, 50), chat(60, 5)])
     full = [encoder.encode(row["messages"], origin="")[0] for row in (chat(3, 5), chat(3, 50))]
     with pytest.raises(UserError, match=r"chats\.jsonl:2: \d+ tokens, but data\.max_length=40; raise"):
-        encode(path, encoder, max_length=40)
+        encode(path, encoder, max_length=40, overlong="error")
     dropped = encode(path, encoder, max_length=40, overlong="drop")
     assert dropped.manifest["counts"]["rendered"] == 3
     assert [len(d.input_ids) for d in dropped] == [len(full[0].input_ids)]
     assert (dropped.manifest["counts"]["dropped"], dropped.manifest["counts"]["truncated"]) == (2, 0)
-    cut = encode(path.rename(tmp_path / "again.jsonl"), encoder, max_length=40, overlong="truncate")
+    cut = encode(path.rename(tmp_path / "again.jsonl"), encoder, max_length=40)
     assert (cut.manifest["counts"]["dropped"], cut.manifest["counts"]["truncated"]) == (
         1,
         1,

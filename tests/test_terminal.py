@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tiny import config_for
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from vllm_server import ROOT
 
 from pard_train.config import DraftConfig, ModelConfig
 from pard_train.data.chat import ChatEncoder
@@ -46,6 +49,21 @@ def chat(draft: Path, target: Path, **settings: object) -> tuple[list[str], str]
     output = io.StringIO()
     session = ChatSession(config, Console(file=output, width=200, highlight=False, soft_wrap=True))
     return [session.answer("the cat sees"), session.answer("why")], output.getvalue()
+
+
+def test_a_question_that_is_too_long_does_not_end_the_conversation(draft_folder: Path, base_folder: Path) -> None:
+    command = [sys.executable, "recipes/generate.py", f"draft.path={draft_folder}", f"targets=[{base_folder}]"]
+    questions = "the cat sees\n" + "the cat " * 2000 + "\nwhy\n\n"
+    options = {"cwd": ROOT, "input": questions, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([*command, "max_new_tokens=8"], check=True, **options)
+    assert done.stdout.count("(tau ") == 2
+    assert "start a new conversation" in done.stdout
+
+
+def test_the_target_of_a_chat_goes_where_the_device_map_says(draft_folder: Path, base_folder: Path) -> None:
+    config = config_for("generate", draft=draft_folder, target=base_folder, device_map="nowhere")
+    with pytest.raises(UserError, match="nowhere"):
+        ChatSession(config)
 
 
 def test_a_greedy_chat_shows_the_answers_and_that_they_are_the_targets_own(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -397,6 +398,30 @@ def test_a_vocabulary_that_vllm_would_refuse_is_refused_with_the_remedy(
         verify(settings(draft=str(short), engine_python="/no/python"))
 
 
+@pytest.mark.parametrize(
+    ("draft", "arguments", "message"),
+    [
+        ("draft", {"tensor_parallel_size": 8}, r"tensor parallelism: 1, 2 ways .*serve with 2 at most"),
+        ("eagle-like", {}, r"path: vLLM takes .*eagle-like for another kind of draft because of 'eagle-': rename"),
+    ],
+)
+def test_what_vllm_would_refuse_after_loading_the_target_is_refused_before(
+    draft: str,
+    arguments: dict[str, Any],
+    message: str,
+    served: tuple[Path, Path],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    tmp_path: Path,
+) -> None:
+    wide = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
+    build_model("qwen2", seed=1, **wide).save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    pair = {"draft": str(shutil.copytree(served[1], tmp_path / draft)), "target": str(tmp_path / "target")}
+    with pytest.raises(UserError, match=message):
+        verify(settings(**pair, engine_arguments=arguments, engine_python="/no/python"))
+
+
 def test_another_verification_in_the_folder_is_not_overwritten(settings: Settings) -> None:
     verify(settings(engine="transformers", max_prompts=1, max_new_tokens=4))
     verify(settings(engine="transformers", max_prompts=1, max_new_tokens=4))  # the same one may be repeated
@@ -580,7 +605,7 @@ def test_vllm_counts_what_replay_counts_for_a_trained_export(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_vllm_counts_what_replay_counts_in_other_families(
     engine_python: str, family: str, tokenizer: PreTrainedTokenizerBase, settings: Settings, tmp_path: Path
 ) -> None:

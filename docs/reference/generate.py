@@ -33,13 +33,15 @@ def configuration() -> str:
     ]
     lines += ["## Top level", "", *_table([s for s in settings if "." not in s.name and not is_dataclass(s.default)])]
     for section in (s for s in settings if is_dataclass(s.default)):
-        readers = ", ".join(name for name, program in PROGRAMS.items() if section.name in program.sections)
+        readers = [name for name, program in PROGRAMS.items() if section.name in program.sections]
+        is_free = section.rule.is_free and "train" in readers
         members = [s for s in settings if s.name.startswith(f"{section.name}.")]
         lines += [
             "",
             f"## {section.name}",
             "",
-            f"{section.rule.comment} Read by {readers or 'checks and docs'}.",
+            f"{section.rule.comment} Read by {', '.join(readers) or 'checks and docs'}."
+            + " All of them may change when a training run resumes." * is_free,
             "",
             *_table(members),
         ]

@@ -140,11 +140,12 @@ def schedules(best: Mapping[int, int]) -> dict[str, Any]:
     {1: 8, 4: 4, 65536: 1}
     """
     sizes = sorted(best)
-    lasts = [*sizes[:-1], LAST_BATCH]
+    lasts, lengths = [*sizes[:-1], LAST_BATCH], [max(1, best[size]) for size in sizes]
+    shortened = [min(lengths[0], length) for length in lengths]  # TensorRT-LLM refuses one longer than the first
     return {
         "tensorrt_llm": {
-            "max_draft_len": max(1, *best.values()),
-            "draft_len_schedule": {last: max(1, best[size]) for last, size in zip(lasts, sizes, strict=True)},
+            "max_draft_len": lengths[0],
+            "draft_len_schedule": dict(zip(lasts, shortened, strict=True)),
         },
         "vllm": {"num_speculative_tokens": {size: best[size] for size in sizes}, "warning": VLLM_WARNING},
     }

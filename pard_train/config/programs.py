@@ -76,7 +76,7 @@ class ShowConfig:
     row: int = setting(0, "Number of the row to print, from 0.", low=0)
     num_checked: int = setting(1000, "Rows to check first; 0 checks all.", low=0)
     pack: Optional[str] = setting(None, "Print this pack of a skipped step instead: RUN/bad_packs/NAME.safetensors.")
-    picture: bool = setting(False, "Print the attention pattern where the first answer begins: who sees whom.")
+    picture: bool = setting(False, "Print the attention pattern where the first answer begins.")
 
 
 @dataclass
@@ -114,9 +114,7 @@ class EvaluateConfig:
 class StandInConfig:
     """The last step of the quickstart: speed on a stand-in for a larger target, the first target with more layers."""
 
-    times: int = setting(
-        0, "Times that every layer of the stand-in stands there (TARGET*N); 0 skips the step.", low=0, high=64
-    )
+    times: int = setting(0, "How often the stand-in repeats every layer (TARGET*N); 0 skips the step.", low=0, high=64)
     num_draft_tokens: int = setting(4, "K.", low=1)
     max_new_tokens: int = setting(24, "Tokens of the answer to the first prompt of the first benchmark.", low=1)
     num_rounds: int = setting(2, "Interleaved rounds with and without the draft.", low=1)

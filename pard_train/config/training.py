@@ -65,7 +65,7 @@ class DraftConfig:
     mask_token: Optional[str] = setting(
         None, "Or the name of a reserved special token, for models without a spare row."
     )
-    path: Optional[str] = setting(None, "A trained draft, for evaluate, export, verify and generate.", free=True)
+    path: Optional[str] = setting(None, "A trained draft, for evaluate, export, verify, load and generate.", free=True)
 
 
 @dataclass
@@ -129,7 +129,7 @@ class DataConfig:
     split: str = setting("train", "Split of a hub data set.")
     subset: Optional[str] = setting(None, "Subset of a hub data set.")
     max_length: int = setting(512, "Longest document, in tokens.", low=2)
-    overlong: str = setting("error", "What to do with a longer document.", choices=("error", "drop", "truncate"))
+    overlong: str = setting("truncate", "What to do with a longer document.", choices=("error", "drop", "truncate"))
     bad_rows: str = setting(
         "error",
         "What to do with an unusable row; set_aside lists it in rejects.jsonl and counts it.",

@@ -45,7 +45,7 @@ def question_text(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def content_key(text: str) -> int:
-    """Hash (64 bits) of a text, whatever its case, spaces and Unicode form (NFKC); the same on every machine."""
+    """Hash (64 bits) of a text, whatever its case, spaces and Unicode form (NFC); the same on every machine."""
     return int.from_bytes(hashlib.blake2b(_plain(text).encode(), digest_size=8).digest(), "big")
 
 
@@ -174,7 +174,7 @@ def _agreement(signatures: np.ndarray, left: np.ndarray, right: np.ndarray) -> n
 
 
 def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def _text_of(messages: Sequence[Mapping[str, str]], role: str) -> str:

@@ -9,10 +9,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from pard_train.device import default_device
 from pard_train.engines.candidates import generate
 from pard_train.engines.worker import Blocks, Counters, EngineAnswer, EngineRequest, EngineResult
-from pard_train.model import DTYPES, load_causal_lm
+from pard_train.model import load_target
 
 
 def run_transformers(request: EngineRequest) -> tuple[list[list[int]], EngineResult]:
@@ -21,8 +20,7 @@ def run_transformers(request: EngineRequest) -> tuple[list[list[int]], EngineRes
     Each target pass counts as one draft of K tokens, of which it accepted all but one of the tokens it emitted.
     """
     device_map, trust = request.engine_arguments.get("device_map"), request.trust_remote_code
-    target = load_causal_lm(request.target, dtype=DTYPES[request.dtype], trust_remote_code=trust, device_map=device_map)
-    target = (target if device_map else target.to(default_device())).eval()
+    target = load_target(request.target, dtype=request.dtype, trust_remote_code=trust, device_map=device_map)
     pairs = [_generated(target, request, prompt_ids) for prompt_ids in request.prompts]
     return [text for text, _ in pairs], EngineResult(transformers.__version__, [answer for _, answer in pairs])
 

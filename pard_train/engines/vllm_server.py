@@ -61,6 +61,7 @@ class ServerSettings:
             options["speculative-config"] = json.dumps(drafting)
         named = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         flags = ["--no-enable-prefix-caching"]  # speeds do not depend on earlier prompts
+        flags += ["--disable-hybrid-kv-cache-manager"] * (self.draft is not None)  # as in engine_arguments
         return [python, "-m", "vllm.entrypoints.openai.api_server", *named, *flags, *self.arguments]
 
 

@@ -164,6 +164,7 @@ def engine_arguments(request: EngineRequest) -> dict[str, Any]:
     if request.draft is not None:
         drafting = speculative_config(request.draft, request.num_draft_tokens, request.num_positions)
         arguments["speculative_config"] = drafting
+        arguments["disable_hybrid_kv_cache_manager"] = True  # vLLM wants the layers of a draft in one group of caches
     return arguments | request.engine_arguments
 
 
@@ -175,20 +176,21 @@ def speculative_config(draft: str, num_draft_tokens: int, max_model_len: int) ->
 
 def _answer(llm: Any, sampling: Any, name: str, prompt_ids: list[int], is_speculative: bool) -> EngineAnswer:
     """One prompt, step by step."""
-    engine, first, start = llm.llm_engine, _read_counters(llm, is_speculative), time.perf_counter()
+    engine, first, seconds = llm.llm_engine, _read_counters(llm, is_speculative), 0.0
     engine.add_request(name, {"prompt_token_ids": prompt_ids}, sampling)
     token_ids: list[int] = []
     accepted, drafts, before = [], [], first
     while engine.has_unfinished_requests():
-        draft = _pending_draft(engine)
-        for output in engine.step():
+        draft, start = _pending_draft(engine), time.perf_counter()
+        outputs = engine.step()
+        seconds += time.perf_counter() - start  # without the counters, which are read of a draft only
+        for output in outputs:
             token_ids = list(output.outputs[0].token_ids)
         now = _read_counters(llm, is_speculative)
         if now.num_drafts > before.num_drafts:
             accepted.append(now.num_accepted_tokens - before.num_accepted_tokens)
             drafts += draft
         before = now
-    seconds = time.perf_counter() - start
     return EngineAnswer(token_ids, accepted, drafts, before - first, seconds)
 
 

@@ -37,7 +37,7 @@ from pard_train.reports.report import PAGE_FILE, SAMPLES_PAGE, write_report
 from pard_train.runs import check_run, claim_run, locked, write_json
 from pard_train.targets.cases import Case, longest_text, write_case
 from pard_train.targets.compatibility import OK, Model, check_pair, require
-from pard_train.targets.serving import check_engine
+from pard_train.targets.serving import check_engine, check_served
 from pard_train.targets.target import Target, load_targets
 from pard_train.training.checkpoints import find_checkpoint, resolve_draft
 from pard_train.training.trackers import Outcome, check_trackers, log_outcome
@@ -191,8 +191,9 @@ def _check_pairs(
     longest = max(longest_text(benchmark.prompts, target.encoder, **limits) for benchmark in benchmarks)
     num_tokens = longest + max(*settings.num_draft_tokens, settings.live_num_draft_tokens)
     model = Model.load(target.name, trust_remote_code=target.trust_remote_code)
+    check = check_served if settings.engine_python else check_pair
     for draft in drafts:
-        findings = check_pair(draft.model, model, num_tokens=num_tokens, dtype=target.dtype)
+        findings = check(draft.model, model, num_tokens=num_tokens, dtype=target.dtype)
         require(findings)
         for finding in findings:
             if finding.level != OK:

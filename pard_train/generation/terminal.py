@@ -18,7 +18,7 @@ from pard_train.generation.decoding import Limits, Step, decode, end_ids_of
 from pard_train.generation.proposers import Drafter
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import Sampling
-from pard_train.model import DTYPES, check_same_tokenizer, load_causal_lm, load_config, load_tokenizer
+from pard_train.model import DTYPES, check_same_tokenizer, load_config, load_target, load_tokenizer
 
 ACCEPTED_STYLE = "bold green"
 
@@ -34,13 +34,14 @@ class ChatSession:
         self.config = config.generate
         self.console = console or Console(highlight=False, soft_wrap=True)
         target, draft, device = config.targets[0], config.draft.path or "", default_device()
-        trust, dtype = config.model.trust_remote_code, DTYPES[dtype_name(config.inference.dtype)]
+        trust, dtype = config.model.trust_remote_code, dtype_name(config.inference.dtype)
         target_config = load_config(target, trust_remote_code=trust)
         self.tokenizer = load_tokenizer(target, trust_remote_code=trust)
-        self.drafter = Drafter.load(draft, dtype=dtype, device=device, trust_remote_code=trust)
+        self.drafter = Drafter.load(draft, dtype=DTYPES[dtype], device=device, trust_remote_code=trust)
         check_same_tokenizer(self.drafter.tokenizer, self.tokenizer, draft, target)
         configs = {target: target_config, draft: self.drafter.model.config}
-        self.target = Runner(load_causal_lm(target, dtype=dtype, trust_remote_code=trust).to(device))
+        spread = config.inference.device_map
+        self.target = Runner(load_target(target, dtype=dtype, trust_remote_code=trust, device_map=spread))
         self.contexts = {name: getattr(c, "max_position_embeddings", None) for name, c in configs.items()}
         self.trained_length = getattr(self.drafter.model.config, "pard_trained_length", None)
         self.draft = self.drafter.runner  # prepared now, to keep it out of the first answer's time

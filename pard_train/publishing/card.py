@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PretrainedConfig
 
 from pard_train import __version__
+from pard_train.architectures import windows_of
 from pard_train.config import ObjectiveConfig
 from pard_train.publishing.origin import MEASURED_MODES, Training, is_hub_name, public_name
 from pard_train.reports.records import acceptance_records, grouped, with_interval
@@ -70,6 +71,7 @@ def write_card(card: Card, folder: Path) -> None:
         target=next((target for target in card.targets if not target.startswith("pypi:")), "TARGET"),
         settings={"method": "draft_model", "model": card.name, "num_speculative_tokens": k, "parallel_drafting": True},
         k=k,
+        has_windows=windows_of(card.config) != (None,),
         license=card.license.get("license_name") or card.license.get("license") or UNKNOWN_LICENSE,
         names=_names,
         public_name=public_name,

@@ -71,8 +71,13 @@ def _verify(config: Config) -> dict[str, Any]:
     decides = {**names, **decisive(settings), "template_kwargs": dict(config.data.template_kwargs)}
     check_run(folder, decides, resume=True)
     draft, target, prompts, request = _prepare(config, names)
-    check = check_served if settings.engine == "vllm" else check_pair  # the others take vocabularies of two sizes
-    findings = check(draft, target, num_tokens=_context(request), dtype=request.dtype)
+    needs: dict[str, Any] = {"num_tokens": _context(request), "dtype": request.dtype}
+    is_vllm = settings.engine == "vllm"  # the others take vocabularies of two sizes
+    findings = (
+        check_served(draft, target, **needs, num_gpus=_num_gpus(request))
+        if is_vllm
+        else check_pair(draft, target, **needs)
+    )
     require(findings)
     for finding in findings:
         if finding.subject == "trained length" and finding.level != OK:
@@ -115,7 +120,12 @@ def preflight(config: Config) -> list[Finding]:
     if request.engine != "vllm":
         return check_pair(draft, target, **needs)
     k, python = request.num_draft_tokens, config.verify.engine_python
-    return check_serving(draft, target, num_draft_tokens=k, python=python, **needs)
+    return check_serving(draft, target, num_draft_tokens=k, python=python, num_gpus=_num_gpus(request), **needs)
+
+
+def _num_gpus(request: EngineRequest) -> int:
+    """GPUs that share every layer in vLLM."""
+    return int(request.engine_arguments.get("tensor_parallel_size", 1))
 
 
 def _prepare(config: Config, names: Mapping[str, str]) -> tuple[Model, Model, dict[str, list[int]], EngineRequest]:

@@ -69,33 +69,43 @@ def check_environment(environment: Mapping[str, str] | None = None) -> Iterator[
         yield Finding(ERROR, "model runner", text)
     else:
         yield Finding(OK, "model runner", "V1, which vLLM 0.32 chooses for parallel drafting")
-    if environment.get("VLLM_ATTENTION_BACKEND", "").upper() == "FLASHINFER":
-        text = "VLLM_ATTENTION_BACKEND=FLASHINFER fails for others with tensor parallelism above 1: unset it there"
-        yield Finding(WARNING, "attention", text)
 
 
-def check_served(draft: Model, target: Model, *, num_tokens: int, dtype: str) -> list[Finding]:
-    """`check_pair`, and what vLLM refuses besides: vocabularies of different sizes.
+def check_served(draft: Model, target: Model, *, num_tokens: int, dtype: str, num_gpus: int = 1) -> list[Finding]:
+    """`check_pair`, and what vLLM refuses besides: other vocabulary sizes, heads that GPUs cannot share, some paths.
 
     Args:
         draft: draft model.
         target: target model.
         num_tokens: context of the engine: prompt, answer and 2 K more.
         dtype: of the weights of both.
+        num_gpus: that share every layer (tensor parallelism).
     """
+    refused = ["vocabulary rows", *["tensor parallelism"] * (draft.config.num_attention_heads % num_gpus != 0)]
     findings = check_pair(draft, target, num_tokens=num_tokens, dtype=dtype)
-    return [replace(f, level=ERROR) if f.subject == "vocabulary rows" and f.level != OK else f for f in findings]
+    findings = [replace(f, level=ERROR) if f.subject in refused and f.level != OK else f for f in findings]
+    if method := re.search("eagle-|eagle3|dflash|dspark", draft.name.lower()):
+        text = f"vLLM takes {draft.name} for another kind of draft because of {method[0]!r}: rename or link the folder"
+        findings.append(Finding(ERROR, "path", text))
+    return findings
 
 
 def check_serving(
-    draft: Model, target: Model, *, num_tokens: int, num_draft_tokens: int, dtype: str, python: str | None
+    draft: Model,
+    target: Model,
+    *,
+    num_tokens: int,
+    num_draft_tokens: int,
+    dtype: str,
+    python: str | None,
+    num_gpus: int = 1,
 ) -> list[Finding]:
     """Everything that is known before vLLM starts; arguments as for `check_served` and `check_engine`."""
     context = f"--max-model-len {num_tokens} or more: prompt and answer, and 2 K = {2 * num_draft_tokens} tokens"
     return [
         check_engine(python),
         *check_environment(),
-        *check_served(draft, target, num_tokens=num_tokens, dtype=dtype),
+        *check_served(draft, target, num_tokens=num_tokens, dtype=dtype, num_gpus=num_gpus),
         Finding(OK, "context of the server", f"{context}; with less, vLLM drafts zeros near the end"),
         Finding(OK, "draft tokens", "greedy at every temperature, which is vLLM's default (draft_sample_method)"),
     ]

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from pard_train.config import Config, InferenceConfig
 from pard_train.data.chat import ChatEncoder
-from pard_train.device import default_device, dtype_name, this_process
+from pard_train.device import dtype_name, this_process
 from pard_train.errors import UserError
 from pard_train.fingerprints import model_fingerprint
 from pard_train.generation.decoding import end_ids_of
 from pard_train.generation.runner import Runner
-from pard_train.model import DTYPES, load_causal_lm, load_config, load_tokenizer
+from pard_train.model import load_config, load_target, load_tokenizer
 
 
 class Target:
@@ -70,11 +70,8 @@ class Target:
     @cached_property
     def weights(self) -> PreTrainedModel:
         """The model on its device or devices."""
-        device_map = self.inference.device_map
-        model = load_causal_lm(
-            self.name, dtype=DTYPES[self.dtype], trust_remote_code=self.trust_remote_code, device_map=device_map
-        )
-        return (model if device_map else model.to(default_device())).eval()
+        trust, device_map = self.trust_remote_code, self.inference.device_map
+        return load_target(self.name, dtype=self.dtype, trust_remote_code=trust, device_map=device_map)
 
     def runner(self, *, is_compiled: bool = False) -> Runner:
         """The model prepared for live decoding."""
