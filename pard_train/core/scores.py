@@ -1,4 +1,4 @@
-"""Softmax attention with what architectures add to it: capped scores (Gemma 2) and sinks (gpt-oss)."""
+"""Softmax attention with what architectures add to it: soft-capped scores (Gemma 2) and sinks (gpt-oss)."""
 
 from __future__ import annotations
 
