@@ -97,7 +97,7 @@ def load_config(path: str, *, trust_remote_code: bool = False, revision: str | N
 def num_rows_of(path: str) -> int:
     """Vocabulary rows of any causal LM. Raises UserError if its config cannot be read."""
     with _explained(path, "config"):
-        return AutoConfig.from_pretrained(local_model(path)).get_text_config().vocab_size
+        return AutoConfig.from_pretrained(local_model(path), trust_remote_code=False).get_text_config().vocab_size
 
 
 def load_causal_lm(
@@ -313,7 +313,7 @@ def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path, texts: 
 
 def _take_token_ids(model: PreTrainedModel, path: str) -> None:
     """Take start, end and padding ids from another model's config and generation config."""
-    config = AutoConfig.from_pretrained(local_model(path)).get_text_config()
+    config = AutoConfig.from_pretrained(local_model(path), trust_remote_code=False).get_text_config()
     try:
         generation = GenerationConfig.from_pretrained(local_model(path))
     except OSError:

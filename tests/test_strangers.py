@@ -18,10 +18,10 @@ from test_config import composed
 
 from pard_train.config import SourceConfig
 from pard_train.data.benchmarks import file_prompt
+from pard_train.data.inspection import visible
 from pard_train.data.rows import read_jsonl
 from pard_train.data.schemas import to_chat
 from pard_train.errors import UserError
-from pard_train.generation.terminal import visible
 from pard_train.overrides import check_overrides
 from pard_train.program import to_config
 from pard_train.reports.records import read_result
@@ -159,9 +159,9 @@ def test_text_of_strangers_stays_text_in_reports_and_tables(tmp_path: Path) -> N
 
 def test_a_terminal_shows_control_characters_and_does_not_obey_them() -> None:
     out = io.StringIO()
-    Console(file=out, force_terminal=False).print(visible("red\x1b[31m \x07 and\n\ttabs, é"))
+    Console(file=out, force_terminal=False).print(visible("red\x1b[31m \x07 and\n\ttabs, é", {}))
     assert "\x1b" not in out.getvalue() and "\x07" not in out.getvalue()
-    assert visible("a\n\tb é 🌺") == "a\n\tb é 🌺"
+    assert visible("a\n\tb é 🌺", {}) == "a\n\tb é 🌺"
 
 
 def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:

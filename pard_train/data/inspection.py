@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -175,13 +175,14 @@ def render_text(document: Document, encoder: ChatEncoder) -> Text:
     return text
 
 
-def visible(text: str) -> str:
-    """Text that is safe in a terminal: line ends and tabs as symbols, other invisible characters as codes.
+def visible(text: str, symbols: Mapping[str, str] = _SYMBOLS) -> str:
+    """Text that is safe in a terminal: line ends and tabs as they are or as symbols, other invisible ones as codes.
 
     >>> visible("a\\tb\\x1b")
     'a⇥   b<U+001B>'
     """
-    return "".join(_SYMBOLS.get(c) or (c if c.isprintable() or c in _JOINERS else f"<U+{ord(c):04X}>") for c in text)
+    shown = {"\n": "\n", "\t": "\t", **symbols}
+    return "".join(shown.get(c) or (c if c.isprintable() or c in _JOINERS else f"<U+{ord(c):04X}>") for c in text)
 
 
 def _pieces(document: Document, encoder: ChatEncoder) -> Iterator[tuple[str, str]]:

@@ -7,11 +7,10 @@ draft, and training (weights, random numbers, attention) is not affected.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,23 +64,12 @@ def build_monitor(config: Config) -> list[TrainerCallback]:
         require([check_context(each, longest + k) for each in both])
     cases, folder = [], cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "target_text.lock"), _accelerator_of_this_rank():
+    with FileLock(folder / "target_text.lock"):
         for target in targets:
             cases += [write_case(target, benchmark, folder, **limits) for benchmark in benchmarks]
             target.unload()
     dtype = DTYPES[targets[0].dtype]
     return [AcceptanceMonitor(cases, monitor, Path(config.output_dir), num_draft_tokens=k, dtype=dtype)]
-
-
-@contextmanager
-def _accelerator_of_this_rank() -> Iterator[None]:
-    """Use the accelerator of this rank, and free its memory at the end."""
-    is_there = torch.accelerator.is_available()
-    if is_there and "LOCAL_RANK" in os.environ:
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    yield
-    if is_there:
-        torch.accelerator.empty_cache()
 
 
 @dataclass(frozen=True)

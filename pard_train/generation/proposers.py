@@ -138,19 +138,15 @@ class SequentialStream(ParallelStream):
         return tokens
 
 
+@dataclass(frozen=True)
 class PromptLookup:
     """No model: the tokens that followed the latest earlier occurrence of the last n-gram, from MAX_NGRAM down to 1."""
 
-    def start(self, num_rows: int, max_length: int, num_draft_tokens: int) -> LookupStream:
+    num_draft_tokens: int = 0
+
+    def start(self, num_rows: int, max_length: int, num_draft_tokens: int) -> PromptLookup:
         """Start B texts."""
-        return LookupStream(num_draft_tokens)
-
-
-@dataclass(frozen=True)
-class LookupStream:
-    """Searches every text from its end."""
-
-    num_draft_tokens: int
+        return PromptLookup(num_draft_tokens)
 
     def propose(self, texts: list[list[int]]) -> list[list[int]]:
         """At most K tokens after each text; none if its last token did not occur before."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import Config
 from pard_train.data.chat import ChatEncoder
+from pard_train.data.inspection import visible
 from pard_train.device import default_device, dtype_name
 from pard_train.errors import UserError
 from pard_train.generation.decoding import Limits, Step, decode, end_ids_of
@@ -104,15 +104,6 @@ class ChatSession:
         return steps, time.perf_counter() - start
 
 
-def visible(text: str) -> str:
-    """Text of a model for a terminal: control characters, which could rewrite the screen, as escapes.
-
-    >>> visible("a\\tb\\x1b[2J")
-    'a\\tb\\\\x1b[2J'
-    """
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", text)
-
-
 class TokenPrinter:
     """Prints tokens as they arrive, accepted draft tokens in color; buffers incomplete UTF-8 characters."""
 
@@ -129,5 +120,5 @@ class TokenPrinter:
             if text.endswith("\ufffd"):  # an incomplete character
                 continue
             style = ACCEPTED_STYLE if number < step.num_accepted else ""
-            self.console.print(Text(visible(text[len(self.shown) :]), style=style), end="")
+            self.console.print(Text(visible(text[len(self.shown) :], {}), style=style), end="")
             self.shown = text
