@@ -116,8 +116,7 @@ def claim_run(folder: Path, settings: dict[str, Any], config: dict[str, Any] | N
     run.json also holds the run's id, which a resumed run and trackers keep, and `facts`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / CONFIG_FILE).exists():
-        write_json(folder / CONFIG_FILE, {"settings_version": SETTINGS_VERSION, **settings})
+    write_json(folder / CONFIG_FILE, {"settings_version": SETTINGS_VERSION, **settings})
     run_id = os.environ.get("WANDB_RUN_ID") or run_of(folder).get("run_id") or uuid.uuid4().hex[:12]
     write_json(folder / RUN_FILE, {"run_id": run_id, **provenance(), **facts, "config": config})
 

@@ -131,6 +131,18 @@ def test_a_repeated_evaluation_computes_nothing_again_and_a_changed_one_is_refus
         evaluate(with_settings(config, "evaluate", max_new_tokens=12))
 
 
+def test_drafts_may_join_an_evaluation_and_none_may_leave_it(
+    drafts: Drafts, base_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    both = settings(drafts, base_folder, prompts_file, tmp_path / "out")
+    config = with_settings(both, "evaluate", drafts={"before": str(drafts[0])})
+    alone = evaluate(config)["records"]
+    assert [r for r in evaluate(both)["records"] if r["draft"] == "before"] == alone
+    for others in ({"before": str(drafts[0])}, {"before": str(drafts[1]), "after": str(drafts[1])}):
+        with pytest.raises(UserError, match=r"holds a run with other settings \(drafts"):
+            evaluate(with_settings(config, "evaluate", drafts=others))
+
+
 def fingerprints(document: dict[str, Any]) -> set[str]:
     """Of all drafts, targets and benchmarks."""
     return {r[f"{kind}_fingerprint"] for r in document["records"] for kind in ("draft", "target", "benchmark")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,3 +184,9 @@ def test_a_study_trains_compares_and_skips_what_is_finished(
     again = study()
     assert again.returncode == 0 and "supervised" not in again.stdout  # nothing was trained
     assert again.stdout.partition("tau at")[2] == first.stdout.partition("tau at")[2] != ""
+    late = f'runs.late=["data.source={tmp_path}/late.jsonl"]'
+    failed = study(late)
+    assert failed.returncode == 1 and "late-42 ended with status 2" in failed.stderr
+    shutil.copy(chats_file, tmp_path / "late.jsonl")
+    joined = study(late)
+    assert joined.returncode == 0 and "late" in joined.stdout.partition("tau at")[2]

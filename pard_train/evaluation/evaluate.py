@@ -34,7 +34,7 @@ from pard_train.reports.records import (
     scalars,
 )
 from pard_train.reports.report import PAGE_FILE, SAMPLES_PAGE, write_report
-from pard_train.runs import check_run, claim_run, locked, write_json
+from pard_train.runs import CONFIG_FILE, check_run, claim_run, locked, read_json, write_json
 from pard_train.targets.cases import Case, longest_text, write_case
 from pard_train.targets.compatibility import OK, Model, check_pair, require
 from pard_train.targets.serving import check_engine, check_served
@@ -75,7 +75,9 @@ def _evaluate(config: Config) -> Result:
     if settings.engine_python:
         require([check_engine(settings.engine_python)])
     decisive_settings = _settings(config, paths)
-    check_run(matrix.folder, decisive_settings, resume=True)
+    measured = read_json(claim).get("drafts", {}) if (claim := matrix.folder / CONFIG_FILE).is_file() else {}
+    known = {name: path for name, path in paths.items() if name in measured} or paths  # more drafts may join them
+    check_run(matrix.folder, {**decisive_settings, "drafts": known}, resume=True)
     claim_run(matrix.folder, decisive_settings, asdict(config))
 
     answered = [_measure_target(matrix, target, drafts, benchmarks) for target in targets]
