@@ -18,7 +18,7 @@ from pard_train.config import DataConfig
 from pard_train.data.chat import ChatEncoder, Document
 from pard_train.data.encoding import encode_corpus, encoder_identity
 from pard_train.data.store import TokenStore
-from pard_train.errors import RowError
+from pard_train.errors import RowError, UserError
 from pard_train.model import load_tokenizer
 from pard_train.targets.regeneration import write_answers
 
@@ -261,6 +261,14 @@ def test_rows_with_the_ids_of_a_target_are_encoded_as_these_unless_they_are_of_a
     assert [document.origin.rpartition(":")[2] for document in store] == ["1", "2", "2", "3", "4"]
     counts = store.manifest["counts"]
     assert (counts["from_token_ids"], counts["altered"], counts["turns"]) == (4, 0, 8)
+
+
+@pytest.mark.parametrize("odd", [-1, 301, 2**31, 2**70])
+def test_an_id_that_no_token_has_is_an_error_of_its_row(odd: int, tmp_path: Path) -> None:
+    encoder = build_encoder("qwen2.5")
+    ids = {"tokenizer": encoder_identity(encoder)["tokenizer"], "turns": [[[1, 2], [3, odd]]]}
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: token_ids must be from 0 to 300,"):
+        encode([{"messages": chat("Hi", "the cat"), "token_ids": ids}], encoder, tmp_path / "a")
 
 
 @pytest.mark.parametrize(

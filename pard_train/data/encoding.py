@@ -146,10 +146,10 @@ def encode_chat(chat: Chat, encoder: ChatEncoder, origin: str) -> Sequence[Docum
     """
     if chat.token_ids is None or chat.token_ids.tokenizer != encoder.tokenizer_fingerprint:
         return encoder.pieces(chat.messages, origin=origin, is_cut=chat.finish_reason == "length", tools=chat.tools)
-    documents, num_ids = documents_of_ids(chat.token_ids.turns, origin), len(encoder.tokenizer)
-    if any(d.input_ids.min() < 0 or d.input_ids.max() >= num_ids for d in documents):
+    turns, num_ids = chat.token_ids.turns, len(encoder.tokenizer)
+    if any(min(ids) < 0 or max(ids) >= num_ids for turn in turns for ids in turn):
         raise RowError(origin, f"token_ids must be from 0 to {num_ids - 1}, as the tokenizer's are")
-    return documents
+    return documents_of_ids(turns, origin)
 
 
 def _fit(document: Document, config: DataConfig) -> dict[str, Any]:
