@@ -49,6 +49,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "generation_config.json",
 )
 
 
@@ -312,15 +313,10 @@ def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path, texts: 
 
 
 def _take_token_ids(model: PreTrainedModel, path: str) -> None:
-    """Take start, end and padding ids from another model's config and generation config."""
+    """Take start, end and padding ids from another model's config."""
     config = AutoConfig.from_pretrained(local_model(path), trust_remote_code=False).get_text_config()
-    try:
-        generation = GenerationConfig.from_pretrained(local_model(path))
-    except OSError:
-        generation = GenerationConfig.from_model_config(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, name, getattr(config, name, None))
-        setattr(model.generation_config, name, getattr(generation, name))
 
 
 def write_model_folder(
@@ -343,6 +339,8 @@ def write_model_folder(
     """
     if state_dict is not None and model.config.tie_word_embeddings:  # gathered shards hold a tied tensor twice
         state_dict = {name: tensor for name, tensor in state_dict.items() if name not in model._tied_weights_keys}
+    # Some cannot be saved; the file of the source replaces this one.
+    model.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id)
     with new_folder(folder) as partial:
         model.save_pretrained(partial, state_dict=state_dict)
         copy_tokenizer(tokenizer_source, partial, revision=revision)

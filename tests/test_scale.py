@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_launchers import STEPS, check_as_alone, log_of, run_all, settings_of
-from tiny import conversations, experiment, exporting
+from tiny import build_model, conversations, experiment, exporting
+from transformers import PreTrainedTokenizerBase
 
 from pard_train.config import MonitorConfig
 from pard_train.evaluation.monitor import build_monitor
@@ -105,6 +106,26 @@ def test_fsdp2_in_bfloat16_computes_what_ddp_computes(base_folder: Path, chats_f
     worst = max(float((ours[name] - reference[name]).abs().max()) for name in ours)
     assert worst < 2 * STEPS * 1e-3  # Adam moves a weight by at most the learning rate a step, in each of both runs
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["trainer=default", "trainer=fsdp2", "deepspeed=zero2"])
+def test_a_run_writes_no_more_than_its_plan_says(
+    how: str, tokenizer: PreTrainedTokenizerBase, chats_file: Path, tmp_path: Path
+) -> None:
+    build_model("qwen2", seed=0, num_rows=60_000).save_pretrained(tmp_path / "base")  # weights, not tokenizers, count
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = [*settings_of(tmp_path / "base", chats_file, tmp_path / "run"), how, "trainer.save_total_limit=1"]
+    run_all([["launch/torchrun.sh", *settings]], [{"NUM_PROCESSES": "2"}])
+    sizes = {folder.name: size_of(folder) for folder in (tmp_path / "run").iterdir() if folder.is_dir()}
+    written = sizes["init"] + sizes["draft"] + 2 * sizes[f"checkpoint-{STEPS}"]  # the new one before the old one goes
+    planned = 1e9 * json.loads((tmp_path / "run" / "plan.json").read_text())["disk_gb"]
+    assert 0.6 * planned < written < planned
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.slow

@@ -101,20 +101,6 @@ def test_a_checkpoint_is_due_after_minutes(whole: Config, tmp_path: Path) -> Non
     assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
 
 
-def test_a_draft_of_an_earlier_step_does_not_stay(whole: Config, tmp_path: Path) -> None:
-    config = replace(whole, output_dir=str(tmp_path / "run"))
-    with pytest.raises(Interrupted):
-        train(config, [Send(signal.SIGTERM, 2)])
-    stale = tmp_path / "run" / "draft"
-    stale.mkdir()
-    (stale / "model.safetensors").write_bytes(b"of step 3")
-    with pytest.raises(Interrupted):
-        train(replace(config, resume=True), [Send(signal.SIGTERM, 4)])
-    assert not stale.exists()
-    train(replace(config, resume=True))
-    check_same(tmp_path / "run", Path(whole.output_dir))
-
-
 def start(command: list[str], run: Path, *, num_steps: int, **variables: str) -> subprocess.Popen[str]:
     """Start a program in a process group of its own, and wait until the run has logged some steps."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
@@ -162,7 +148,6 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="Trainer loads the optimizer to `cpu:0`, unknown to PyTorch")
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_ranks_ends_both_and_the_resumed_run_is_the_uninterrupted_one(
     base_folder: Path, chats_file: Path, tmp_path: Path

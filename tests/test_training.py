@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import NUM_ROWS, experiment
+from tiny import NUM_ROWS, build_model, experiment
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GraniteConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -253,11 +254,39 @@ def test_a_truncated_checkpoint_is_refused_and_an_unfinished_one_passed_over(
     assert all(torch.equal(value, first[name]) for name, value in weights(draft).items())
 
 
-def test_a_finished_run_that_is_resumed_without_a_checkpoint_keeps_its_draft_and_log(
+def test_a_base_whose_generation_config_cannot_be_saved_is_trained_and_keeps_it(
     base_folder: Path, chats_file: Path, tmp_path: Path
 ) -> None:
-    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=2, save_steps=0)
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    published = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 0], "max_length": 2048}  # and no do_sample
+    (base / "generation_config.json").write_text(json.dumps(published))
+    draft = train(experiment(base, chats_file, tmp_path / "run", max_steps=1, save_steps=1))
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+    assert json.loads((draft / "generation_config.json").read_text()) == published
+
+
+def test_the_row_of_the_padding_token_learns_like_the_others(
+    tokenizer: PreTrainedTokenizerBase, chats_file: Path, tmp_path: Path
+) -> None:
+    """Many models pad with the end of a turn, which every chat has."""
+    model = build_model("qwen2", seed=0, tied=False)
+    model.config.pad_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    draft = train(experiment(tmp_path / "base", chats_file, tmp_path / "run", max_steps=2))
+    before, after = (weights(f)["model.embed_tokens.weight"] for f in (tmp_path / "run" / "init", draft))
+    assert (after[tokenizer.eos_token_id] - before[tokenizer.eos_token_id]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("last_checkpoint", [0, 1])
+def test_a_finished_run_that_is_resumed_keeps_its_draft_and_log(
+    last_checkpoint: int, base_folder: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    """Also if its last checkpoint is older than its end, as those of minutes and signals are."""
+    config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=2, save_steps=last_checkpoint)
     draft = train(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2", ignore_errors=True)
+    assert (newest_checkpoint(tmp_path / "run") is not None) == bool(last_checkpoint)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert train(replace(config, resume=True)) == draft
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
@@ -309,7 +338,7 @@ def test_a_start_that_fails_on_bad_data_leaves_the_output_folder_free(
 ) -> None:
     config = experiment(base_folder, chats_file, tmp_path / "run", max_steps=1)
     with pytest.raises(UserError, match=r"chats\.jsonl:\d+: \d+ tokens, but data\.max_length=20"):
-        train(replace(config, data=replace(config.data, max_length=20)))
+        train(replace(config, data=replace(config.data, max_length=20, overlong="error")))
     assert not (tmp_path / "run").exists()
     train(config)
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import shutil
 import statistics
 import time
 from collections import deque
@@ -64,20 +63,15 @@ class StepGuard(UsesTrainer):
 
     Args:
         received: stop signals of this process, from `stop_signals`.
-        draft: folder of the trained draft, which exists only if the run is complete.
+        output_dir: folder of the run, for the packs of bad steps.
         max_bad_steps: in a row, at which the run stops.
         save_minutes: since the last checkpoint, after which the next one is due; 0: never.
     """
 
-    def __init__(self, received: Sequence[str], draft: Path, max_bad_steps: int, save_minutes: float = 0):
-        self.received, self.draft, self.max_bad_steps = received, draft, max_bad_steps
+    def __init__(self, received: Sequence[str], output_dir: Path, max_bad_steps: int, save_minutes: float = 0):
+        self.received, self.output_dir, self.max_bad_steps = received, output_dir, max_bad_steps
         self.save_seconds, self.saved = 60 * save_minutes or math.inf, time.monotonic()
         self.is_stopping = self.is_due = False
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Delete a draft of an earlier step."""
-        if state.is_world_process_zero and state.global_step < state.max_steps:
-            shutil.rmtree(self.draft, ignore_errors=True)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compare with all ranks: one all-reduce and one synchronization a step.
@@ -115,7 +109,7 @@ class StepGuard(UsesTrainer):
         losses = [float(loss) for loss in trainer.pack_losses]
         bad = torch.tensor([not math.isfinite(loss) for loss in losses])
         is_any = bool(trainer.accelerator.reduce(bad.sum().to(trainer.args.device), reduction="sum"))
-        folder = self.draft.parent / BAD_PACKS_FOLDER
+        folder = self.output_dir / BAD_PACKS_FOLDER
         rank, num_ranks = trainer.args.process_index, trainer.args.world_size
         for number, pack in enumerate(trainer.packs):
             if (not is_any or bad[number]) and len(list(folder.glob("*.safetensors"))) < 20:

@@ -218,7 +218,8 @@ def disk_gb(config: Config, weights: int) -> float:
     trainer, monitor = config.trainer, config.monitor
     num_drafts = 3 if monitor.every_steps and monitor.keep_best != "none" else 2
     num_checkpoints = trainer.save_total_limit + 1 if trainer.save_steps or trainer.save_minutes else 0
-    return 4 * weights * (num_drafts + 3 * num_checkpoints) / GB
+    per_checkpoint = 5 if config.deepspeed or trainer.extra.get("fsdp") else 3  # these two store the weights twice
+    return 4 * weights * (num_drafts + per_checkpoint * num_checkpoints) / GB
 
 
 def memory_by_part(

@@ -16,6 +16,9 @@ from pard_train.config import Config, decisive
 from pard_train.errors import UserError
 from pard_train.runs import CONFIG_FILE, read_json, require_same
 
+# Trainer of transformers 5.17 loads the optimizer of several CPU processes to `cpu:0`, which PyTorch does not know.
+torch.serialization.register_package(0, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None)
+
 
 def num_processes() -> int:
     """Processes that the launcher has started."""

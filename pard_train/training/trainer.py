@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pard_train.config import Config, ObjectiveConfig
@@ -96,9 +96,9 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     check_output(config)
     config = for_processes(config)
     output_dir, settings = Path(config.output_dir), training_settings(config)
-    checkpoint = newest_checkpoint(output_dir) if config.resume else None
-    if config.resume and checkpoint is None and (output_dir / DRAFT_FOLDER).is_dir():  # which is written at the end
+    if config.resume and (output_dir / DRAFT_FOLDER).is_dir():  # which is written at the end
         return output_dir / DRAFT_FOLDER
+    checkpoint = newest_checkpoint(output_dir) if config.resume else None
     base = inspect_base(config.model, config.draft)
     store = open_store(config.data, ChatEncoder(base.tokenizer, config.data.template_kwargs))
     require_recorded(output_dir / TOKENS_FILE, store.manifest, "chats")
@@ -123,7 +123,7 @@ def _train(config: Config, callbacks: Sequence[TrainerCallback]) -> Path:
     drafts = {"last": output_dir / DRAFT_FOLDER, "best": output_dir / BEST_FOLDER}
     watchdog, is_first = Watchdog(output_dir, config.trainer.hang_minutes), is_first_process()
     with stop_signals() as received, tracking(config, drafts, is_first=is_first) as trackers, watchdog:
-        guard = StepGuard(received, drafts["last"], config.trainer.max_bad_steps, config.trainer.save_minutes)
+        guard = StepGuard(received, output_dir, config.trainer.max_bad_steps, config.trainer.save_minutes)
         trainer.callback_handler.callbacks += trackers  # `add_callback` warns of a second one of a class
         for callback in (watchdog, guard, *callbacks):
             if isinstance(callback, UsesTrainer):
@@ -145,6 +145,8 @@ def build_trainer(
     dataset = build_dataset(config, store, scores, num_devices=arguments.world_size)
     attention = resolve_attention(config.model.attention, arguments.device.type)
     model = load_causal_lm(initial, dtype=torch.float32, attention=IMPLEMENTATIONS[attention])
+    model.generation_config = GenerationConfig()  # those of some models cannot be saved, and no checkpoint needs one
+    model.get_input_embeddings().padding_idx = None  # its row would get no gradient, and it often ends a turn
     longest = int(store.lengths().max())
     model.config.pard_trained_length = max(longest, getattr(model.config, "pard_trained_length", 0))
     if model.config.tie_word_embeddings:  # a checkpoint has no tied head, and Trainer would warn about it
