@@ -49,7 +49,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    "generation_config.json",  # which of its tokens end an answer
 )
 
 
@@ -347,7 +347,7 @@ def write_model_folder(
 
 
 def copy_tokenizer(source: str, folder: Path, *, revision: str | None = None) -> None:
-    """Copy the tokenizer files and chat template of a model byte for byte."""
+    """Copy the tokenizer files, chat template and generation config of a model byte for byte."""
     for name in TOKENIZER_FILES:
         file = file_of(source, name, revision=revision)
         if file is not None:
