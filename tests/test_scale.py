@@ -120,7 +120,7 @@ def test_a_run_writes_no_more_than_its_plan_says(
     sizes = {folder.name: size_of(folder) for folder in (tmp_path / "run").iterdir() if folder.is_dir()}
     written = sizes["init"] + sizes["draft"] + 2 * sizes[f"checkpoint-{STEPS}"]  # the new one before the old one goes
     planned = 1e9 * json.loads((tmp_path / "run" / "plan.json").read_text())["disk_gb"]
-    assert 0.6 * planned < written < planned
+    assert 0.9 * planned < written < 1.01 * planned  # tokenizers and states of random numbers are not counted
 
 
 def size_of(folder: Path) -> int:
