@@ -27,7 +27,7 @@ from pages import command, markdown, origin, write_page
 from pard_train.acceptance.chains import PackedChains, pack_texts
 from pard_train.acceptance.load import StepTimes
 from pard_train.acceptance.replay import SLOT_BUDGET
-from pard_train.config import InferenceConfig
+from pard_train.config import Config
 from pard_train.data.benchmarks import load_benchmarks
 from pard_train.device import default_device, device_name
 from pard_train.evaluation.speed import Latencies, measure_latencies
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--answers", type=Path, default=Path("outputs/confidence"), help="folder of cached answers")
     arguments = parser.parse_args()
-    target = Target(arguments.target, inference=InferenceConfig())
+    target = Target(arguments.target, Config(targets=[arguments.target]))
     cases = [
         write_case(target, benchmark, arguments.answers, max_new_tokens=arguments.max_new_tokens)
         for benchmark in load_benchmarks(arguments.prompts, arguments.max_prompts)

@@ -2,8 +2,8 @@
 
 Modules are nouns. Data walks one way, and so do imports, between packages and within each; in one way: errors,
 commands, config, families, layout, architectures, validation, runs, device, bootstrap, stand_in, downloads, core,
-kept_layers, mask_token, transplant, model, fingerprints, data, reports, training, generation, acceptance, engines,
-targets, evaluation, publishing, overrides, program.
+kept_layers, mask_token, transplant, vocabulary, model, fingerprints, data, reports, training, generation, acceptance,
+engines, targets, evaluation, publishing, overrides, program.
 """
 
 __version__ = "0.2.0"

@@ -29,7 +29,7 @@ from pard_train.engines.candidates import Draft, PardCandidates, StopRule, gener
 from pard_train.generation.decoding import Limits, decode
 from pard_train.generation.proposers import Drafter
 from pard_train.mask_token import set_draft_keys
-from pard_train.model import add_mask_token
+from pard_train.vocabulary import add_mask_token
 
 MASK = 300
 

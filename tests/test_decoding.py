@@ -21,7 +21,7 @@ from pard_train.generation.proposers import Drafter, PromptLookup, Proposer, Seq
 from pard_train.generation.runner import Runner
 from pard_train.generation.sampling import Sampling, probabilities
 from pard_train.mask_token import set_draft_keys
-from pard_train.model import add_mask_token
+from pard_train.vocabulary import add_mask_token
 
 MAX_K = 6
 

@@ -29,11 +29,12 @@ from transformers import (
 from pard_train.config import Config, DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.fingerprints import model_fingerprint
-from pard_train.model import add_mask_token, inspect_base, load_config, write_initial_draft
+from pard_train.model import inspect_base, load_config, write_initial_draft
 from pard_train.publishing.export import export, family_end_ids, older_keys, pad_vocabulary, plan_export, write_folder
 from pard_train.reports.records import REQUIRED
 from pard_train.training.trainer import train
 from pard_train.validation import validate_export
+from pard_train.vocabulary import add_mask_token
 
 MASK = 300  # the first spare row of the tiny tokenizer
 

@@ -16,17 +16,14 @@ from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.mask_token import choose_mask_token, mask_token_of
 from pard_train.model import (
-    add_mask_token,
     check_same_tokenizer,
     inspect_base,
     load_causal_lm,
     load_config,
     load_tokenizer,
-    replace_vocabulary,
-    resize_vocabulary,
-    vocabulary_tensors,
     write_initial_draft,
 )
+from pard_train.vocabulary import add_mask_token, replace_vocabulary, resize_vocabulary, vocabulary_tensors
 
 MASK = VOCABULARY  # the first spare row
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -21,7 +21,7 @@ from pard_train.core.scores import Scoring, attend
 from pard_train.generation.decoding import Limits, decode
 from pard_train.generation.proposers import Drafter
 from pard_train.mask_token import set_draft_keys
-from pard_train.model import add_mask_token
+from pard_train.vocabulary import add_mask_token
 
 MAX_K = 16
 MASK = 300

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import build_model, config_for, conversations
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from pard_train.config import DraftConfig, InferenceConfig, ModelConfig
+from pard_train.config import Config, DraftConfig, ModelConfig
 from pard_train.downloads import local_model
 from pard_train.errors import UserError
 from pard_train.evaluation.evaluate import evaluate
@@ -130,7 +130,7 @@ def test_a_stand_in_is_a_target_of_regeneration_and_evaluation_with_the_same_tex
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"messages": c[:1]}) + "\n" for c in conversations(3, seed=5)))
     names = [str(base_folder), f"{base_folder}*3"]
-    targets = [Target(name, names, inference=InferenceConfig()) for name in names]
+    targets = [Target(name, Config(targets=names)) for name in names]
     assert targets[1].label == targets[0].label + "-stand-in-x3"
     assert targets[1].end_ids == targets[0].end_ids
     assert targets[1].fingerprint != targets[0].fingerprint  # speeds are not shared

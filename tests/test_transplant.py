@@ -17,10 +17,11 @@ from pard_train.config import DraftConfig, ModelConfig
 from pard_train.errors import UserError
 from pard_train.evaluation.evaluate import evaluate
 from pard_train.generation.decoding import end_ids_of
-from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, replace_vocabulary, write_initial_draft
+from pard_train.model import inspect_base, load_causal_lm, load_tokenizer, write_initial_draft
 from pard_train.publishing.export import export
 from pard_train.training.trainer import train
 from pard_train.transplant import Pieces, rows_to_average
+from pard_train.vocabulary import replace_vocabulary
 
 NUM_ROWS = 420  # of the target: at most 400 entries, and spare ones
 TEMPLATE = CHATML.replace("<|im_end|>", "<|eot|>")

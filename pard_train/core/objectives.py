@@ -216,23 +216,13 @@ class PackLoss:
             use_cache=False,
             **attention_inputs(self.attention, layout, self.windows),
         )
-        layout = layout[supervised]
-        loss, losses, is_correct = self._scores(
-            forward, self._targets(inputs, supervised, scale), self._reweigh(layout)
-        )
+        layout, labels = layout[supervised], inputs["labels"][0, supervised]
+        teacher = [inputs[name][0] for name in ("teacher_ids", "teacher_logprobs") if self.objective.needs_teacher]
+        targets = SlotTargets(labels, inputs["weight"][0, supervised] * scale, *teacher)
+        alpha = self.objective.dpace_alpha if self.objective.dpace else None
+        reweigh = None if alpha is None else lambda logprobs: dpace_weights(layout, logprobs.exp(), alpha)
+        loss, losses, is_correct = self._scores(forward, targets, reweigh)
         return loss, DepthStatistics.of_slots(layout, is_correct, losses, self.num_draft_tokens)
-
-    def _targets(self, inputs: dict[str, Tensor], supervised: Tensor, scale: Tensor | float) -> SlotTargets:
-        labels, weight = inputs["labels"][0, supervised], inputs["weight"][0, supervised] * scale
-        if not self.objective.needs_teacher:
-            return SlotTargets(labels, weight)
-        return SlotTargets(labels, weight, inputs["teacher_ids"][0], inputs["teacher_logprobs"][0])
-
-    def _reweigh(self, layout: SlotLayout) -> Reweigh | None:
-        alpha = self.objective.dpace_alpha
-        if not self.objective.dpace:
-            return None
-        return lambda logprobs: dpace_weights(layout, logprobs.exp(), alpha)
 
     def _scores(
         self, forward: Callable[[], Any], targets: SlotTargets, reweigh: Reweigh | None

@@ -44,10 +44,8 @@ class SlotTargets:
         return len(self.labels)
 
     def __getitem__(self, where: slice) -> SlotTargets:
-        ids, logprobs = self.teacher_ids, self.teacher_logprobs
-        if ids is None or logprobs is None:
-            return SlotTargets(self.labels[where], self.weight[where])
-        return SlotTargets(self.labels[where], self.weight[where], ids[where], logprobs[where])
+        teacher = (None if part is None else part[where] for part in (self.teacher_ids, self.teacher_logprobs))
+        return SlotTargets(self.labels[where], self.weight[where], *teacher)
 
     def known_tokens(self) -> Tensor:
         """Tokens whose log-probabilities the terms read, int64 [S, 1 + k]: the label, then the target's top k."""

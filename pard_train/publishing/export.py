@@ -35,8 +35,6 @@ from pard_train.model import (
     load_config,
     load_tokenizer,
     num_rows_of,
-    resize_vocabulary,
-    vocabulary_tensors,
 )
 from pard_train.publishing.card import Card, write_card
 from pard_train.publishing.origin import find_base, public_name, read_acceptance, read_license, read_training
@@ -44,6 +42,7 @@ from pard_train.runs import new_folder, read_json, require_space, run_of, write_
 from pard_train.training.checkpoints import Checkpoint, find_checkpoint
 from pard_train.training.trackers import Outcome, check_trackers, log_outcome
 from pard_train.training.trainer import BEST_FOLDER
+from pard_train.vocabulary import resize_vocabulary, vocabulary_tensors
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 

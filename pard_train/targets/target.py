@@ -6,12 +6,11 @@ import gc
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from pard_train.config import Config, InferenceConfig
+from pard_train.config import Config
 from pard_train.data.chat import ChatEncoder
 from pard_train.device import dtype_name, this_process
 from pard_train.errors import UserError
@@ -26,11 +25,8 @@ class Target:
 
     Args:
         name: folder, hub name or pypi: name.
-        names: of all targets of the job, for the label and to match servers.
-        inference: dtype, devices and servers.
+        config: of the job: all targets, for the label and to match servers; dtype, devices, servers, chat template.
         dtype: instead of `inference.dtype`.
-        template_kwargs: extra arguments of the chat template.
-        trust_remote_code: run code that ships with the model.
 
     Attributes:
         label: short name for tables and files.
@@ -40,21 +36,12 @@ class Target:
         fingerprint: of config and weights.
     """
 
-    def __init__(
-        self,
-        name: str,
-        names: Sequence[str] = (),
-        *,
-        inference: InferenceConfig,
-        dtype: str | None = None,
-        template_kwargs: dict[str, Any] | None = None,
-        trust_remote_code: bool = False,
-    ):
-        self.name, self.names, self.inference = name, tuple(names) or (name,), inference
-        self.label, self.dtype = short_name(name, self.names), dtype_name(dtype or inference.dtype)
-        self.trust_remote_code = trust_remote_code
-        self.tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        self.encoder = ChatEncoder(self.tokenizer, template_kwargs)
+    def __init__(self, name: str, config: Config, *, dtype: str | None = None):
+        self.name, self.names, self.inference = name, tuple(config.targets), config.inference
+        self.label, self.dtype = short_name(name, self.names), dtype_name(dtype or config.inference.dtype)
+        self.trust_remote_code = config.model.trust_remote_code
+        self.tokenizer = load_tokenizer(name, trust_remote_code=self.trust_remote_code)
+        self.encoder = ChatEncoder(self.tokenizer, config.data.template_kwargs)
         self.end_ids = end_ids_of(name, self.tokenizer)
         self.fingerprint = model_fingerprint(name)
         self._runner: Runner | None = None
@@ -105,17 +92,7 @@ def load_targets(config: Config, *, dtype: str | None = None) -> list[Target]:
             f"inference.device_map={device_map} spreads the target over the GPUs of one process, but "
             f"{process.num_processes} were started: start the program with python, or set inference.servers"
         )
-    return [
-        Target(
-            name,
-            config.targets,
-            inference=config.inference,
-            dtype=dtype,
-            template_kwargs=config.data.template_kwargs,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        for name in config.targets
-    ]
+    return [Target(name, config, dtype=dtype) for name in config.targets]
 
 
 def first_target(config: Config) -> str:

@@ -303,10 +303,7 @@ class PardTrainer(Trainer):
         return (*self.statistics.tensors(), self.work, self.loss)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the loss with accuracy per depth, expected accepted length and throughput over all ranks.
-
-        Every line has the progress, in supervised tokens and in model FLOPs.
-        """
+        """Log the loss, accuracy per depth, expected accepted length and throughput over all ranks, and progress."""
         if "loss" in logs:
             logs |= self._end_window()
         self.store_flos()
@@ -347,9 +344,7 @@ class PardTrainer(Trainer):
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in (state or {}).items()}  # of torch.compile
         if self.args.should_save:
             if not all(tensor.isfinite().all() for tensor in state.values()):
-                raise UserError(
-                    f"weights of step {self.state.global_step} are NaN or infinite: {folder} is not written"
-                )
+                raise UserError(f"NaN or infinite weights in step {self.state.global_step}: {folder} is not written")
             shutil.rmtree(folder, ignore_errors=True)
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             write_model_folder(model, self.initial, folder, state_dict=state)
