@@ -76,6 +76,20 @@ def test_every_row_has_one_fate_and_the_counts_add_up(tmp_path: Path) -> None:
     assert len({row["id"] for row in rows(train)}) == 30
 
 
+def test_with_other_tools_it_is_another_question(tmp_path: Path) -> None:
+    tools = [None, [{"name": "f", "strict": True}], [{"name": "g", "strict": True}], [{"strict": True, "name": "f"}]]
+    chats = [{"messages": [{"role": "user", "content": question(1)}], "tools": offered} for offered in tools]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    train, _ = prepare(config_of(source, held_out_fraction=0.0), tmp_path / "prompts", seed=1)
+    assert counts_of(tmp_path / "prompts")["a"] == {"read": 4, "rejected": 0, "duplicate": 1, "train": 3}
+    assert sorted(row.get("tools", [{}])[0].get("function", {}).get("name", "") for row in rows(train)) == [
+        "",
+        "f",
+        "g",
+    ]
+
+
 def test_other_data_moves_no_row_between_training_and_held_out(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", [question(n) for n in range(200)])
     more = write(tmp_path / "b.jsonl", [question(n) for n in range(500, 700)])

@@ -177,7 +177,7 @@ def _measure(
 
 
 def _measure_batch(batch: dict[str, list], contamination: Contamination, has_signature: bool) -> dict[str, Any]:
-    chats = [json.loads(chat)["messages"] for chat in batch["chat"]]
+    chats = [_asked(json.loads(chat)) for chat in batch["chat"]]
     texts = [question_text(messages) for messages in chats]
     return {
         **batch,
@@ -185,6 +185,12 @@ def _measure_batch(batch: dict[str, list], contamination: Contamination, has_sig
         "signature": [signature(messages) if has_signature else [] for messages in chats],
         "benchmark": [contamination.find(text) or "" for text in texts],
     }
+
+
+def _asked(chat: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages of a chat after its tools, as a system prompt: with other tools it is another question."""
+    tools = [{"role": "system", "content": json.dumps(chat["tools"], sort_keys=True)}] if "tools" in chat else []
+    return tools + chat["messages"]
 
 
 def _decide(measured: datasets.Dataset, order: np.ndarray, config: PrepareConfig, folder: Path) -> np.ndarray:
