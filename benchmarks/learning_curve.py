@@ -68,7 +68,8 @@ def measurements(run: Path, after: dict[str, Any] | None) -> list[dict[str, Any]
 
 def curve(measured: list[dict[str, Any]], benchmark: str) -> dict[int, list[tuple[float, float]]]:
     """(supervised tokens, tau) of a benchmark by K."""
-    return {k: [(m["tokens"], m["tau"][benchmark][str(k)]) for m in measured] for k in VALUES_OF_K}
+    known = [k for k in VALUES_OF_K if str(k) in measured[0]["tau"][benchmark]]
+    return {k: [(m["tokens"], m["tau"][benchmark][str(k)]) for m in measured] for k in known}
 
 
 def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
@@ -95,15 +96,16 @@ def render(
 ) -> str:
     """The page."""
     trained = [" ".join(read_json(run / "run.json")["command"]) for run in runs]
-    table = [["supervised tokens", "step", "learning rate", *(f"{by}, K {k}" for by in curves for k in VALUES_OF_K)]]
+    columns = [f"{by}, K {k}" for by, points in curves.items() for k in points]
+    table = [["supervised tokens", "step", "learning rate", *columns]]
     for number, m in enumerate(measured):
-        taus = [f"{points[k][number][1]:.3f}" for points in curves.values() for k in VALUES_OF_K]
+        taus = [f"{points[k][number][1]:.3f}" for points in curves.values() for k in points]
         table.append([f"{m['tokens']:,}", str(m["step"]), f"{m['learning_rate']:.2g}", *taus])
     full = max(m["learning_rate"] for m in measured)
     steady = [number for number, m in enumerate(measured) if m["step"] and m["learning_rate"] == full]
     law = [["prompts", "K", "v: tau for ten times more tokens (± standard error)", "tau at the end"]]
     for by, points in curves.items():
-        for k in VALUES_OF_K:
+        for k in points:
             slope, error = fit([points[k][number] for number in steady])
             law.append([by, str(k), f"{slope:.2f} ± {error:.2f}", f"{points[k][-1][1]:.3f}"])
     return "\n".join(

@@ -74,6 +74,8 @@ def compare(evaluation: Path, drafts: list[str], ks: list[int]) -> list[dict[str
     records = [r for r in result["records"] if r["mode"] == "replay" and not r["temperature"]]
     evaluated = dict.fromkeys(r["draft"] for r in records)
     seeds = {name: [d for d in evaluated if re.fullmatch(rf"{re.escape(name)}(-\d+)?", d)] for name in drafts}
+    if unknown := [name for name, found in seeds.items() if not found]:
+        raise SystemExit(f"{evaluation} has no draft {', '.join(unknown)}: it has {', '.join(evaluated)}")
     rows = []
     for target in dict.fromkeys(r["target"] for r in records):
         for k in ks:

@@ -25,7 +25,8 @@ export MASTER="${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 20000))"  # its own po
 # shellcheck disable=SC2086
 srun --kill-on-bad-exit=1 ${CONTAINER:-} bash -c 'NODE_RANK=$SLURM_NODEID exec launch/torchrun.sh "$@"' bash "$@" &
 tasks=$! is_time_up="" status=0
-trap 'is_time_up=yes; kill -USR1 "$tasks"' USR1
+# Within two minutes it comes from a limit of ten minutes or less: the job would go back into the queue for ever.
+trap '((EPOCHSECONDS - ${SLURM_JOB_START_TIME:-0} < 120)) || { is_time_up=yes; kill -USR1 "$tasks"; }' USR1
 trap 'kill -TERM "$tasks"' TERM
 while kill -0 "$tasks" 2> /dev/null; do wait "$tasks" && status=0 || status=$?; done  # a trap interrupts `wait`
 [ "$status" -eq 0 ] || [ -z "$is_time_up" ] || scontrol requeue "$SLURM_JOB_ID"

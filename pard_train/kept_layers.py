@@ -144,9 +144,9 @@ def measure_influence(model: PreTrainedModel, layers: nn.ModuleList, texts: Sequ
 def _check_described(model: PreTrainedModel, kept: list[int], texts: Sequence[np.ndarray]) -> None:
     """Check that a model built from the config alone computes the same."""
     try:
-        plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).eval()
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).to(model.device).eval()
         plain.load_state_dict(model.state_dict())
-        ids = torch.from_numpy(np.asarray(texts[0][:MAX_TOKENS], dtype=np.int64))[None]
+        ids = torch.from_numpy(np.asarray(texts[0][:MAX_TOKENS], dtype=np.int64))[None].to(model.device)
         ours, theirs = (each(input_ids=ids, use_cache=False).logits.float() for each in (model.eval(), plain))
         is_same = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(ours.std()))
     except (RuntimeError, ValueError, IndexError, KeyError):

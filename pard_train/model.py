@@ -187,7 +187,9 @@ def inspect_base(config: ModelConfig, draft: DraftConfig) -> Base:
             f"draft.num_draft_tokens={draft.num_draft_tokens}: a chain must fit into the sliding window of {window} "
             f"tokens that {path} has; give draft.num_draft_tokens<={window}"
         )
-    keep = resolve_keep_layers(config.keep_layers, model_config.num_hidden_layers)
+    kept = getattr(model_config, "pard_kept_layers", [])  # of a draft that is trained further with the same setting
+    is_kept = bool(kept) and config.keep_layers in ("auto", len(kept), kept)
+    keep = None if is_kept else resolve_keep_layers(config.keep_layers, model_config.num_hidden_layers)
     existing = mask_token_of(model_config)
     if existing is None:
         mask_token_id = choose_mask_token(tokenizer, num_rows, draft)
@@ -234,7 +236,7 @@ def write_initial_draft(base: Base, num_draft_tokens: int, folder: Path, texts: 
         replace_vocabulary(model, rows)
         _take_token_ids(model, source)
     if base.keep is not None:
-        kept = keep_layers(model, base.keep, base.config.keep_layers_by, texts)
+        kept = keep_layers(model.to(default_device()), base.keep, base.config.keep_layers_by, texts)
         print(f"layers kept of {path}: {', '.join(map(str, kept))}")
         model.config.pard_kept_layers = kept
     if not base.is_draft:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -106,8 +106,8 @@ def _check_name(override: Override, settings: dict[str, Setting]) -> None:
         return
     if options(name):
         _check_option(override, name)
-    elif name not in settings and not _is_in_dict(name, settings):
-        raise UserError(f"{name} is not a setting: {_suggestion(name, list(settings))}")
+    elif name not in settings:
+        _check_entry(name, settings)
     elif name in settings and is_dataclass(settings[name].default):
         members = [other for other in settings if other.startswith(f"{name}.")]
         example = f"{name}.path" if f"{name}.path" in members else members[0]
@@ -117,17 +117,22 @@ def _check_name(override: Override, settings: dict[str, Setting]) -> None:
 def _check_option(override: Override, group: str) -> None:
     chosen = override.value()
     for option in chosen if isinstance(chosen, list) else [chosen]:
-        if isinstance(option, str) and option not in (allowed := options(group)):
-            nearest = difflib.get_close_matches(option, allowed, n=1)
+        if isinstance(option, str | int | float | None) and option not in (allowed := options(group)):
+            nearest = difflib.get_close_matches(str(option), allowed, n=1)
             hint = f"did you mean {nearest[0]}? " if nearest else ""
             raise UserError(f"{group}={option}: no such option; {hint}Available: {', '.join(allowed)}")
 
 
-def _is_in_dict(name: str, settings: dict[str, Setting]) -> bool:
-    """Whether a name is an entry of a setting that is a plain dict, such as trainer.extra.adam_beta2."""
+def _check_entry(name: str, settings: dict[str, Setting]) -> None:
+    """Check that a name is an entry of a setting that is a plain dict, such as trainer.extra.adam_beta2."""
     parts = name.split(".")
     parents = (".".join(parts[:number]) for number in range(1, len(parts)))
-    return any(parent in settings and isinstance(settings[parent].default, dict) for parent in parents)
+    found = next((p for p in parents if p in settings and isinstance(settings[p].default, dict)), None)
+    if found is None:
+        raise UserError(f"{name} is not a setting: {_suggestion(name, list(settings))}")
+    entry = name.removeprefix(f"{found}.")
+    if "." in entry and get_args(settings[found].type)[1] in (str, float, list[str]):
+        raise UserError(f"{name}: a name must not have a dot: write {found}.{entry.replace('.', '_')}=...")
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:

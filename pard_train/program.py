@@ -27,6 +27,7 @@ from pard_train.runs import package_versions
 
 PRIMARY = "config"  # conf/config.yaml
 DISK_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "file too large"}
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 LOST_PEER = "by peer"  # in Gloo's errors: connection closed, or reset
 INTERRUPTED = 130  # exit status of Ctrl-C, as shells have it
 
@@ -155,6 +156,8 @@ def _run(name: str, composed: DictConfig, validate: Callable[[Config], None], ru
         _exit_with(f"process {os.environ.get('RANK')} waited for a process that has ended; that one says why")
     except Exception as error:  # safetensors has the number in its text alone
         full = [t for n, t in DISK_FULL.items() if getattr(error, "errno", 0) == n or f"(os error {n})" in str(error)]
+        if isinstance(error, OSError) and error.errno in DENIED and error.filename:
+            _exit_with(f"{error.filename}: {os.strerror(error.errno).lower()}: choose another folder, or change that")
         if not full:
             raise
         what, fix = f"{getattr(error, 'filename', None) or 'a file'} cannot be written", "run the same command again"

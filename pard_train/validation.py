@@ -101,8 +101,8 @@ def validate_study(config: Config) -> None:
         raise UserError(
             "study.runs and study.seeds need at least one entry: study=NAME, or 'study.runs.NAME=[\"SETTING=VALUE\"]'"
         )
-    if config.evaluate.drafts:
-        raise UserError("evaluate.drafts must be empty: a study measures the drafts of its runs")
+    if config.evaluate.drafts or config.evaluate.fail_below:
+        raise UserError("evaluate.drafts and fail_below must be empty: a study compares the drafts of its runs")
 
 
 def validate_dashboard(config: Config) -> None:
@@ -238,6 +238,11 @@ def _check_trainer(config: Config) -> None:
         raise UserError(
             f"trainer.decay_steps={trainer.decay_steps} with trainer.lr_scheduler_type={trainer.lr_scheduler_type}: "
             "set both for a stable learning rate that decays at the end, or neither"
+        )
+    if 0 < trainer.max_steps < trainer.warmup_steps + trainer.decay_steps:
+        raise UserError(
+            f"trainer.max_steps={trainer.max_steps} is less than trainer.warmup_steps={trainer.warmup_steps} and "
+            f"trainer.decay_steps={trainer.decay_steps}: lower them, or train for longer"
         )
     if trainer.max_steps == 0:
         raise UserError("trainer.max_steps=0: allowed are -1 (all epochs) and numbers from 1 on")

@@ -44,11 +44,10 @@ def run(config: Config) -> None:
     finished = [planned for planned in runs if planned.is_finished]
     if not finished:
         raise UserError(f"no run was trained: {'; '.join(failures)}")
-    measurement = replace(config.evaluate, drafts=drafts_of(finished))
-    evaluation = replace(
-        config, draft=replace(config.draft, path=None), evaluate=measurement, output_dir=str(folder / "evaluation")
-    )
-    result = evaluate(evaluation)
+    place, logger = folder / "evaluation", replace(config.logger, group=config.logger.group or folder.absolute().name)
+    measurement = replace(config.evaluate, drafts=drafts_of(finished, place))
+    draft = replace(config.draft, path=None)
+    result = evaluate(replace(config, draft=draft, evaluate=measurement, logger=logger, output_dir=str(place)))
     print(write_study(result, finished, folder))
     if failures or result["failures"]:
         sys.exit("\n".join(failures) or "a part of the evaluation failed; the same command retries it")

@@ -7,6 +7,8 @@ deepspeed --no_local_rank --num_gpus 8 recipes/train.py experiment=qwen2.5-0.5b 
 
 from __future__ import annotations
 
+from shlex import quote
+
 from pard_train.commands import command
 from pard_train.config import Config
 from pard_train.program import hydra_program
@@ -29,7 +31,8 @@ def run(config: Config) -> None:
         run_folder = draft.parent
         print(f"draft model: {draft}\nreport: {run_folder / PAGE_FILE}")
         targets = f" targets=[{','.join(config.targets)}]" if config.targets else ""
-        print(f"next: {command('export')} draft.path={run_folder}{targets} output_dir={run_folder}/export")
+        paths = quote(f"draft.path={run_folder}"), quote(f"output_dir={run_folder}/export")
+        print(f"next: {command('export')} {paths[0]}{targets} {paths[1]}")
 
 
 if __name__ == "__main__":

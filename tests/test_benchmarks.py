@@ -386,6 +386,8 @@ USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "conte
         ({"messages": [ANSWER]}, "message 0 is an answer without a user's message before it"),
         ({"messages": [{"role": "system", "content": "a"}]}, "ends with a system prompt, so nothing is asked"),
         ({"messages": [USER], "tools": [{"name": "f"}]}, "`tools` cannot be offered to a target: remove them"),
+        ({"prompt": "a", "system": "b"}, "`system` is not read beside `prompt`: give the chat as `messages`"),
+        ({"turns": ["a"], "tools": [{"name": "f"}]}, "`tools` is not read beside `turns`: give the chat as `messages`"),
         ({"prompt": "a", "category": 3}, "`category` must be a text, found 3"),
         ({"prompt": "a", "id": 1.5}, "`id` must be a text or a whole number, found 1.5"),
         ({"prompt": "a", "question_id": True}, "`question_id` must be a text or a whole number, found True"),

@@ -72,6 +72,11 @@ def test_a_curve_has_every_value_or_means_of_equal_groups_and_a_ring_at_the_best
     assert [p.x for p in points if p.is_marked] == [best["progress/supervised_tokens"] / 1e3]
     assert tau.x_label == "thousand supervised tokens"
 
+    longer = Curves({"": write_run(tmp_path / "longer", num_steps=20 * (MAX_POINTS + 9))})
+    (tau,) = longer.chart("tau", "tau", {"humaneval": ("", f"eval/tau/{CASES[0]}")})
+    assert len(tau.series["humaneval"]) == MAX_POINTS + 10  # each with its own interval
+    assert all(p.low < p.y < p.high for p in tau.series["humaneval"])
+
     (loss,) = curves.chart("loss", "", {"loss": ("", "loss")})
     points = loss.series["loss"]
     assert len(points) == MAX_POINTS
@@ -192,7 +197,12 @@ def test_training_runs_are_laid_over_each_other_with_the_settings_in_which_they_
     log = tmp_path / "b" / "metrics.jsonl"
     log.write_text(log.read_text().replace("eval/tau/", "eval/tau/other-").replace('other-mean"', 'mean"'))
     other = compare({name: str(tmp_path / name) for name in "ab"}, tmp_path / "other", min_ratio=0.1)
-    assert (other.values, other.misses) == ({}, ["b: tau is of other benchmarks or K than a's"])
+    assert (other.values, other.misses) == ({}, ["b: tau is of other targets, prompts, limits or K than a's"])
+    run = json.loads((tmp_path / "c" / "run.json").read_text())
+    run["config"]["monitor"] = {"max_prompts": 64}
+    (tmp_path / "c" / "run.json").write_text(json.dumps(run))
+    other = compare({name: str(tmp_path / name) for name in "ac"}, tmp_path / "prompts")
+    assert other.values == {}
 
 
 def test_a_training_run_and_an_evaluation_cannot_be_compared(tmp_path: Path) -> None:

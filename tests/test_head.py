@@ -250,7 +250,7 @@ def check_equal(first: Outcome, second: Outcome) -> None:
     torch.testing.assert_close(first.loss, second.loss)
     for name, gradient in first.gradients.items():
         torch.testing.assert_close(gradient, second.gradients[name], atol=1e-5, rtol=1e-3)
-    for mine, theirs in zip(first.statistics.tensors(), second.statistics.tensors(), strict=True):
+    for mine, theirs in zip(first.statistics, second.statistics, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-6)
 
 

@@ -150,6 +150,8 @@ def test_a_draft_of_some_layers_is_trained_and_exported_as_any_other(
     assert 0 < trained.pard_trained_length <= config.data.max_length
     assert len(trained.pard_kept_layers) == 4
     assert trained.layer_types == [TYPES[layer] for layer in trained.pard_kept_layers]
+    for keep, number in (("auto", None), (4, None), (trained.pard_kept_layers, None), (2, 2)):
+        assert inspect_base(ModelConfig(path=str(draft), keep_layers=keep), DraftConfig()).keep == number
     assert f"layers kept of {base}: {', '.join(map(str, trained.pard_kept_layers))}" in capsys.readouterr().out
     (folder,) = export(exporting(str(draft), str(tmp_path / "export")))
     before, after = (load_causal_lm(str(path), dtype=torch.float32).state_dict() for path in (draft, folder))

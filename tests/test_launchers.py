@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,22 @@ def test_the_job_script_of_slurm_is_valid_bash_and_says_when_to_signal() -> None
     assert "#SBATCH --signal=B:USR1@600" in script.read_text()
 
 
+@pytest.mark.parametrize("age", [0, 600], ids=lambda age: f"after {age} seconds")
+def test_a_job_whose_time_limit_is_as_short_as_its_warning_does_not_start_again_for_ever(
+    age: int, tmp_path: Path
+) -> None:
+    job = slurm_job(tmp_path) | {"SLURM_JOB_START_TIME": str(int(time.time()) - age)}
+    (tmp_path / "srun").write_text('#!/bin/sh\ntouch "$(dirname "$0")/started"\nsleep 2\nexit 1\n')
+    process = subprocess.Popen(["bash", ROOT / "launch" / "slurm.sh"], env=os.environ | job)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) != 0
+    assert (tmp_path / "requeued").exists() == (age > 0)
+
+
 def test_weights_that_do_not_fit_on_the_disk_cost_one_line(base_folder: Path, chats_file: Path, tmp_path: Path) -> None:
     def limit_file_size() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -328,6 +345,15 @@ def test_weights_that_do_not_fit_on_the_disk_cost_one_line(base_folder: Path, ch
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("train.py: error: ") and "cannot be written (file too large): free some space" in last
     assert not list((tmp_path / "run").glob("*.partial-*"))
+
+
+def test_a_folder_that_may_not_be_written_costs_one_line(base_folder: Path, chats_file: Path) -> None:
+    command = [sys.executable, "recipes/train.py", *settings_of(base_folder, chats_file, Path("/sys/run"))]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert re.fullmatch(
+        r"train\.py: error: /sys/run: .+: choose another folder, or change that", result.stderr.splitlines()[-1]
+    )
 
 
 SEALING = """

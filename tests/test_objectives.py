@@ -104,7 +104,7 @@ def test_statistics_of_steps_add_up_to_those_of_all_slots_at_once() -> None:
     total = DepthStatistics.zeros(3)
     for chain in chains:
         total.add(statistics_of(chain))
-    for summed, at_once in zip(total.tensors(), statistics_of(*chains).tensors(), strict=True):
+    for summed, at_once in zip(total, statistics_of(*chains), strict=True):
         torch.testing.assert_close(summed, at_once)
 
 
@@ -215,7 +215,7 @@ def test_a_pack_through_the_head_in_chunks_is_the_pack_with_all_logits(
     assert ("lm_head.weight" in mine) is not tied
     for name, parameter in mine.items():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-6, rtol=1e-4)
-    for summed, at_once in zip(statistics.tensors(), all_statistics.tensors(), strict=True):
+    for summed, at_once in zip(statistics, all_statistics, strict=True):
         torch.testing.assert_close(summed, at_once, atol=1e-5, rtol=1e-6)
 
 

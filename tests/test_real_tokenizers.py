@@ -8,6 +8,7 @@ from packaged_tokenizers import packaged_tokenizer
 from pard_train.config import DataConfig
 from pard_train.data.chat import ChatEncoder
 from pard_train.data.inspection import check_examples
+from pard_train.data.slots import quoted
 
 ANSWERS = [
     "The sky is blue.",
@@ -65,3 +66,10 @@ def test_tool_calls_are_labels_of_templates_that_have_them_and_are_refused_by_ot
     assert "22 degrees.<|im_end|>" in taught
     assert "22 °C" not in taught
     assert "22 °C" in given
+
+
+@pytest.mark.parametrize("family", ["smollm2", "qwen3", "gemma3"])
+def test_every_token_can_be_shown_in_quotes(family: str) -> None:
+    tokenizer = packaged_tokenizer(family)
+    odd = tokenizer("\ufffd caf\ufffd \U0001f389", add_special_tokens=False)["input_ids"]
+    assert all(quoted(token, tokenizer)[0] in "'\"" for token in odd)

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from records import document, predictions, samples
+from records import KS, document, predictions, samples
 
 from pard_train.errors import UserError
+from pard_train.evaluation.live import predict_speedup
+from pard_train.evaluation.speed import Latencies
 from pard_train.reports.comparison import (
     compare,
     compare_results,
@@ -24,7 +26,7 @@ from pard_train.reports.comparison import (
     ratios_below,
     render_comparison,
 )
-from pard_train.reports.records import label_of, pooled_tau, read_result
+from pard_train.reports.records import label_of, pooled_tau, read_result, scalars
 from pard_train.reports.report import render_report, tau_below, write_report
 from pard_train.reports.sections import build_sections
 from pard_train.reports.tables import Table, prediction_table, tau_tables
@@ -122,6 +124,16 @@ def test_a_draft_that_lacks_a_benchmark_gets_no_pooled_figure(whole: dict[str, A
     rows = {tuple(row[:2]): row for row in tau_tables(partial)[0].rows}
     assert set(rows["all", "untrained"][2:8]) == {"-"}
     assert "-" not in rows["all", "pard-0.5b"][2:8]
+    pooled = {
+        draft: [name for name in scalars([r for r in partial if r["draft"] == draft], partial) if "/all/" in name]
+        for draft in ("untrained", "pard-0.5b")
+    }
+    assert pooled == {"untrained": [], "pard-0.5b": [f"eval/tau_by_k/{SMALL}/all/k_{k}" for k in KS]}
+    for draft, is_whole in (("untrained", False), ("pard-0.5b", True)):
+        found = predict_speedup(
+            partial, {"draft": draft, "target": SMALL}, Latencies(1, 256, "cpu", 1.0, {8: 0.1}, {8: 1.1})
+        )
+        assert bool(found["rows"]) == is_whole
 
 
 def test_markdown_columns_line_up_and_a_pipe_in_a_name_stays_in_its_cell() -> None:
@@ -189,6 +201,8 @@ def test_a_threshold_on_what_was_not_measured_is_a_miss(whole: dict[str, Any]) -
     (miss,) = tau_below(whole, {"humaneval": 1.0})
     assert miss.startswith("humaneval: not measured: target Qwen2.5-72B-Instruct")
     assert tau_below(whole, {"gsm8k": 1.0}) == []
+    untimed = {"draft": "pard-0.5b", "target": SMALL, "benchmark": "gsm8k", "reason": "batch size 4, but 1 answer"}
+    assert tau_below({**whole, "failures": [untimed]}, {"gsm8k": 1.0}) == []
     everywhere = {"draft": "lost", "target": SMALL, "benchmark": None, "reason": "out of memory"}
     assert tau_below({**whole, "failures": [everywhere]}, {"gsm8k": 1.0}) == [
         f"gsm8k: not measured: draft lost, target {SMALL}: out of memory"
@@ -264,6 +278,20 @@ def test_rows_are_matched_by_what_they_measure_and_not_by_the_drafts_name() -> N
         if pair.first["mode"] == "replay":
             assert pair.interval[0] <= pair.ratio <= pair.interval[1]
             assert back.interval == pytest.approx((1 / pair.interval[1], 1 / pair.interval[0]))
+
+
+def test_one_prompt_gives_a_ratio_without_an_interval() -> None:
+    main, mine = results()
+    for r in (*main["records"], *mine["records"]):
+        r["prompt_counts"] = r["prompt_counts"][:1]
+    assert {pair.interval for pair in compare_results({"main": main, "mine": mine}).pairs} == {None}
+
+
+def test_what_a_failure_says_stays_text_in_markdown() -> None:
+    main, mine = results()
+    mine["failures"] = [{"draft": None, "target": SMALL, "benchmark": "humaneval", "reason": "![x](http://a/b.png)"}]
+    text = render_comparison(compare_results({"main": main, "mine": mine}))
+    assert "a/b.png" in text and "![x](" not in text
 
 
 def test_several_drafts_are_matched_by_name_and_an_unknown_one_is_not_guessed() -> None:

@@ -113,7 +113,7 @@ def test_tool_calls_of_openai_have_their_arguments_as_an_object(arguments: Any, 
     assert message["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
 
 
-@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_thoughts_and_the_finish_reason_are_kept(name: str) -> None:
     message = {**ASSISTANT, name: "It sees."}
     chat = chat_of({"messages": [USER, message], "finish_reason": "length"})
@@ -211,6 +211,12 @@ def test_columns_of_other_names_are_named_by_the_source() -> None:
         chat_of(row, columns={"prompt": "problem", "response": "gen"})
 
 
+def test_columns_that_the_source_names_go_before_the_schema_that_others_would_have() -> None:
+    row = {"messages": [{**USER, "content": "old"}], "instruction": "Be brief.", "asked": "Hi", "written": "the cat"}
+    columns = {"prompt": "asked", "response": "written", "system": "instruction"}
+    assert chat_of(row, columns=columns).messages == [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]
+
+
 def test_a_source_may_name_the_schema_that_auto_would_not_take() -> None:
     row = {"messages": [USER], "problem": "why", "solution": "because", "answer": "b"}
     assert chat_of(row).messages == [USER]
@@ -222,6 +228,17 @@ def test_a_source_may_name_the_schema_that_auto_would_not_take() -> None:
 @pytest.mark.parametrize("system", [None, "", " \n"])
 def test_an_empty_system_prompt_is_none(system: str | None) -> None:
     assert chat_of({"system_prompt": system, "prompt": "Hi"}).messages == [USER]
+    given = [{"role": "system", "content": system or ""}, USER]
+    assert chat_of({"messages": given}).messages == [USER]
+    assert chat_of({"messages": given, "system": "mine"}).messages == [{"role": "system", "content": "mine"}, USER]
+
+
+@pytest.mark.parametrize("nothing", [None, "", "null", "[]", []])
+def test_tools_and_arguments_may_be_given_as_nothing(nothing: Any) -> None:
+    assert chat_of({"messages": [USER], "tools": nothing}).tools is None
+    call = {"function": {"name": "f", "arguments": nothing if nothing not in ("[]", []) else {}}}
+    (_, answer) = chat_of({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}).messages
+    assert answer["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
 
 
 def test_a_system_prompt_among_the_messages_goes_before_the_one_in_a_column() -> None:

@@ -241,6 +241,8 @@ def test_a_folder_of_tokens_trains_only_the_model_it_was_made_for(tmp_path: Path
         open_store(config, ChatEncoder(build_tokenizer(CHATML + "{# other #}")))
     with pytest.raises(UserError, match=r"was encoded with other settings .max_length: 512"):
         open_store(replace(config, max_length=64), encoder)
+    with pytest.raises(UserError, match=r"was encoded with other settings .overlong: truncate -> drop"):
+        open_store(replace(config, overlong="drop"), encoder)
 
 
 def test_a_folder_that_exists_is_never_overwritten(tmp_path: Path, encoder: ChatEncoder) -> None:

@@ -19,7 +19,7 @@ from records import document
 from pard_train.bootstrap import ratio_interval
 from pard_train.config import StudyConfig, decisive
 from pard_train.errors import RESUMABLE, Interrupted, UserError
-from pard_train.evaluation.study import Run, check_finished, compared, plan_runs, train_run, write_study
+from pard_train.evaluation.study import Run, check_finished, compared, drafts_of, plan_runs, train_run, write_study
 from pard_train.program import compose_config, register_schema
 from pard_train.runs import SETTINGS_VERSION
 from pard_train.validation import validate_train
@@ -40,11 +40,21 @@ def test_every_run_has_the_studys_settings_then_its_own_and_a_folder_and_seed(tm
     runs = plan_runs(study, given, tmp_path)
     assert [run.draft for run in runs] == ["slow-1", "fast-1", "slow-2", "fast-2"]
     own = [f"output_dir={tmp_path}/runs/slow-1", "seed=1", "resume=false"]
-    shared = ("experiment=quickstart", "+trainer.extra.a=1")
+    shared = (f"logger.group={tmp_path.name}", "experiment=quickstart", "+trainer.extra.a=1")
     assert runs[0].overrides == (*shared, "trainer.learning_rate=1e-5", *own)
     (tmp_path / "runs" / "slow-1").mkdir(parents=True)
     (tmp_path / "runs" / "slow-1" / "config.json").touch()
     assert plan_runs(study, given, tmp_path)[0].overrides[-1] == "resume=true"
+
+
+def test_the_untrained_draft_of_a_begun_evaluation_stays_when_another_run_is_first(tmp_path: Path) -> None:
+    failed, trained = (Run(name, 1, tmp_path / "runs" / name, (), ()) for name in ("failed", "trained"))
+    place = tmp_path / "evaluation"
+    begun = drafts_of([trained], place)
+    assert begun == {"before": f"{trained.folder}/init", "trained-1": f"{trained.folder}/draft"}
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps({"drafts": begun}))
+    assert drafts_of([failed, trained], place) == {**begun, "failed-1": f"{failed.folder}/draft"}
 
 
 def test_a_finished_run_of_other_settings_is_named_and_so_is_a_run_called_before(tmp_path: Path) -> None:

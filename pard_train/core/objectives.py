@@ -13,9 +13,8 @@ effect of the weights on the batch as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -101,8 +100,7 @@ def _chain_of(layout: SlotLayout) -> tuple[Tensor, int]:
     return row, len(chains)
 
 
-@dataclass
-class DepthStatistics:
+class DepthStatistics(NamedTuple):
     """Sums per depth over supervised slots; all float64 [K], so that they add up over steps and ranks.
 
     Attributes:
@@ -120,7 +118,7 @@ class DepthStatistics:
     @classmethod
     def zeros(cls, num_draft_tokens: int, device: torch.device | str = "cpu") -> DepthStatistics:
         """Empty sums for K depths."""
-        return cls(*(torch.zeros(num_draft_tokens, dtype=torch.float64, device=device) for _ in range(4)))
+        return cls(*torch.zeros(len(cls._fields), num_draft_tokens, dtype=torch.float64, device=device))
 
     @classmethod
     def of_slots(cls, layout: SlotLayout, is_correct: Tensor, losses: Tensor, num_draft_tokens: int) -> DepthStatistics:
@@ -132,21 +130,16 @@ class DepthStatistics:
             losses: float [S].
             num_draft_tokens: K.
         """
-        stats = cls.zeros(num_draft_tokens, is_correct.device)
-        stats.slots.index_add_(0, layout.depth, torch.ones_like(losses, dtype=torch.float64))
-        stats.correct.index_add_(0, layout.depth, is_correct.double())
-        stats.accepted.index_add_(0, layout.depth, _is_accepted(layout, is_correct, num_draft_tokens).double())
-        stats.loss.index_add_(0, layout.depth, losses.double())
-        return stats
+        sums = cls.zeros(num_draft_tokens, is_correct.device)
+        is_accepted = _is_accepted(layout, is_correct, num_draft_tokens)
+        for total, own in zip(sums, (torch.ones_like(losses), is_correct, is_accepted, losses), strict=True):
+            total.index_add_(0, layout.depth, own.double())
+        return sums
 
     def add(self, other: DepthStatistics) -> None:
         """Add another step's sums in place."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+        for mine, theirs in zip(self, other, strict=True):
             mine += theirs
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four sums."""
-        return self.slots, self.correct, self.accepted, self.loss
 
     def metrics(self) -> dict[str, float]:
         """Accuracy and loss per depth, and the expected accepted length.

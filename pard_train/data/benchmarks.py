@@ -15,7 +15,7 @@ from typing import Any
 
 from pard_train.config import SourceConfig
 from pard_train.data.rows import Row, read_jsonl
-from pard_train.data.schemas import check_messages, to_chat
+from pard_train.data.schemas import SYSTEM_PROMPTS, check_messages, to_chat
 from pard_train.data.sources import (
     ALPACA,
     CODEIO,
@@ -203,6 +203,8 @@ def file_prompt(row: Row, origin: str) -> Prompt:
     if len(forms) != 1:
         wanted = "`prompt` (a text), `turns` (a list of texts) and `messages` (a list of {role, content})"
         raise RowError(origin, f"a prompt needs one of {wanted}, found {' and '.join(forms) or 'none'}")
+    if forms != ["messages"] and (lost := [name for name in (*SYSTEM_PROMPTS, "tools") if row.get(name)]):
+        raise RowError(origin, f"`{lost[0]}` is not read beside `{forms[0]}`: give the chat as `messages`")
     turns = (_history(row, origin),) if forms == ["messages"] else _turns(row, forms[0], origin)
     category = row.get("category")
     if not isinstance(category, str | None):

@@ -32,7 +32,7 @@ SHAREGPT_FIELDS = (("from", "role"), ("value", "content"))  # of either kind a t
 QUESTIONS = ("prompt", "question", "problem", "query")
 ANSWERS = ("response", "completion", "output", "solution", "answer", "text")  # the first that a row has
 SYSTEM_PROMPTS = ("system", "system_prompt")
-THOUGHTS = ("reasoning_content", "reasoning")  # the second is vLLM's newer name
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # vLLM's newer name, and that of gpt-oss
 IDENTITIES = ("name", "tool_call_id")  # of messages; what else a message carries, templates do not read
 # Content may be given in typed parts: OpenAI's have their text under `text`, LLaMA-Factory's (version 1) under `value`.
 PARTS = {"text": "content", "reasoning": "reasoning_content", "tool_call": "tool_calls"}
@@ -76,7 +76,7 @@ class TokenIds:
 def to_chat(row: Row, source: SourceConfig, origin: str) -> Chat:
     """Chat of a row, by the schema and column names of its source. Raises RowError if it has none, or a bad message."""
     row = _renamed(row, source.columns, origin)
-    columns, read = SCHEMAS[_schema_of(row, source.schema, origin)]
+    columns, read = SCHEMAS[_schema_of(row, source, origin)]
     messages = _with_system_prompt(read(row, columns, origin), _filled(row, SYSTEM_PROMPTS))
     check_messages(messages, origin)
     if messages[-1]["role"] == "system":
@@ -86,7 +86,7 @@ def to_chat(row: Row, source: SourceConfig, origin: str) -> Chat:
     ids = TokenIds.of(row.get("token_ids"), origin)
     if ids is not None and len(ids.turns) != sum(message["role"] == "assistant" for message in messages):
         raise RowError(origin, f"token_ids has {len(ids.turns)} turns, but the messages have another number of answers")
-    return Chat(messages, _tools(row.get("tools"), origin), row.get("finish_reason"), ids)
+    return Chat(messages, _tools(_filled(row, ["tools"]), origin), row.get("finish_reason"), ids)
 
 
 def check_messages(messages: Any, origin: str) -> None:
@@ -154,7 +154,7 @@ def _read_sharegpt(row: Row, columns: tuple[str, ...], origin: str) -> Any:
 
 
 def _read_alpaca(row: Row, columns: tuple[str, ...], origin: str) -> Any:
-    pairs = _parsed(row.get("history") or [], list, "`history`", origin)
+    pairs = _parsed(_filled(row, ["history"]) or [], list, "`history`", origin)
     history: list[Message] = []
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
@@ -178,11 +178,12 @@ SCHEMAS: dict[str, tuple[tuple[str, ...], Callable[[Row, tuple[str, ...], str], 
 }
 
 
-def _schema_of(row: Row, wanted: str, origin: str) -> str:
-    candidates = {name: SCHEMAS[name][0] for name in (SCHEMAS if wanted == "auto" else (wanted,))}
-    for name, columns in candidates.items():
-        if _first(row, columns) is not None:
-            return name
+def _schema_of(row: Row, source: SourceConfig, origin: str) -> str:
+    candidates = {name: SCHEMAS[name][0] for name in (SCHEMAS if source.schema == "auto" else (source.schema,))}
+    for given in ({name: row[name] for name in source.columns}, row):  # what the user names comes first
+        for name, columns in candidates.items():
+            if _first(given, columns) is not None:
+                return name
     allowed, found = ", ".join(chain.from_iterable(candidates.values())), ", ".join(map(str, row)) or "(none)"
     advice = "name a column that bears another name, such as columns={prompt: NAME, response: NAME}"
     raise RowError(origin, f"no chat in the columns {found}: one of {allowed} is needed; {advice}")
@@ -197,7 +198,10 @@ def _renamed(row: Row, columns: Mapping[str, str], origin: str) -> Row:
 
 def _with_system_prompt(messages: Any, system: Any) -> Any:
     """The messages after a system prompt of its own column, which one among the messages overrides."""
-    if not isinstance(messages, list) or any(message.get("role") == "system" for message in messages):
+    if not isinstance(messages, list):
+        return messages
+    messages = [m for m in messages if m.get("role") != "system" or str(m.get("content")).strip()]  # blank: none
+    if any(message.get("role") == "system" for message in messages):
         return messages
     return [{"role": "system", "content": system}, *messages] if system and str(system).strip() else messages
 
@@ -242,7 +246,7 @@ def _tool_call(call: Any, origin: str) -> dict[str, Any]:
     """A call whose arguments are an object, as engines pass them to templates; data sets have them as JSON text."""
     call = _parsed(call, dict, "a tool call", origin)
     function = _parsed(call.get("function") or call, dict, "a tool call's function", origin)
-    arguments = _parsed(function.get("arguments") or {}, dict, "a tool call's arguments", origin)
+    arguments = _parsed(_filled(function, ["arguments"]) or {}, dict, "a tool call's arguments", origin)
     identity = {"id": call["id"]} if call.get("id") else {}
     return {**identity, "type": "function", "function": {"name": function.get("name"), "arguments": arguments}}
 
@@ -278,7 +282,7 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def _filled(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return next((row[name] for name in names if row.get(name)), None)
+    return next((row[name] for name in names if row.get(name) and row[name] != "null"), None)
 
 
 def _parsed(value: Any, kind: type | tuple[type, ...], what: str, origin: str) -> Any:

@@ -90,9 +90,6 @@ class Scores:
     def __reduce__(self) -> tuple[Any, ...]:
         return Scores.load, (self.folder, self.first)
 
-    def __len__(self) -> int:
-        return len(self.done)
-
     @property
     def manifest(self) -> dict[str, Any]:
         """Target, identity and counts, written once all documents are scored."""
@@ -126,7 +123,7 @@ def open_teacher(folder: Path, store: TokenStore) -> Scores:
         choices = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_FILE}")))
         fix = f"choose one of {choices}" if choices else "write it, or finish it, with data_scripts/score.py"
         raise UserError(f"data.scores={folder} has no {MANIFEST_FILE}, so no finished scores: {fix}")
-    manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
+    manifest = read_json(folder / MANIFEST_FILE)
     if "mass_outside_top_k" not in manifest:
         raise UserError(f"data.scores={folder} has no scores of this version: give a folder from data_scripts/score.py")
     require_same(
@@ -136,11 +133,7 @@ def open_teacher(folder: Path, store: TokenStore) -> Scores:
         fix=f"score these with data_scripts/score.py score.tokens={store.folder}",
     )
     check_sealed(folder)
-    scores = Scores.open(folder, store, top_k=manifest["identity"]["top_k"])
-    if not scores.done.all():
-        missing = f"{int((~scores.done).sum()):,} of {len(scores):,} documents are not scored"
-        raise UserError(f"data.scores={folder}: {missing}: run data_scripts/score.py again, which resumes")
-    return scores
+    return Scores.open(folder, store, top_k=manifest["identity"]["top_k"])
 
 
 def _content(identity: dict[str, Any]) -> dict[str, Any]:

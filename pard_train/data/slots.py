@@ -44,9 +44,9 @@ def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 def quoted(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """Text of one token in quotes; part of a character as its bytes, such as '\\xf0\\x9f'."""
     text = decode([token], tokenizer)
-    if "\ufffd" not in text:
+    letters = tokenizer.convert_ids_to_tokens(token)  # of byte-level BPE one for each byte
+    if "\ufffd" not in text or not BYTE_OF_CHAR.keys() >= {*letters}:
         return repr(text)
-    letters = tokenizer.convert_ids_to_tokens(token)  # one for each byte
     return repr(bytes(BYTE_OF_CHAR[letter] for letter in letters)).removeprefix("b")
 
 

@@ -122,7 +122,7 @@ def open_store(config: DataConfig, encoder: ChatEncoder) -> TokenStore:
     """
     if is_store(config.source):
         store = TokenStore.open(Path(config.source))
-        wanted = {"max_length": config.max_length, **encoder_identity(encoder)}
+        wanted = {"max_length": config.max_length, "overlong": config.overlong, **encoder_identity(encoder)}
         require_same(
             {name: store.manifest["identity"][name] for name in wanted},
             wanted,

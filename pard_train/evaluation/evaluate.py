@@ -39,7 +39,7 @@ from pard_train.targets.cases import Case, longest_text, write_case
 from pard_train.targets.compatibility import OK, Model, check_pair, require
 from pard_train.targets.serving import check_engine, check_served
 from pard_train.targets.target import Target, load_targets
-from pard_train.training.checkpoints import find_checkpoint, resolve_draft
+from pard_train.training.checkpoints import resolve_draft
 from pard_train.training.trackers import Outcome, check_trackers, log_outcome
 from pard_train.training.trainer import BEST_FOLDER, INITIAL_FOLDER
 
@@ -94,22 +94,23 @@ def _evaluate(config: Config) -> Result:
     for name, content in ((ACCEPTANCE_FILE, result), (PREDICTIONS_FILE, predictions), (SAMPLES_FILE, samples)):
         write_json(matrix.folder / name, content)
     write_report(result, matrix.folder, predictions=predictions, samples=samples)
-    for name, path in paths.items():
-        _log_draft(config, [r for r in records if r["draft"] == name], name, path)
+    for draft in drafts:
+        _log_draft(config, records, draft)
     return result
 
 
-def _log_draft(config: Config, records: list[Record], name: str, path: str) -> None:
+def _log_draft(config: Config, everything: list[Record], draft: Draft) -> None:
     """One W&B run per draft, with columns that line up."""
-    folder, run = Path(config.output_dir), find_checkpoint(path).run
+    folder, name, path = Path(config.output_dir), draft.name, draft.path
+    records = [r for r in everything if r["draft"] == name]
     fingerprints = {kind: {r[kind]: r[f"{kind}_fingerprint"] for r in records} for kind in KINDS}
     outcome = Outcome(
         program="evaluate",
         folder=folder,
-        values=scalars(records),
+        values=scalars(records, everything),
         files=[folder / file for file in (PAGE_FILE, SAMPLES_PAGE, PICTURE_FILE)],
         rows=[{k: v for k, v in r.items() if k not in ("groups", "prompt_counts")} for r in records],
-        training=run,
+        training=draft.run,
         kind={INITIAL_FOLDER: "init", BEST_FOLDER: "best"}.get(Path(path).name, "last"),
         facts={
             "draft_name": name,

@@ -16,7 +16,7 @@ from pard_train.evaluation.measurement import Draft, make_record, pooled_numbers
 from pard_train.evaluation.speed import Latencies, measure_latencies, predict, time_proposers
 from pard_train.generation.proposers import PromptLookup, Proposer, SequentialDrafter
 from pard_train.generation.sampling import Sampling
-from pard_train.reports.records import Record, grouped, pooled_tau
+from pard_train.reports.records import Record, grouped, pooled_by_label, pooled_tau
 from pard_train.targets.cases import Case, Turn
 from pard_train.targets.target import Target
 
@@ -129,6 +129,6 @@ def measure_steps(
 
 def predict_speedup(records: Sequence[Record], names: dict[str, str], latencies: Latencies) -> dict[str, Any]:
     """One entry of predictions.json: speed-up of every K from tau over all benchmarks and measured latencies."""
-    replayed = [r for r in records if r["mode"] == "replay" and all(r[kind] == name for kind, name in names.items())]
-    by_k = grouped(replayed, lambda record: record["num_draft_tokens"])
+    replayed = [r for r in records if r["mode"] == "replay" and r["target"] == names["target"]]
+    by_k = grouped(pooled_by_label(replayed).get(names["draft"], []), lambda record: record["num_draft_tokens"])
     return names | predict({k: pooled_tau(group) for k, group in by_k.items()}, latencies)

@@ -23,6 +23,7 @@ from pard_train.model import DTYPES
 from pard_train.reports.records import Record
 from pard_train.targets.cases import Case, Turn
 from pard_train.targets.compatibility import Model
+from pard_train.training.checkpoints import find_checkpoint
 
 NO_DRAFT = "-"  # name and fingerprint where prompt look-up drafts, which has no model
 NUM_SAMPLES = 3  # answers of each draft and case that the page shows
@@ -33,7 +34,7 @@ class Draft:
     """A draft model: its name in records, folder or hub name, and weights, which are loaded on first use."""
 
     def __init__(self, name: str, path: str, matrix: Matrix):
-        self.name, self.path = name, path
+        self.name, self.path, self.run = name, path, find_checkpoint(path).run
         self.model = Model.load(path, trust_remote_code=matrix.trust_remote_code)
         self.fingerprint = model_fingerprint(path)
         self._matrix = matrix

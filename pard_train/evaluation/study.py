@@ -66,7 +66,8 @@ def plan_runs(study: StudyConfig, overrides: Sequence[str], folder: Path) -> lis
     """
     if BEFORE in study.runs:
         raise UserError(f"study.runs.{BEFORE} is the name of the untrained draft: choose another one")
-    shared = [line for line in overrides if line.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
+    shared = [f"logger.group={folder.absolute().name}"]  # unless the study's own command names another
+    shared += [line for line in overrides if line.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
     runs = []
     for seed in study.seeds:
         for name, settings in study.runs.items():
@@ -120,9 +121,11 @@ def train_run(run: Run, launcher: Sequence[str]) -> str | None:
     return f"{run.draft} ended with status {status}" if status else None
 
 
-def drafts_of(runs: Sequence[Run]) -> dict[str, str]:
-    """Folders of the drafts to evaluate, by name: the untrained one first."""
-    return {BEFORE: str(runs[0].folder / INITIAL_FOLDER)} | {run.draft: str(run.folder / DRAFT_FOLDER) for run in runs}
+def drafts_of(runs: Sequence[Run], evaluation: Path) -> dict[str, str]:
+    """Folders of the drafts to evaluate, by name: the untrained one first, which stays that of a begun evaluation."""
+    begun = read_json(file).get("drafts", {}) if (file := evaluation / CONFIG_FILE).exists() else {}
+    before = begun.get(BEFORE, str(runs[0].folder / INITIAL_FOLDER))
+    return {BEFORE: before} | {run.draft: str(run.folder / DRAFT_FOLDER) for run in runs}
 
 
 def write_study(result: Result, runs: Sequence[Run], folder: Path) -> str:
@@ -137,7 +140,7 @@ def write_study(result: Result, runs: Sequence[Run], folder: Path) -> str:
         The tables as Markdown, of the benchmarks that were measured with every draft. If there is none: UserError.
     """
     replayed = [record for record in result["records"] if record["mode"] == "replay"]
-    cells, drafts = grouped(replayed, itemgetter("target", "benchmark")), set(drafts_of(runs))
+    cells, drafts = grouped(replayed, itemgetter("target", "benchmark")), {BEFORE, *(run.draft for run in runs)}
     complete = [record for cell in cells.values() if drafts <= {r["draft"] for r in cell} for record in cell]
     if not complete:
         raise UserError(f"{folder}: no benchmark was measured with every draft: the same command retries what failed")

@@ -29,7 +29,7 @@ from pard_train.reports.records import (
     with_interval,
 )
 from pard_train.reports.sections import Section, interval_charts, tau_cell
-from pard_train.reports.tables import NONE, Table, prediction_table
+from pard_train.reports.tables import NONE, Table, as_markdown, prediction_table
 from pard_train.reports.webpage import fill
 from pard_train.runs import METRICS_FILE, flatten, run_of
 
@@ -40,6 +40,7 @@ MEANING = (
     "is paired by prompt: the later draft accepts more if it lies above 1, and less if it lies below."
 )
 RUNS_MEANING = "Training runs over supervised tokens. The table names the settings in which they differ."
+MEASURED = ("monitor.max_prompts", "monitor.max_new_tokens", "evaluate.benchmarks", "evaluate.system_prompt", "targets")
 # Rows with an equal KEY measure the same thing; they are comparable if the fields of SAME are equal, too.
 KEY = ("target", "benchmark", "num_draft_tokens", "mode", "estimator", "temperature", "method", "batch_size")
 SAME = (
@@ -63,9 +64,9 @@ class Pair:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95% interval of the ratio, paired by prompt; None where a result has no counts by prompt."""
+        """95% interval of the ratio, paired by prompt; None where a result has no counts by prompt, or one."""
         counts = [np.array(record.get("prompt_counts") or ()) for record in (self.first, self.later)]
-        return ratio_interval(*counts) if all(map(len, counts)) else None
+        return ratio_interval(*counts) if all(len(own) > 1 for own in counts) else None
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,15 @@ def _compare_runs(results: Mapping[str, str], min_ratio: float | None) -> tuple[
     runs = read_runs(results)
     first, *later = runs
     taus, origins = best_taus(runs), {name: run_of(Path(path)) for name, path in results.items()}
-    measured = {n: {k for k in best_line(lines) or () if k.startswith("eval/tau")} for n, lines in runs.items()}
+    asked = {n: flatten(run.get("config") or {}) for n, run in origins.items()}
+    measured = {
+        n: ({k for k in best_line(lines) or () if k.startswith("eval/tau")}, [asked[n].get(k) for k in MEASURED])
+        for n, lines in runs.items()
+    }
     known = [name for name in later if {first, name} <= taus.keys()]
-    notes = [f"{n}: tau is of other benchmarks or K than {first}'s" for n in known if measured[n] != measured[first]]
-    values = {f"compare/{n}/best_tau": taus[n] / taus[first] for n in known if measured[n] == measured[first]}
+    others = [n for n in known if measured[n] != measured[first]]
+    notes = [f"{n}: tau is of other targets, prompts, limits or K than {first}'s" for n in others]
+    values = {f"compare/{n}/best_tau": taus[n] / taus[first] for n in known if n not in others}
     least = min_ratio or 0.0
     misses = [
         f"{name}: best tau {taus[name]:.3f} is {value:.3f} of {taus[first]:.3f}, below {least:.3f}"
@@ -157,7 +163,7 @@ def _compare_runs(results: Mapping[str, str], min_ratio: float | None) -> tuple[
     ]
     if min_ratio is not None:
         misses += [f"{name}: no measurement of tau" for name in runs if name not in taus] + notes
-    table = runs_table(runs, {name: flatten(run.get("config") or {}) for name, run in origins.items()})
+    table = runs_table(runs, asked)
     rows = [
         (name, run["run_id"], run["time"], str((run["git"] or {}).get("commit") or NONE)[:12], " ".join(run["command"]))
         for name, run in origins.items()
@@ -282,7 +288,7 @@ def _pair_row(pair: Pair, *, with_draft: bool) -> list[str]:
 def render_comparison(comparison: Comparison) -> str:
     """The comparison as Markdown."""
     parts = ["# Comparison", MEANING, *(table.markdown() for table in comparison_tables(comparison))]
-    parts += ["\n".join(f"- {note}" for note in comparison.notes)] if comparison.notes else []
+    parts += ["\n".join(f"- {as_markdown(note)}" for note in comparison.notes)] if comparison.notes else []
     return "\n\n".join(parts) + "\n"
 
 

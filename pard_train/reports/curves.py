@@ -74,7 +74,8 @@ class Curves:
         rows = [line for line in self.runs[run] if line.get(name) is not None]
         best = best_line(self.runs[run]) if name.startswith(TAU) else None
         points = []
-        for group in np.array_split(np.arange(len(rows)), min(MAX_POINTS, len(rows)) or 1):
+        most = len(rows) if name.startswith(TAU) else MAX_POINTS  # a mean would leave its interval and its ring
+        for group in np.array_split(np.arange(len(rows)), min(most, len(rows)) or 1):
             mine = [rows[i] for i in group]
             if mine:
                 low, high = (mine[-1].get(name.replace(TAU, f"eval/tau_{end}/", 1)) for end in ("low", "high"))

@@ -173,10 +173,11 @@ def with_interval(record: Record) -> str:
     return f"{record['tau']:.2f} [{record['tau_low']:.2f}, {record['tau_high']:.2f}]"
 
 
-def scalars(records: Sequence[Record]) -> dict[str, float]:
+def scalars(records: Sequence[Record], everything: Sequence[Record]) -> dict[str, float]:
     """tau by K, survival by position and speed-up of one draft, named without it: equal columns for different drafts.
 
-    The names are those of the monitor in training (docs/reference/metrics.md); `all` pools the benchmarks of a target.
+    The names are those of the monitor in training (docs/reference/metrics.md). `all` pools the benchmarks of a target,
+    if the draft was measured on all that `everything`, the records of all drafts, has.
     """
     values: dict[str, float] = {}
     measured = acceptance_records({"records": records})
@@ -187,6 +188,8 @@ def scalars(records: Sequence[Record]) -> dict[str, float]:
         case = f"{r['target']}/{_with_temperature(r)}"
         values |= {f"eval/survival/{case}/position_{i}": share for i, share in enumerate(r["survival"], start=1)}
     greedy = [r for r in measured if not r["temperature"]]
+    if {case_of(r) for r in acceptance_records({"records": everything})} > {case_of(r) for r in measured}:
+        greedy = []
     for (target, k), mine in grouped(greedy, lambda r: (r["target"], r["num_draft_tokens"])).items():
         values[f"eval/tau_by_k/{target}/all/k_{k}"] = pooled_tau(mine)
     targets = distinct(r["target"] for r in greedy)

@@ -100,7 +100,7 @@ def _charts(
     """One chart per title with one series per name, all on a common scale that starts at low."""
     everything = [p for r in records for p in points(r)]
     ticks = sorted({p.x for p in everything})
-    limits = (low, low + 1.05 * (max((p.high or p.y for p in everything), default=low) - low))
+    limits = (low, low + (1.05 * (max((p.high or p.y for p in everything), default=low) - low) or 1.0))
     charts = []
     for case, mine in grouped(records, title).items():
         found = {label: [p for r in several for p in points(r)] for label, several in grouped(mine, name).items()}

@@ -220,7 +220,7 @@ class ServerPool:
                 f"{server.model} with an engine that supports return_token_ids, such as vLLM, or leave servers empty"
             )
         if ids is None:  # SGLang before July 2026 gives text only, and text is what is trained on
-            ids = self.tokenizer(choice.text, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(choice.text.rstrip("\ufffd"), add_special_tokens=False)["input_ids"]
         return Answer(ids, is_cut=choice.finish_reason == "length")
 
     def _settings(self, key: str) -> dict[str, Any]:

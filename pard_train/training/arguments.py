@@ -20,6 +20,8 @@ NOT_EXTRA = {  # fields of TrainingArguments that have no effect here, or break 
     "label_smoothing_factor": "is not part of the objective",
     "data_seed": "has no effect: `seed` plans the packs",
     "train_sampling_strategy": "has no effect: packs are already in training order",
+    "eval_strategy": "has no data to evaluate: monitor.every_steps measures tau",
+    "load_best_model_at_end": "has no effect: monitor.keep_best keeps the best draft",
     "save_only_model": "would make the run impossible to resume",
     "ignore_data_skip": "would make the run impossible to resume",
     "resume_from_checkpoint": "is set by resume=true",

@@ -132,8 +132,6 @@ def _mlflow(config: Config) -> TrainerCallback:
 def group_of(folder: Path) -> str:
     """Name of the job that an output folder belongs to: outputs/mine and outputs/mine/evaluation are both `mine`."""
     folder = folder.absolute()
-    if folder.parent.name == "runs":  # of a study
-        return folder.parent.parent.name
     return folder.parent.name if folder.name in STEP_FOLDERS else folder.name
 
 

@@ -300,7 +300,7 @@ class PardTrainer(Trainer):
 
     def _sums(self) -> tuple[Tensor, ...]:
         """Sums over the steps since the last log."""
-        return (*self.statistics.tensors(), self.work, self.loss)
+        return (*self.statistics, self.work, self.loss)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the loss, accuracy per depth, expected accepted length and throughput over all ranks, and progress."""
