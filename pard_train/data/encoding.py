@@ -24,7 +24,7 @@ from pard_train.errors import RowError, UserError
 from pard_train.layout import supervised_runs
 from pard_train.runs import MANIFEST_FILE, fingerprint, new_folder, num_cores, provenance, seal_folder, write_json
 
-ENCODING_VERSION = 3  # raise it when the same rows would become other tokens
+ENCODING_VERSION = 4  # raise it when the same rows would become other tokens
 REJECTS_FILE = "rejects.jsonl"
 DOCUMENTS_FOLDER = "documents"
 ROWS_PER_WORKER = 500  # fewer are not worth a process
