@@ -70,7 +70,7 @@ def test_statistics_are_those_of_a_loop_over_chains() -> None:
     for (document, anchor, depth), (correct, loss) in outcome.items():
         is_accepted = all(outcome[document, anchor, d][0] for d in range(depth + 1))
         expected[:, depth] += torch.tensor([1, correct, is_accepted, loss], dtype=torch.float64)
-    torch.testing.assert_close(torch.stack(stats.tensors()), expected)
+    torch.testing.assert_close(torch.stack(stats), expected)
     assert (expected[2, 1:] < expected[1, 1:]).any()  # the loop tells accepted from correct
 
 

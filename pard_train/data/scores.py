@@ -123,7 +123,7 @@ def open_teacher(folder: Path, store: TokenStore) -> Scores:
         choices = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_FILE}")))
         fix = f"choose one of {choices}" if choices else "write it, or finish it, with data_scripts/score.py"
         raise UserError(f"data.scores={folder} has no {MANIFEST_FILE}, so no finished scores: {fix}")
-    manifest = read_json(folder / MANIFEST_FILE)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE)
     if "mass_outside_top_k" not in manifest:
         raise UserError(f"data.scores={folder} has no scores of this version: give a folder from data_scripts/score.py")
     require_same(
@@ -133,7 +133,11 @@ def open_teacher(folder: Path, store: TokenStore) -> Scores:
         fix=f"score these with data_scripts/score.py score.tokens={store.folder}",
     )
     check_sealed(folder)
-    return Scores.open(folder, store, top_k=manifest["identity"]["top_k"])
+    scores = Scores.open(folder, store, top_k=manifest["identity"]["top_k"])
+    if not scores.done.all():
+        missing = f"{int((~scores.done).sum()):,} of {len(scores.done):,} documents are not scored"
+        raise UserError(f"data.scores={folder}: {missing}: run data_scripts/score.py again, which resumes")
+    return scores
 
 
 def _content(identity: dict[str, Any]) -> dict[str, Any]:
